@@ -1,0 +1,3 @@
+"""moesim: plan clusters for Mixture-of-Experts models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,151 @@
+"""A transformer as moesim sees it: attention, feed-forward, layers. Sizes only; no weights.
+
+Legend: hidden is the width of the residual stream; width is the inner width of a feed-forward block.
+Counts and FLOPs are in ``moesim.describe.counts``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moesim.errors import check
+
+Scoring = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedQueryAttention:
+    """Attention with num_kv_heads key-value heads shared by num_heads query heads (MHA when equal)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"  # head: one weight per head_dim; full: over all heads
+    sliding_window: int | None = None  # tokens a query looks back; None: all
+    has_sinks: bool = False  # one learned sink logit per head (gpt-oss)
+    kind: Literal["gqa"] = "gqa"
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            check(getattr(self, name) > 0, "attention", name, "must be positive", getattr(self, name))
+        check(self.num_heads % self.num_kv_heads == 0, "attention", "num_kv_heads", f"must divide num_heads={self.num_heads}", self.num_kv_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (MLA) of DeepSeek-V2: keys and values from a latent of kv_lora_rank. arXiv 2405.04434 section 2.1."""
+
+    num_heads: int
+    q_lora_rank: int | None  # None: queries are projected directly
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    has_bias: bool = False
+    kind: Literal["mla"] = "mla"
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            check(getattr(self, name) > 0, "attention", name, "must be positive", getattr(self, name))
+
+
+Attention = GroupedQueryAttention | LatentAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ffn:
+    """One feed-forward block: two matrices, or three when gated (SwiGLU, GeGLU)."""
+
+    width: int
+    gated: bool = True
+    has_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.width > 0, "ffn", "width", "must be positive", self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """How a token picks its experts: scores, optional groups, top-k."""
+
+    top_k: int
+    scoring: Scoring = "softmax"
+    normalise_top_k: bool = True
+    num_groups: int = 1  # expert groups of group-limited routing; 1: none
+    top_groups: int = 1  # groups a token may use
+    has_score_bias: bool = False  # loss-free balancing: a bias per expert that only selection sees (a buffer, not a parameter)
+    has_linear_bias: bool = False  # the router's linear layer has a bias (gpt-oss)
+
+    def __post_init__(self) -> None:
+        check(self.top_k >= 1, "router", "top_k", "must be at least 1", self.top_k)
+        check(1 <= self.top_groups <= self.num_groups, "router", "top_groups", f"must lie in 1..num_groups={self.num_groups}", self.top_groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeFfn:
+    """A mixture of num_experts feed-forward blocks, of which a token uses router.top_k, plus an always-on shared one."""
+
+    num_experts: int
+    expert: Ffn
+    router: Router
+    shared: Ffn | None = None  # all shared experts as one block of their summed width
+    has_shared_gate: bool = False  # a sigmoid gate on the shared block (Qwen2-MoE)
+
+    def __post_init__(self) -> None:
+        check(self.num_experts >= 1, "moe", "num_experts", "must be at least 1", self.num_experts)
+        check(self.router.top_k <= self.num_experts, "moe", "top_k", f"must not exceed num_experts={self.num_experts}", self.router.top_k)
+        groups = self.router.num_groups
+        check(self.num_experts % groups == 0, "moe", "num_groups", f"must divide num_experts={self.num_experts}", groups)
+        reachable = self.num_experts // groups * self.router.top_groups
+        check(self.router.top_k <= reachable, "moe", "top_k", f"must not exceed the {reachable} experts of top_groups groups", self.router.top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One transformer block: attention, optional cross-attention (decoder of an encoder-decoder), feed-forward."""
+
+    attention: Attention
+    ffn: Ffn | MoeFfn
+    cross_attention: GroupedQueryAttention | None = None
+    causal: bool = True
+    num_norms: int = 2  # norm vectors of size hidden in the block (three with cross-attention)
+
+    @property
+    def is_moe(self) -> bool:
+        return isinstance(self.ffn, MoeFfn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A whole model. ``layers`` is the stack in order; ``mtp_layers`` are multi-token-prediction layers after it."""
+
+    name: str
+    hidden: int
+    vocab: int
+    layers: tuple[Layer, ...]
+    mtp_layers: tuple[Layer, ...] = ()
+    tie_embeddings: bool = False
+    has_norm_bias: bool = False  # LayerNorm with a bias instead of RMSNorm
+    num_final_norms: int = 1
+    num_extra_parameters: int = 0  # what no other part holds, such as T5's relative position tables
+    active_includes_input_embedding: bool = True  # the publisher's convention for active parameters
+    source: str = ""
+    hypothetical: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        check(self.hidden > 0, f"model {self.name}", "hidden", "must be positive", self.hidden)
+        check(self.vocab > 0, f"model {self.name}", "vocab", "must be positive", self.vocab)
+        check(len(self.layers) > 0, f"model {self.name}", "layers", "must not be empty", len(self.layers))
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Positions of the MoE layers in ``layers``."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.is_moe)
+
+    @property
+    def is_moe(self) -> bool:
+        return bool(self.moe_layers)

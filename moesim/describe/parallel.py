@@ -1,0 +1,86 @@
+"""How a model is cut over ranks: parallel sizes and the rank groups that follow, in Megatron's order.
+
+Fastest to slowest a rank's coordinates are tp, cp, dp, pp; the experts' are etp, ep, edp, pp over the same ranks of a stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import InputError, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """Parallel sizes. dp is derived from num_gpus."""
+
+    tp: int = 1  # tensor parallel (with sequence parallelism)
+    pp: int = 1  # pipeline stages
+    vpp: int = 1  # virtual stages per pipeline rank
+    cp: int = 1  # context parallel
+    ep: int = 1  # expert parallel
+    etp: int = 1  # tensor parallel inside an expert
+    zero: int = 1  # ZeRO stage 0..3
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "cp", "ep", "etp"):
+            check(getattr(self, name) >= 1, "parallel", name, "must be at least 1", getattr(self, name))
+        check(0 <= self.zero <= 3, "parallel", "zero", "must be 0, 1, 2 or 3", self.zero)
+
+    def layout(self, num_gpus: int) -> RankLayout:
+        """The rank layout on num_gpus, or InputError naming the size that does not divide."""
+        per_replica = self.tp * self.cp * self.pp
+        rule = f"tp*cp*pp = {self.tp}*{self.cp}*{self.pp} = {per_replica} must divide num_gpus={num_gpus}"
+        check(num_gpus % per_replica == 0, "parallel", "num_gpus", rule, num_gpus)
+        dp = num_gpus // per_replica
+        per_stage = dp * self.cp * self.tp
+        if per_stage % (self.ep * self.etp):
+            name = "ep" if self.etp == 1 else "ep*etp"
+            raise InputError(
+                "parallel", "ep", f"{name}={self.ep * self.etp} does not divide dp*cp*tp = {dp}*{self.cp}*{self.tp} = {per_stage}", self.ep
+            )
+        return RankLayout(parallel=self, num_gpus=num_gpus, dp=dp, edp=per_stage // (self.ep * self.etp))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLayout:
+    """Rank numbers of every group, as arrays. Rank = coordinates in mixed radix (tp fastest, pp slowest)."""
+
+    parallel: Parallelism
+    num_gpus: int
+    dp: int
+    edp: int
+
+    @property
+    def ranks_per_stage(self) -> int:
+        return self.num_gpus // self.parallel.pp
+
+    def stage_ranks(self, stage: int) -> NDArray[np.int64]:
+        """(ranks_per_stage,) global ranks of one pipeline stage, in order."""
+        return np.arange(self.ranks_per_stage, dtype=np.int64) + stage * self.ranks_per_stage
+
+    @property
+    def block_size(self) -> int:
+        """Ranks of one stage that must synchronise within a layer: the join of its tp*cp group and its ep*etp group."""
+        return int(np.lcm(self.parallel.tp * self.parallel.cp, self.parallel.ep * self.parallel.etp))
+
+    @property
+    def num_blocks(self) -> int:
+        """Independent blocks per stage; they meet only at the gradient reduction."""
+        return self.ranks_per_stage // self.block_size
+
+    def groups(self, kind: str) -> NDArray[np.int64]:
+        """(num_groups, group_size) global ranks of each group of a kind: tp, cp, dp, pp, ep, etp, edp, or dpcp (dense gradients)."""
+        p = self.parallel
+        dense = np.arange(self.num_gpus, dtype=np.int64).reshape(p.pp, self.dp, p.cp, p.tp)
+        expert = np.arange(self.num_gpus, dtype=np.int64).reshape(p.pp, self.edp, p.ep, p.etp)
+        if kind == "dpcp":
+            return np.moveaxis(dense, 3, 1).reshape(p.pp * p.tp, self.dp * p.cp)
+        axes = {"pp": (dense, 0), "dp": (dense, 1), "cp": (dense, 2), "tp": (dense, 3)}
+        axes |= {"edp": (expert, 1), "ep": (expert, 2), "etp": (expert, 3)}
+        assert kind in axes, f"unknown group kind {kind}"
+        grid, axis = axes[kind]
+        return np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])

@@ -1,0 +1,79 @@
+"""What is trained and how tokens are routed: batch, precision, recomputation; popularity, capacity, dispatcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moesim.errors import check
+
+Precision = Literal["bf16", "fp8"]
+Recompute = Literal["none", "full"]
+Overlap = Literal["none", "grad_reduce"]
+DropPolicy = Literal["probability", "position"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One optimizer step: global_batch sequences of seq_len tokens, micro_batch of them at a time on each data-parallel rank."""
+
+    seq_len: int = 4096
+    micro_batch: int = 1
+    global_batch: int = 1024
+    precision: Precision = "bf16"
+    recompute: Recompute = "none"
+    schedule: Literal["1f1b"] = "1f1b"
+    overlap: Overlap = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "micro_batch", "global_batch"):
+            check(getattr(self, name) >= 1, "train", name, "must be at least 1", getattr(self, name))
+
+    def num_micro_batches(self, dp: int) -> int:
+        """Micro-batches that each data-parallel replica runs in one step, or InputError."""
+        per_round = self.micro_batch * dp
+        rule = f"must be a multiple of micro_batch*dp = {self.micro_batch}*{dp} = {per_round}"
+        check(self.global_batch % per_round == 0, "train", "global_batch", rule, self.global_batch)
+        return self.global_batch // per_round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balanced:
+    """Every expert equally popular, and every count its expectation (forced balance, as in vendor benchmarks)."""
+
+    kind: Literal["balanced"] = "balanced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multinomial:
+    """Every expert equally popular; tokens choose at random, so counts vary as a sample does."""
+
+    kind: Literal["multinomial"] = "multinomial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lognormal:
+    """Expert popularity drawn from a lognormal whose expected load has this Gini coefficient (real text: 0.10 to 0.38)."""
+
+    gini: float = 0.25
+    kind: Literal["lognormal"] = "lognormal"
+
+    def __post_init__(self) -> None:
+        check(0.0 <= self.gini < 0.95, "routing.popularity", "gini", "must lie in 0..0.95", self.gini)
+
+
+Popularity = Balanced | Multinomial | Lognormal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Where tokens go. capacity_factor None: dropless. Capacity is Megatron's, per source rank: ceil(T*k/E*CF)."""
+
+    popularity: Popularity = field(default_factory=Lognormal)
+    capacity_factor: float | None = None
+    drop_policy: DropPolicy = "probability"
+    dispatcher: Literal["alltoall"] = "alltoall"
+
+    def __post_init__(self) -> None:
+        if self.capacity_factor is not None:
+            check(self.capacity_factor > 0, "routing", "capacity_factor", "must be positive, or null for dropless", self.capacity_factor)
