@@ -1,0 +1,209 @@
+"""The question: everything one run needs, as one immutable value.
+
+A scenario comes from a YAML file, a mapping, or flat keyword names (``Scenario.make(model=..., ep=64)``), always through the
+same door, so notebook parameters, CLI options and files are checked alike. Raises InputError and NotModelledError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from moesim.catalog.hardware import load_cluster
+from moesim.catalog.models import load_model
+from moesim.describe.hardware import Cluster
+from moesim.describe.model import Model
+from moesim.describe.parallel import Parallelism, RankLayout
+from moesim.describe.pipeline import stage_layers
+from moesim.describe.workload import Routing, Training
+from moesim.door.files import read_yaml
+from moesim.door.parse import apply_overrides, parse_as
+from moesim.errors import InputError, NotModelledError, check, near_match
+
+SCHEMA = 1
+DEFAULTS: Mapping[str, Any] = {"model": "deepseek-v3", "cluster": "h800-8x-ib400", "num_gpus": 2048, "tp": 1, "pp": 16, "ep": 64}
+
+# Flat names, as notebooks and --set use them, and where each lives in the scenario file.
+LEAVES: Mapping[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("model", "cluster", "num_gpus", "profile", "fidelity", "seed")},
+    **{name: ("parallel", name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "zero")},
+    **{
+        name: ("train", name)
+        for name in ("seq_len", "micro_batch", "global_batch", "precision", "recompute", "schedule", "overlap")
+    },
+    "popularity": ("routing", "popularity", "kind"),
+    "gini": ("routing", "popularity", "gini"),
+    **{name: ("routing", name) for name in ("capacity_factor", "drop_policy", "dispatcher")},
+    "policy": ("placement", "policy"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementChoice:
+    """How experts are placed. Only contiguous placement is modelled so far."""
+
+    policy: Literal["contiguous"] = "contiguous"
+    num_slots: int | None = None
+    map: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_slots is not None or self.map is not None:
+            raise NotModelledError("scenario.placement: expert replicas (num_slots) and placement maps (map) are not modelled yet; leave them null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """The scenario file's shape, before names are looked up."""
+
+    schema: Literal[1] = 1
+    model: str
+    cluster: str
+    num_gpus: int | None = None
+    parallel: Parallelism = field(default_factory=Parallelism)
+    train: Training = field(default_factory=Training)
+    routing: Routing = field(default_factory=Routing)
+    placement: PlacementChoice = field(default_factory=PlacementChoice)
+    profile: str = "auto"
+    fidelity: Literal["port"] = "port"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """Model, cluster, parallelism, training, routing, placement: one question, checked as a whole at birth."""
+
+    model: Model
+    cluster: Cluster
+    parallel: Parallelism = field(default_factory=Parallelism)
+    train: Training = field(default_factory=Training)
+    routing: Routing = field(default_factory=Routing)
+    placement: PlacementChoice = field(default_factory=PlacementChoice)
+    profile: str = "auto"  # auto: a committed profile of this GPU if there is one; datasheet; or a profile's path
+    fidelity: Literal["port"] = "port"
+    seed: int = 0
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as asked, for echoing
+
+    def __post_init__(self) -> None:
+        check(self.seed >= 0, "scenario", "seed", "must be at least 0", self.seed)
+        p, model = self.parallel, self.model
+        layout = self.layout
+        self.train.num_micro_batches(layout.dp)
+        stage_layers(len(model.layers), p.pp, p.vpp)
+        if p.vpp > 1 and self.train.num_micro_batches(layout.dp) % p.pp:
+            rule = f"interleaving (vpp={p.vpp}) needs a multiple of pp={p.pp} micro-batches"
+            raise InputError("scenario.parallel", "vpp", rule, self.train.num_micro_batches(layout.dp))
+        check(self.train.seq_len % (p.tp * p.cp) == 0, "scenario.train", "seq_len", f"must be a multiple of tp*cp = {p.tp * p.cp}", self.train.seq_len)
+        for i in (*range(len(model.layers)),):
+            attention = model.layers[i].attention
+            check(attention.num_heads % p.tp == 0, "scenario.parallel", "tp", f"must divide the {attention.num_heads} attention heads of {model.name}", p.tp)
+            ffn = model.layers[i].ffn
+            if not hasattr(ffn, "num_experts"):
+                continue
+            check(ffn.num_experts % p.ep == 0, "scenario.parallel", "ep", f"must divide the {ffn.num_experts} experts of {model.name}", p.ep)
+            check(ffn.expert.width % p.etp == 0, "scenario.parallel", "etp", f"must divide the expert width {ffn.expert.width}", p.etp)
+        check(model.is_moe or p.ep * p.etp == 1, "scenario.parallel", "ep", f"must be 1, since {model.name} is dense", p.ep * p.etp)
+        check(p.tp <= self.cluster.ranks_per_node, "scenario.parallel", "tp", f"must fit into a node of {self.cluster.ranks_per_node}", p.tp)
+
+    @property
+    def layout(self) -> RankLayout:
+        return self.parallel.layout(self.cluster.num_gpus)
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.train.num_micro_batches(self.layout.dp)
+
+    @classmethod
+    def make(cls, **leaves: Any) -> Scenario:
+        """A scenario from flat names: ``Scenario.make(model="mixtral-8x7b", cluster="h100-8x-ib400", num_gpus=64, ep=8)``."""
+        return cls.from_mapping(nest(leaves))
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Scenario:
+        """A scenario from a YAML file; overrides are texts such as ``parallel.ep=32``."""
+        raw = read_yaml(Path(path))
+        check(isinstance(raw, dict), str(path), "", "must be a mapping of scenario fields", type(raw).__name__)
+        return cls.from_mapping(apply_overrides(raw, list(overrides)), owner=str(path), folder=Path(path).parent)
+
+    @classmethod
+    def from_mapping(cls, raw: Mapping[str, Any], owner: str = "scenario", folder: Path | None = None) -> Scenario:
+        """A scenario from the file's mapping. Relative model and cluster paths are looked up beside the file first."""
+        asked = parse_as(_File, dict(raw), owner=owner)
+        model = load_model(_beside(asked.model, folder))
+        cluster = load_cluster(_beside(asked.cluster, folder), asked.num_gpus)
+        kept = {f.name: getattr(asked, f.name) for f in dataclasses.fields(cls) if f.name not in ("model", "cluster", "raw")}
+        return cls(model=model, cluster=cluster, raw=_plain(asked), **kept)
+
+    def with_(self, **leaves: Any) -> Scenario:
+        """This scenario with some flat names changed, checked again: ``scenario.with_(ep=32, capacity_factor=1.25)``.
+
+        ``model`` and ``cluster`` may also be descriptions.
+        """
+        described = {name: leaves.pop(name) for name in ("model", "cluster") if isinstance(leaves.get(name), Model | Cluster)}
+        raw = json.loads(json.dumps(self.raw))
+        if raw and "popularity" in leaves:
+            raw["routing"]["popularity"] = {}
+        asked = parse_as(_File, merge(raw, nest(leaves)), owner="scenario")
+        named = {"model": "model" in leaves, "cluster": "cluster" in leaves or "num_gpus" in leaves}
+        model = described.get("model") or (load_model(asked.model) if named["model"] else self.model)
+        cluster = described.get("cluster") or (load_cluster(asked.cluster, asked.num_gpus) if named["cluster"] else self.cluster)
+        kept = {f.name: getattr(asked, f.name) for f in dataclasses.fields(self) if f.name not in ("model", "cluster", "raw")}
+        return Scenario(model=model, cluster=cluster, raw=_plain(asked) | {"model": model.name, "num_gpus": cluster.num_gpus}, **kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The canonical mapping: the file's fields, every default filled in."""
+        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("model", "cluster", "raw")}
+        return {
+            "schema": SCHEMA,
+            "model": self.model.name,
+            "cluster": self.cluster.name,
+            "num_gpus": self.cluster.num_gpus,
+        } | {name: _plain(value) for name, value in kept.items()}
+
+    @property
+    def point_id(self) -> str:
+        """sha256 of the canonical scenario."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat names to the file's nesting; an unknown name is refused with a near match.
+
+    >>> nest({"ep": 8, "seed": 1})
+    {'parallel': {'ep': 8}, 'seed': 1}
+    """
+    nested: dict[str, Any] = {}
+    for name, value in leaves.items():
+        if name not in LEAVES:
+            raise InputError("parameters", name, "is not a parameter", value, near_match(name, LEAVES))
+        at = nested
+        for key in LEAVES[name][:-1]:
+            at = at.setdefault(key, {})
+        at[LEAVES[name][-1]] = value
+    return nested
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """base with change laid over it, mapping by mapping."""
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+    return merged
+
+
+def _beside(name: str, folder: Path | None) -> str:
+    near = folder / name if folder is not None else None
+    return str(near) if near is not None and near.is_file() else name
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
