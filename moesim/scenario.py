@@ -34,7 +34,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     **{name: ("parallel", name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "zero")},
     **{
         name: ("train", name)
-        for name in ("seq_len", "micro_batch", "global_batch", "precision", "recompute", "schedule", "overlap")
+        for name in ("seq_len", "micro_batch", "global_batch", "precision", "recompute", "schedule", "overlap", "mtp")
     },
     "popularity": ("routing", "popularity", "kind"),
     "gini": ("routing", "popularity", "gini"),

@@ -24,6 +24,7 @@ class Training:
     recompute: Recompute = "none"
     schedule: Literal["1f1b"] = "1f1b"
     overlap: Overlap = "none"
+    mtp: bool = False  # train the model's multi-token-prediction layers as well
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "micro_batch", "global_batch"):
