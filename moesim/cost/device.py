@@ -1,0 +1,162 @@
+"""How long one GPU takes for one piece of work, alone: matrix products, grouped products, streams, attention.
+
+Two sources, never mixed silently: a calibration profile of this very device, or the datasheet with efficiencies whose source
+stands in ``catalog/efficiency.yaml``. Each DeviceCost says which in ``provenance``. See docs/model.md#product and #stream.
+
+Legend: E experts on a rank; a leading ... stands for any axes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moesim.cost.profile import Profile, find_profile, load_profile
+from moesim.describe.hardware import Gpu
+from moesim.door.files import read_yaml
+from moesim.errors import check
+from moesim.units import BYTES_PER_ELEMENT
+
+Floats = NDArray[np.float64]
+EFFICIENCY_FILE = Path(__file__).parent.parent / "catalog" / "efficiency.yaml"
+_FALLBACK_GPU = "h100-sxm"  # whose efficiencies stand in, marked assumed, for a GPU that the table does not hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a part of a result came from. kind: measured, interpolated, extrapolated, spec or assumed."""
+
+    part: str
+    kind: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceCost:
+    """One device's speeds. Calls take sizes and give seconds; they never know about contention."""
+
+    peak_flops_per_s: float  # dense, at the precision of the products
+    product_utilisation: float  # of that peak, for endless shapes
+    reduce_overhead: float  # a tile's start and end, as extra elements of the reduced dimension
+    tile_rows: int
+    product_start_s: float
+    memory_bytes_per_s: float  # achieved
+    attention_forward_flops_per_s: float  # achieved
+    attention_backward_flops_per_s: float
+    input_bytes: float  # of one element of a product's operands
+    profile: Profile | None = None
+    provenance: tuple[Provenance, ...] = ()
+
+    def product_s(self, rows: ArrayLike, reduced: float, columns: float) -> Floats:
+        """Seconds of a (rows, reduced) x (reduced, columns) product; rows may be any array, 0 rows cost nothing. See docs/model.md#product."""
+        return self.grouped_s(np.asarray(rows, dtype=np.float64)[..., None], reduced, columns)
+
+    def grouped_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
+        """Seconds of one kernel that multiplies rows_E[..., e] rows by each of E weights (reduced, columns); result drops the last axis."""
+        rows = np.asarray(rows_E, dtype=np.float64)
+        if self.profile is not None:
+            return self.profile.grouped_product_s(rows, reduced, columns)
+        padded = np.ceil(rows / self.tile_rows) * self.tile_rows
+        overhead = 1.0 + self.reduce_overhead / reduced
+        flops = 2.0 * padded.sum(axis=-1) * reduced * columns * overhead
+        operands = (rows.sum(axis=-1) * reduced + (rows > 0).sum(axis=-1) * reduced * columns) * self.input_bytes
+        results = rows.sum(axis=-1) * columns * BYTES_PER_ELEMENT["bf16"]
+        return self._kernel_s(flops, operands + results, (rows > 0).any(axis=-1))
+
+    def weight_gradient_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
+        """Seconds of one kernel that makes E weight gradients (reduced, columns), each summed over rows_E[..., e] rows."""
+        rows = np.asarray(rows_E, dtype=np.float64)
+        if self.profile is not None:
+            return self.profile.grouped_product_s(rows, reduced, columns, backward=True) - self.profile.grouped_product_s(rows, columns, reduced)
+        padded_reduced = np.ceil(reduced / self.tile_rows) * self.tile_rows
+        flops = 2.0 * ((rows + self.reduce_overhead) * (rows > 0)).sum(axis=-1) * padded_reduced * columns
+        operands = rows.sum(axis=-1) * (reduced + columns) * self.input_bytes
+        results = (rows > 0).sum(axis=-1) * reduced * columns * BYTES_PER_ELEMENT["float32"]
+        return self._kernel_s(flops, operands + results, (rows > 0).any(axis=-1))
+
+    def backward_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
+        """Seconds of the backward of grouped_s: the gradient of the rows, then of the weights."""
+        return self.grouped_s(rows_E, columns, reduced) + self.weight_gradient_s(rows_E, reduced, columns)
+
+    def stream_s(self, num_bytes: ArrayLike) -> Floats:
+        """Seconds of a memory-bound kernel that reads and writes num_bytes in all. See docs/model.md#stream."""
+        moved = np.asarray(num_bytes, dtype=np.float64)
+        return np.where(moved > 0, self.product_start_s + moved / self.memory_bytes_per_s, 0.0)
+
+    def attention_s(self, flops: float, *, backward: bool) -> float:
+        """Seconds of the attention kernel alone (scores, softmax, values) for a count of useful FLOPs."""
+        rate = self.attention_backward_flops_per_s if backward else self.attention_forward_flops_per_s
+        return self.product_start_s + flops / rate if flops else 0.0
+
+    def _kernel_s(self, flops: Floats, num_bytes: Floats, any_work: NDArray[np.bool_]) -> Floats:
+        compute = flops / (self.peak_flops_per_s * self.product_utilisation)
+        return np.where(any_work, self.product_start_s + np.maximum(compute, num_bytes / self.memory_bytes_per_s), 0.0)
+
+
+@functools.cache
+def efficiencies() -> dict[str, Any]:
+    """The table of ``catalog/efficiency.yaml``."""
+    table = read_yaml(EFFICIENCY_FILE)
+    assert isinstance(table, dict)
+    return table
+
+
+def device_cost(gpu: Gpu, precision: str, profile: str = "auto") -> DeviceCost:
+    """The cost of a GPU at a precision of its products.
+
+    profile: ``auto`` takes a shipped calibration profile of this GPU when there is one, else the datasheet; ``datasheet``; or
+    a profile's path, which must be of this GPU. Raises InputError for a profile of another device or a precision the GPU lacks.
+    """
+    rule = f"must be one that {gpu.name} has a peak for: {', '.join(sorted(gpu.peak_flops_per_s))}"
+    check(precision in gpu.peak_flops_per_s, "scenario.train", "precision", rule, precision)
+    calibrated = None
+    if profile == "auto":
+        calibrated = find_profile(gpu.calibration_name) if gpu.calibration_name and precision == "bf16" else None
+    elif profile != "datasheet":
+        calibrated = load_profile(profile)
+        calibrated.check_device(gpu)
+    return _from_datasheet(gpu, precision, calibrated)
+
+
+def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> DeviceCost:
+    table = efficiencies()
+    shape, peak = table["shape"], gpu.peak_flops_per_s[precision]
+    by_gpu = table["products"][precision]
+    known = gpu.name in by_gpu
+    best = by_gpu[gpu.name if known else _FALLBACK_GPU]
+    # The overhead of a tile is a time; at half the rate it is worth half the elements.
+    reduce_overhead = shape["reduce_overhead"]["value"] * (1.0 if precision == "fp8" else 0.5)
+    stream, attention = table["memory"]["stream_utilisation"], table["attention"]
+    bf16_peak = gpu.peak_flops_per_s["bf16"].value
+    told = [
+        Provenance(part=f"peak {precision}", kind=peak.kind, source=peak.source),
+        Provenance(part="memory bandwidth", kind=gpu.memory_bytes_per_s.kind, source=gpu.memory_bytes_per_s.source),
+        Provenance(part="product efficiency", kind=best["kind"] if known else "assumed", source=best["source"] if known else f"of {_FALLBACK_GPU}, for want of one of {gpu.name}: {best['source']}"),
+        Provenance(part="product shape", kind=shape["reduce_overhead"]["kind"], source=shape["reduce_overhead"]["source"] + ("" if precision == "fp8" else "; halved for bf16 (assumed)")),
+        Provenance(part="stream efficiency", kind=stream["kind"], source=stream["source"]),
+        Provenance(part="attention efficiency", kind=attention["forward_utilisation"]["kind"], source=attention["forward_utilisation"]["source"]),
+    ]  # fmt: skip
+    memory_rate = gpu.memory_bytes_per_s.value * stream["value"]
+    start_s = shape["product_start"]["value"]
+    if calibrated is not None:
+        memory_rate, start_s = calibrated.memory_bytes_per_s, calibrated.launch_s
+        source = f"calibration profile {calibrated.name} of {calibrated.device}"
+        told = [Provenance(part=part, kind="measured", source=source) for part in ("products", "memory bandwidth", "kernel start")] + told[-1:]
+    return DeviceCost(
+        peak_flops_per_s=peak.value,
+        product_utilisation=best["value"],
+        reduce_overhead=reduce_overhead,
+        tile_rows=int(shape["tile_rows"]["value"]),
+        product_start_s=start_s,
+        memory_bytes_per_s=memory_rate,
+        attention_forward_flops_per_s=bf16_peak * attention["forward_utilisation"]["value"],
+        attention_backward_flops_per_s=bf16_peak * attention["backward_utilisation"]["value"],
+        input_bytes=BYTES_PER_ELEMENT[precision],
+        profile=calibrated,
+        provenance=tuple(told),
+    )

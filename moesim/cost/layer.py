@@ -1,0 +1,201 @@
+"""What one layer costs one rank, phase by phase: seconds forward and backward, bytes that its collectives move.
+
+The phases of a layer in order: attention (with the tensor-parallel gather and scatter around it), router, permute, dispatch,
+experts, combine, unpermute; or the dense feed-forward block instead of all after attention. Nothing here knows of other
+ranks: collectives are given as bytes, their seconds come from the fabric. See docs/model.md#layer.
+
+Legend: T tokens of a micro-batch on one tensor-parallel group after context parallelism; S = T/tp, a rank's own tokens under
+sequence parallelism; R expert-parallel ranks; E experts on one rank; leading ... any axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.device import DeviceCost
+from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, Layer, MoeFfn, Model
+from moesim.describe.parallel import Parallelism
+from moesim.describe.workload import Training
+from moesim.units import BYTES_PER_ELEMENT
+
+Floats = NDArray[np.float64]
+ACTIVATION_BYTES = BYTES_PER_ELEMENT["bf16"]
+LOGIT_BYTES = BYTES_PER_ELEMENT["float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassCost:
+    """Seconds of one layer in one direction on one rank, except what depends on where tokens went (see experts_s, permute_s)."""
+
+    attention_s: float
+    router_s: float = 0.0
+    unpermute_s: float = 0.0
+    dense_ffn_s: float = 0.0  # the dense block, or the shared experts
+    num_tp_collectives: int = 0  # all-gathers plus reduce-scatters of tp_bytes around attention and the dense block
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """One layer on one rank: both directions, and what its collectives move."""
+
+    forward: PassCost
+    backward: PassCost
+    tp_bytes: float  # of the gathered (T, hidden) tensor
+
+
+def rank_tokens(parallel: Parallelism, train: Training) -> float:
+    """S: the tokens of a micro-batch that one rank holds under sequence and context parallelism."""
+    return train.seq_len * train.micro_batch / (parallel.cp * parallel.tp)
+
+
+def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Training, device: DeviceCost) -> LayerCost:
+    """Every phase of one layer that does not depend on routing. See docs/model.md#layer."""
+    own, group = rank_tokens(parallel, train), rank_tokens(parallel, train) * parallel.tp
+    elementwise = _norms_and_residuals_bytes(model, layer, own)
+    forward = _attention_s(model, layer, parallel=parallel, train=train, device=device, backward=False)
+    backward = _attention_s(model, layer, parallel=parallel, train=train, device=device, backward=True)
+    router = dense = unpermute = (0.0, 0.0)
+    # Attention gathers its input and scatters its output; a dense block does so once more.
+    num_collectives = 0 if parallel.tp == 1 else 2 + 2 * (layer.cross_attention is not None)
+    if isinstance(layer.ffn, MoeFfn):
+        router = _router_s(model, layer.ffn, own, device)
+        moved = own * (layer.ffn.router.top_k + 1) * model.hidden * ACTIVATION_BYTES
+        unpermute = (float(device.stream_s(moved)), float(device.stream_s(2 * moved)))
+        if layer.ffn.shared is not None:
+            dense = _ffn_s(model, layer.ffn.shared, group, parallel.tp, device)
+            num_collectives += 2 if parallel.tp > 1 else 0
+    else:
+        dense = _ffn_s(model, layer.ffn, group, parallel.tp, device)
+        num_collectives += 2 if parallel.tp > 1 else 0
+    return LayerCost(
+        forward=PassCost(
+            attention_s=forward + float(device.stream_s(elementwise)),
+            router_s=router[0],
+            unpermute_s=unpermute[0],
+            dense_ffn_s=dense[0],
+            num_tp_collectives=num_collectives,
+        ),
+        backward=PassCost(
+            attention_s=backward + float(device.stream_s(2 * elementwise)),
+            router_s=router[1],
+            unpermute_s=unpermute[1],
+            dense_ffn_s=dense[1],
+            num_tp_collectives=num_collectives,
+        ),
+        tp_bytes=group * model.hidden * ACTIVATION_BYTES,
+    )
+
+
+def experts_s(model: Model, moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, device: DeviceCost, backward: bool) -> Floats:
+    """Seconds of a rank's experts, given rows_E[..., e] tokens for each of them; the result drops the last axis.
+
+    Grouped products in and out with the activation between. See docs/model.md#experts.
+    """
+    width = moe.expert.width / parallel.etp
+    inner = width * (2 if moe.expert.gated else 1)
+    rows = rows_E.sum(axis=-1)
+    if backward:
+        products = device.backward_s(rows_E, model.hidden, inner) + device.backward_s(rows_E, width, model.hidden)
+        return products + device.stream_s(rows * (2 * inner + width) * ACTIVATION_BYTES)
+    products = device.grouped_s(rows_E, model.hidden, inner) + device.grouped_s(rows_E, width, model.hidden)
+    return products + device.stream_s(rows * (inner + width) * ACTIVATION_BYTES)
+
+
+def permute_s(model: Model, sent_rows: Floats | float, received_rows: Floats, *, device: DeviceCost) -> tuple[Floats, Floats]:
+    """Seconds to lay out rows for the wire, and to sort what arrived by expert: each row is read once and written once."""
+    row_bytes = 2 * model.hidden * ACTIVATION_BYTES
+    return device.stream_s(np.asarray(sent_rows) * row_bytes), device.stream_s(received_rows * row_bytes)
+
+
+def embedding_s(model: Model, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool) -> float:
+    """Seconds to look up (or scatter gradients into) a rank's tokens in the input embedding."""
+    moved = 2 * rank_tokens(parallel, train) * model.hidden * ACTIVATION_BYTES
+    return float(device.stream_s(moved * (2 if backward else 1)))
+
+
+def head_s(model: Model, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool) -> float:
+    """Seconds of final norm, output head and loss on the last stage: one product, then float32 logits passed over three times."""
+    rows = rank_tokens(parallel, train) * parallel.tp
+    columns = model.vocab / parallel.tp
+    logits_s = float(device.stream_s(3 * rows * columns * LOGIT_BYTES))
+    product = device.backward_s if backward else device.grouped_s
+    return float(product(np.array([rows]), model.hidden, columns)) + logits_s
+
+
+def optimizer_s(num_parameters: float, device: DeviceCost) -> float:
+    """Seconds of one Adam step over a rank's shard: reads gradient, main weight and two moments, writes three and the bf16 weight."""
+    return float(device.stream_s(num_parameters * (7 * BYTES_PER_ELEMENT["float32"] + ACTIVATION_BYTES)))
+
+
+def attention_core_flops(attention: Attention, layer: Layer, *, seq_len: float, tokens: float) -> float:
+    """Useful forward FLOPs of scores and values for ``tokens`` queries over their sequence; causal attention counts half."""
+    if isinstance(attention, GroupedQueryAttention):
+        dims = 2 * attention.head_dim
+        reach = min(seq_len, attention.sliding_window or seq_len)
+    else:
+        dims = attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
+        reach = seq_len
+    # A causal query sees half the sequence on average; a window shorter than the sequence is nearly always full.
+    seen = reach - reach * reach / (2 * seq_len) if layer.causal else reach
+    return 2.0 * tokens * attention.num_heads * dims * seen
+
+
+def _attention_s(model: Model, layer: Layer, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool) -> float:
+    rows = np.array([rank_tokens(parallel, train) * parallel.tp])
+    product = device.backward_s if backward else device.grouped_s
+    seconds = 0.0
+    for attention, causal in ((layer.attention, True), (layer.cross_attention, False)):
+        if attention is None:
+            continue
+        seconds += sum(float(product(rows, reduced, columns)) for reduced, columns in _projections(model, attention, parallel.tp))
+        seen_by = layer if causal else Layer(attention=attention, ffn=layer.ffn, causal=False)
+        flops = attention_core_flops(attention, seen_by, seq_len=train.seq_len, tokens=float(rows[0])) / parallel.tp
+        # The backward of a flash kernel does 2.5 times the forward's products (five against two). arXiv 2205.14135, section 3.
+        seconds += device.attention_s(2.5 * flops if backward else flops, backward=backward)
+        rotated = 2 * float(rows[0]) * sum(columns for _, columns in _projections(model, attention, parallel.tp)[:-1])
+        seconds += float(device.stream_s(rotated * ACTIVATION_BYTES))
+    return seconds
+
+
+def _projections(model: Model, attention: Attention, tp: int) -> list[tuple[float, float]]:
+    """(reduced, columns) of each projection on one tensor-parallel rank, the output projection last."""
+    if isinstance(attention, GroupedQueryAttention):
+        kv_heads = max(attention.num_kv_heads / tp, 1)
+        qkv = (attention.num_heads / tp + 2 * kv_heads) * attention.head_dim
+        return [(model.hidden, qkv), (attention.num_heads / tp * attention.head_dim, model.hidden)]
+    heads = attention.num_heads / tp
+    query_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    down = attention.kv_lora_rank + attention.qk_rope_head_dim
+    up = (attention.kv_lora_rank, heads * (attention.qk_nope_head_dim + attention.v_head_dim))
+    out = (heads * attention.v_head_dim, model.hidden)
+    if attention.q_lora_rank is None:
+        return [(model.hidden, heads * query_dim), (model.hidden, down), up, out]
+    return [(model.hidden, attention.q_lora_rank), (attention.q_lora_rank, heads * query_dim), (model.hidden, down), up, out]
+
+
+def _router_s(model: Model, moe: MoeFfn, own: float, device: DeviceCost) -> tuple[float, float]:
+    scores_bytes = 4 * own * moe.num_experts * LOGIT_BYTES  # written, scored, selected, kept
+    rows = np.array([own])
+    forward = float(device.grouped_s(rows, model.hidden, moe.num_experts)) + float(device.stream_s(scores_bytes))
+    backward = float(device.backward_s(rows, model.hidden, moe.num_experts)) + float(device.stream_s(scores_bytes))
+    return forward, backward
+
+
+def _ffn_s(model: Model, ffn: Ffn, tokens: float, tp: int, device: DeviceCost) -> tuple[float, float]:
+    width = ffn.width / tp
+    inner = width * (2 if ffn.gated else 1)
+    rows = np.array([tokens])
+    act = tokens * (inner + width) * ACTIVATION_BYTES
+    forward = device.grouped_s(rows, model.hidden, inner) + device.grouped_s(rows, width, model.hidden)
+    backward = device.backward_s(rows, model.hidden, inner) + device.backward_s(rows, width, model.hidden)
+    return float(forward + device.stream_s(act)), float(backward + device.stream_s(2 * act))
+
+
+def _norms_and_residuals_bytes(model: Model, layer: Layer, own: float) -> float:
+    """Bytes of the block's norms (read, write) and residual additions (two reads, one write) for a rank's own tokens."""
+    per_norm, per_residual = 2, 3
+    num_residuals = 3 if layer.cross_attention is not None else 2
+    return (layer.num_norms * per_norm + num_residuals * per_residual) * own * model.hidden * ACTIVATION_BYTES
