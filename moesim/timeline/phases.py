@@ -1,0 +1,81 @@
+"""A stage's operations laid out rank by rank: who computes how long, who waits for whom, before any clock runs.
+
+All micro-batches are computed at once. Within one operation the ranks of a block start together: each operation ends with the
+slowest rank of its block, and until the first collective every rank of a block has the same work, so nothing is lost by it.
+
+Legend: P phases of an operation, M micro-batches, R ranks of one stage in rank order (expert-tensor fastest, then expert-parallel,
+then expert-data-parallel), B blocks of R (ranks that must synchronise), V traced ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One step of an operation. seconds broadcasts to (M, R); ranks_in_step > 1: that many consecutive ranks wait for each other first."""
+
+    name: str
+    part: str  # one of metrics.step.STEP_PARTS
+    layer: int
+    seconds: Floats | float
+    ranks_in_step: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationTimes:
+    """An operation's times on one stage, for every micro-batch."""
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    layers: tuple[int, ...]
+    duration_MB: Floats  # how long the block is busy
+    part_R: Mapping[str, Floats]  # seconds by part and rank, summed over micro-batches; with wait_for_slowest sums to duration
+    start_PMV: Floats  # of the traced ranks, from the start of the operation
+    seconds_PMV: Floats
+
+
+def lay_out(phases: Sequence[Phase], *, num_micro_batches: int, num_ranks: int, block_size: int, traced: NDArray[np.int64]) -> OperationTimes:
+    """Run the phases on every rank's own clock and meet where collectives demand it.
+
+    traced: (V,) ranks of the stage whose spans are kept. See docs/model.md#barriers.
+    """
+    clock = np.zeros((num_micro_batches, num_ranks))
+    part_R: dict[str, Floats] = {"wait_for_slowest": np.zeros(num_ranks)}
+    starts, lengths = [], []
+    for phase in phases:
+        if phase.ranks_in_step > 1:
+            ready = _slowest_of(clock, phase.ranks_in_step)
+            part_R["wait_for_slowest"] += (ready - clock).sum(axis=0)
+            clock = ready
+        seconds = np.broadcast_to(np.asarray(phase.seconds, dtype=np.float64), clock.shape)
+        starts.append(clock[:, traced])
+        lengths.append(seconds[:, traced])
+        clock = clock + seconds
+        part_R[phase.part] = part_R.get(phase.part, 0.0) + seconds.sum(axis=0)
+    end = _slowest_of(clock, block_size)
+    part_R["wait_for_slowest"] += (end - clock).sum(axis=0)
+    shape = (len(phases), num_micro_batches, len(traced))
+    return OperationTimes(
+        names=tuple(phase.name for phase in phases),
+        parts=tuple(phase.part for phase in phases),
+        layers=tuple(phase.layer for phase in phases),
+        duration_MB=end[:, ::block_size].copy(),
+        part_R=part_R,
+        start_PMV=np.array(starts).reshape(shape),
+        seconds_PMV=np.array(lengths).reshape(shape),
+    )
+
+
+def _slowest_of(clock_MR: Floats, group_size: int) -> Floats:
+    """Every rank's clock set to the latest of its group of consecutive ranks."""
+    num_micro_batches, num_ranks = clock_MR.shape
+    groups = clock_MR.reshape(num_micro_batches, num_ranks // group_size, group_size)
+    return np.repeat(groups.max(axis=-1), group_size, axis=-1).reshape(clock_MR.shape)

@@ -1,0 +1,163 @@
+"""What a run leaves behind: when each operation began, what filled it, and how long each rank spent on what.
+
+Spans are columns (arrays); they are expanded only for the traced ranks and only when asked for. ``write_chrome`` writes the
+JSON that Perfetto and chrome://tracing open. Times are seconds from the start of the step.
+
+Legend: P phases, M micro-batches, V traced ranks of a stage, R ranks of a stage, S spans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import InputError
+from moesim.scenario import Scenario
+from moesim.timeline.phases import Floats, OperationTimes
+from moesim.units import MEGA, MICRO
+
+MAX_BYTES = int(50 * MEGA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationRun:
+    """All runs of one kind of operation (a chunk, a direction) on one stage: times by simulated block and micro-batch."""
+
+    chunk: int
+    is_backward: bool
+    times: OperationTimes
+    start_BM: Floats
+    send_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """One pipeline stage of a finished step."""
+
+    stage: int
+    traced_R: NDArray[np.int64]  # ranks of the stage whose spans are kept; [0] is the representative, [1] the hottest
+    block_of_traced: NDArray[np.int64]
+    operations: tuple[OperationRun, ...]
+    tail: tuple[tuple[str, str, float, float], ...]  # name, part, start_s, seconds: reduction, optimizer, the same on all ranks
+    part_R: Mapping[str, Floats]  # seconds by part and rank; sums to the step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """Columns of equal length S: one row per thing a rank did."""
+
+    rank: NDArray[np.int64]
+    name: NDArray[np.int64]  # index into names
+    layer: NDArray[np.int64]  # -1: not of a layer
+    micro_batch: NDArray[np.int64]  # -1: not of a micro-batch
+    is_backward: NDArray[np.bool_]
+    start_s: Floats
+    seconds: Floats
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A finished step."""
+
+    scenario: Scenario
+    step_s: float
+    stages: tuple[StageRun, ...]
+    ranks_per_stage: int
+    num_blocks: int  # independent blocks of ranks per stage
+    num_simulated_blocks: int  # 1 when all blocks were the same, so that one stands for all
+
+    def spans(self, ranks: Sequence[int] | None = None) -> Spans:
+        """The spans of the traced ranks (global rank numbers), all of them by default. Raises InputError for a rank not traced."""
+        known = {int(r) + run.stage * self.ranks_per_stage for run in self.stages for r in run.traced_R}
+        missing = sorted(set(ranks or ()) - known)
+        if missing:
+            raise InputError("trace", "ranks", f"only ranks {sorted(known)} were traced", missing)
+        names: dict[str, int] = {}
+        columns = [_stage_columns(run, self, set(ranks) if ranks is not None else known, names) for run in self.stages]
+        merged = [np.concatenate(column) for column in zip(*columns, strict=True)]
+        order = np.lexsort((merged[5], merged[0]))
+        rank, name, layer, micro_batch, is_backward, start_s, seconds = (column[order] for column in merged)
+        return Spans(
+            rank=rank, name=name, layer=layer, micro_batch=micro_batch, is_backward=is_backward.astype(bool),
+            start_s=start_s, seconds=seconds, names=tuple(names),
+        )  # fmt: skip
+
+    def representative_ranks(self) -> list[int]:
+        """Global ranks traced: of each stage the one with the median load, then of each stage the hottest."""
+        kept = max((len(run.traced_R) for run in self.stages), default=0)
+        ranks = [int(run.traced_R[i]) + run.stage * self.ranks_per_stage for i in range(kept) for run in self.stages if i < len(run.traced_R)]
+        return list(dict.fromkeys(ranks))
+
+    def write_chrome(self, path: Path, *, ranks: Sequence[int] | None = None, max_bytes: int = MAX_BYTES) -> list[int]:
+        """Write Chrome trace JSON of the given traced ranks, as many as fit into max_bytes in the order given; returns them.
+
+        pid = rank + 1; thread ids are unique in the file and above 0; times in microseconds. Zero-length spans are left out.
+        """
+        from moesim.door.files import write_bytes_atomically
+
+        written, parts, size = [], [], 0
+        for rank in ranks if ranks is not None else self.representative_ranks():
+            text = ",\n".join(_chrome_events(self.spans([rank]), rank, len(written))).encode()
+            if written and size + len(text) > max_bytes:
+                break
+            written.append(rank)
+            parts.append(text)
+            size += len(text)
+        write_bytes_atomically(path, b'{"displayTimeUnit":"ms","traceEvents":[\n' + b",\n".join(parts) + b"\n]}\n")
+        return written
+
+
+def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[str, int]) -> list[NDArray[np.generic]]:
+    offset = run.stage * trace.ranks_per_stage
+    keep_V = np.array([int(r) + offset in wanted for r in run.traced_R], dtype=bool)
+    ranks_V = run.traced_R[keep_V] + offset
+    columns: list[list[NDArray[np.generic]]] = [[] for _ in range(7)]
+    for op in run.operations:
+        times = op.times
+        num_phases, num_micro_batches = times.start_PMV.shape[:2]
+        shape = (num_phases, num_micro_batches, len(ranks_V))
+        began_MV = op.start_BM[np.minimum(run.block_of_traced[keep_V], op.start_BM.shape[0] - 1)].T
+        name_P = np.array([names.setdefault(name, len(names)) for name in times.names], dtype=np.int64)
+        values = (
+            np.broadcast_to(ranks_V, shape),
+            np.broadcast_to(name_P[:, None, None], shape),
+            np.broadcast_to(np.array(times.layers, dtype=np.int64)[:, None, None], shape),
+            np.broadcast_to(np.arange(num_micro_batches)[:, None], shape),
+            np.full(shape, op.is_backward),
+            began_MV + times.start_PMV[:, :, keep_V],
+            times.seconds_PMV[:, :, keep_V],
+        )
+        for column, value in zip(columns, values, strict=True):
+            column.append(np.ascontiguousarray(value).ravel())
+    for name, _part, start_s, seconds in run.tail:
+        index, n = names.setdefault(name, len(names)), len(ranks_V)
+        tail = (ranks_V, np.full(n, index), np.full(n, -1), np.full(n, -1), np.full(n, False), np.full(n, start_s), np.full(n, seconds))
+        for column, value in zip(columns, tail, strict=True):
+            column.append(value)
+    return [np.concatenate(column) for column in columns]
+
+
+def _chrome_events(spans: Spans, rank: int, position: int) -> Iterator[str]:
+    """Events of one rank: two threads (forward, backward and the rest), whose ids no other rank of the file has."""
+    pid, first_tid = rank + 1, 2 * position + 1
+    yield json.dumps({"ph": "M", "name": "process_name", "pid": pid, "tid": first_tid, "args": {"name": f"rank {rank}"}})
+    for tid, title in ((first_tid, "forward"), (first_tid + 1, "backward and step end")):
+        yield json.dumps({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": title}})
+    labels = [json.dumps(name) for name in spans.names]
+    rows = zip(spans.name.tolist(), spans.layer.tolist(), spans.micro_batch.tolist(), spans.is_backward.tolist(),
+               (spans.start_s / MICRO).tolist(), (spans.seconds / MICRO).tolist(), strict=True)  # fmt: skip
+    for name, layer, micro_batch, is_backward, start_us, us in rows:
+        if us <= 0:
+            continue
+        tid = first_tid + (is_backward or micro_batch < 0)
+        args = f',"args":{{"layer":{layer},"micro_batch":{micro_batch}}}' if micro_batch >= 0 else ""
+        yield f'{{"ph":"X","name":{labels[name]},"pid":{pid},"tid":{tid},"ts":{start_us:.3f},"dur":{us:.3f}{args}}}'
