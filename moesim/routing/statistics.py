@@ -1,0 +1,114 @@
+"""How uneven a load is: Gini, entropy, spread, the hottest and the dead experts. Pure NumPy over the last axis.
+
+Legend: L layers, E experts; ``load_..E`` is any array whose last axis runs over experts (or ranks). Loads need not be
+normalised: assignments, tokens or probabilities serve alike. A row without any load has no statistic and is our error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+ALERT_RATIO = 3.0  # an expert that takes over 3x the mean is worth an alert (a planning convention, not a law)
+
+
+def _checked(load_E: ArrayLike) -> Floats:
+    load = np.asarray(load_E, dtype=np.float64)
+    assert load.ndim >= 1, "a load needs an axis of experts"
+    assert bool((load >= 0).all()), "a load is non-negative"
+    assert bool((load.sum(axis=-1) > 0).all()), "a load is not all zero"
+    return load
+
+
+def gini(load_E: ArrayLike) -> Floats:
+    """Gini coefficient of each row: 0 all equal, (E-1)/E when one expert takes all.
+
+    Mean absolute difference over twice the mean, by the sorted formula. Shape: the input's without its last axis.
+
+    >>> round(float(gini([0, 0, 0, 1])), 3)
+    0.75
+    """
+    load = np.sort(_checked(load_E), axis=-1)
+    size = load.shape[-1]
+    signed_position_E = 2.0 * np.arange(1, size + 1) - size - 1
+    return np.asarray((load @ signed_position_E) / (size * load.sum(axis=-1)))
+
+
+def entropy(load_E: ArrayLike, *, normalised: bool = False) -> Floats:
+    """Shannon entropy of each row's shares [nats]; normalised divides by ln E (1: even; E = 1 counts as even).
+
+    >>> round(float(entropy([1, 1, 1, 1], normalised=True)), 6)
+    1.0
+    """
+    load = _checked(load_E)
+    share = load / load.sum(axis=-1, keepdims=True)
+    nats = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=-1)
+    if not normalised:
+        return np.asarray(nats)
+    size = load.shape[-1]
+    return np.asarray(nats / np.log(size)) if size > 1 else np.ones_like(nats)
+
+
+def cv(load_E: ArrayLike) -> Floats:
+    """Coefficient of variation of each row: standard deviation (over all E, not E-1) over mean."""
+    load = _checked(load_E)
+    return np.asarray(load.std(axis=-1) / load.mean(axis=-1))
+
+
+def max_mean(load_E: ArrayLike) -> Floats:
+    """Largest load over mean load of each row: the factor by which a barrier waits for the hottest."""
+    load = _checked(load_E)
+    return np.asarray(load.max(axis=-1) / load.mean(axis=-1))
+
+
+def max_vio(load_E: ArrayLike) -> Floats:
+    """Maximal violation, max/mean - 1, of loss-free balancing (arXiv 2408.15664, section 4.1)."""
+    return np.asarray(max_mean(load_E) - 1.0)
+
+
+def num_active_experts(load_E: ArrayLike) -> NDArray[np.int64]:
+    """Experts with any load, per row."""
+    return np.asarray((_checked(load_E) > 0).sum(axis=-1), dtype=np.int64)
+
+
+def expected_active_experts(num_experts: int, top_k: int, num_tokens: float) -> float:
+    """Distinct experts that num_tokens tokens touch when routing is uniform: E (1 - (1 - k/E)^tokens).
+
+    >>> round(expected_active_experts(128, 8, 16), 1)
+    82.4
+    """
+    return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadAlert:
+    """One expert that takes ratio times its layer's mean load."""
+
+    layer: int
+    expert: int
+    ratio: float
+
+
+def load_alerts(load_LE: ArrayLike, *, ratio: float = ALERT_RATIO) -> tuple[LoadAlert, ...]:
+    """Every (layer, expert) above ratio times its layer's mean, hottest first.
+
+    >>> load_alerts([[1, 1, 1, 1, 9]], ratio=3)
+    (LoadAlert(layer=0, expert=4, ratio=3.4615384615384617),)
+    """
+    load = np.atleast_2d(_checked(load_LE))
+    relative_LE = load / load.mean(axis=-1, keepdims=True)
+    layers, experts = np.nonzero(relative_LE > ratio)
+    hottest_first = np.argsort(-relative_LE[layers, experts], kind="stable")
+    pairs = zip(layers[hottest_first].tolist(), experts[hottest_first].tolist(), strict=True)
+    return tuple(LoadAlert(layer=i, expert=e, ratio=float(relative_LE[i, e])) for i, e in pairs)
+
+
+def dead_experts(load_LE: ArrayLike, *, share_of_mean: float = 0.0) -> tuple[tuple[int, int], ...]:
+    """(layer, expert) of every expert with at most share_of_mean times its layer's mean load (0: no load at all)."""
+    load = np.atleast_2d(_checked(load_LE))
+    layers, experts = np.nonzero(load <= share_of_mean * load.mean(axis=-1, keepdims=True))
+    return tuple(zip(layers.tolist(), experts.tolist(), strict=True))
