@@ -1,0 +1,376 @@
+"""What a layer keeps for its backward pass, tensor by tensor, and what its backward needs on top.
+
+Two units: bytes per *token* of the rank's micro-batch (micro_batch * seq_len / cp tokens, before tensor parallelism)
+and bytes per *assignment* that the rank receives (token-expert pairs after drops). Routed tensors scale with
+assignments and are never divided by ep: the all-to-all trades tokens, it does not remove them.
+
+Tensor parallelism is with sequence parallelism, so every tensor is divided by tp: inner ones by width, norm inputs by
+sequence. Saved tensors are those of Megatron-LM with TransformerEngine in BF16: a norm fused into the next product
+keeps its input and its output; rotary embedding writes new queries and keys, and the packed projection is freed; flash
+attention keeps queries, keys, values, output and one fp32 logsumexp per head; SwiGLU keeps its input, the next product
+SwiGLU's output. FP8 copies are not modelled: an fp8 run is counted with the BF16 tensors. See
+docs/model.md#activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moesim.describe.hardware import Sourced
+from moesim.describe.model import Attention, Ffn, LatentAttention, Layer, Model, MoeFfn
+from moesim.describe.parallel import Parallelism
+from moesim.units import GIB, MIB
+
+BF16_BYTES, FP32_BYTES = 2, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """What memory depends on besides the mathematics: one set per framework, never per run.
+
+    fused_cross_entropy: the loss writes its gradient over the BF16 logits; otherwise fp32 logits stand beside a BF16
+    gradient. placeholder_gradients: cached dummy weight gradients (TransformerEngine). cp_keeps_output_twice: all-to-all
+    context parallelism keeps the attention output on both sides of its exchange. allocator_reserve_fraction: reserved
+    beyond allocated, as a share of allocated.
+    """
+
+    name: str
+    fused_cross_entropy: bool
+    placeholder_gradients: bool
+    cp_keeps_output_twice: bool
+    context_bytes: Sourced
+    nccl_bytes_per_communicator: Sourced
+    allocator_reserve_fraction: Sourced
+
+
+MEGATRON = Software(
+    name="Megatron-LM with TransformerEngine",
+    fused_cross_entropy=False,
+    placeholder_gradients=True,
+    cp_keeps_output_twice=True,
+    context_bytes=Sourced(
+        value=0.75 * GIB,
+        unit="bytes",
+        kind="assumed",
+        source="CUDA context with loaded kernels; 0.5 to 1 GiB is usual on Hopper and Blackwell",
+        date="2026-05",
+    ),
+    nccl_bytes_per_communicator=Sourced(
+        value=2 * 16 * 4 * MIB,
+        unit="bytes",
+        kind="assumed",
+        source="NCCL user guide: NCCL_BUFFSIZE is 4 MiB per channel; send and receive, 16 channels assumed",
+        date="2026-05",
+    ),
+    allocator_reserve_fraction=Sourced(
+        value=0.053,
+        unit="1",
+        kind="measured",
+        source="mean of reserved/allocated - 1 over the 16 distinct configurations of SimuMax docs/b200/"
+        "b200_release_v1.2_summary.json carried with the project (range 0.028 to 0.093)",
+        date="2026-05-01",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTensor:
+    """One tensor kept from forward to backward. ``elements`` are those on one rank, per token or per received
+    assignment."""
+
+    name: str
+    part: Literal["attention", "ffn", "shared", "router", "experts", "dispatch", "head"]
+    per: Literal["token", "assignment"]
+    elements: float
+    element_bytes: int
+    why: str
+
+    @property
+    def bytes(self) -> float:
+        return self.elements * self.element_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Bytes that a layer's backward holds at one moment beyond what is saved: working set and dispatch buffers."""
+
+    name: str
+    token_bytes: float = 0.0
+    assignment_bytes: float = 0.0
+    dispatch_token_bytes: float = 0.0
+    dispatch_assignment_bytes: float = 0.0
+
+    @property
+    def per_token(self) -> tuple[float, float]:
+        """(working set, dispatch buffers)."""
+        return self.token_bytes, self.dispatch_token_bytes
+
+    @property
+    def per_assignment(self) -> tuple[float, float]:
+        """(working set, dispatch buffers)."""
+        return self.assignment_bytes, self.dispatch_assignment_bytes
+
+
+def layer_input(model: Model, parallel: Parallelism) -> SavedTensor:
+    """The residual stream that enters a layer: all that full recomputation keeps of it."""
+    why = "input of the first norm; with full recomputation the only tensor kept"
+    return SavedTensor(
+        name="layer input",
+        part="attention",
+        per="token",
+        elements=model.hidden / parallel.tp,
+        element_bytes=BF16_BYTES,
+        why=why,
+    )
+
+
+def layer_tensors(
+    model: Model, layer: Layer, parallel: Parallelism, software: Software = MEGATRON
+) -> tuple[SavedTensor, ...]:
+    """Every tensor one layer saves without recomputation.
+
+    >>> from moesim.describe.model import GroupedQueryAttention
+    >>> attention = GroupedQueryAttention(num_heads=64, num_kv_heads=8, head_dim=128)
+    >>> layer = Layer(attention=attention, ffn=Ffn(width=28672))
+    >>> model = Model(name="llama-3-70b", hidden=8192, vocab=128256, layers=(layer,))
+    >>> sum(tensor.bytes for tensor in layer_tensors(model, layer, Parallelism())) / 8192
+    33.53125
+    """
+    keeps_twice = parallel.cp > 1 and software.cp_keeps_output_twice
+    tensors = [layer_input(model, parallel)]
+    tensors += _attention_tensors(model.hidden, layer.attention, parallel.tp, keeps_twice)
+    if layer.cross_attention is not None:
+        tensors.append(_token("cross-attention input", "attention", model.hidden / parallel.tp, "input of its norm"))
+        tensors += _attention_tensors(model.hidden, layer.cross_attention, parallel.tp, keeps_twice)
+    tensors.append(_token("ffn block input", "ffn", model.hidden / parallel.tp, "input of the second norm"))
+    tensors.append(
+        _token(
+            "ffn norm output", "ffn", model.hidden / parallel.tp, "input of the feed-forward, router and shared expert"
+        )
+    )
+    if isinstance(layer.ffn, MoeFfn):
+        return (*tensors, *_moe_tensors(model.hidden, layer.ffn, parallel))
+    return (*tensors, *_ffn_tensors(layer.ffn, "ffn", parallel.tp))
+
+
+def head_tensors(model: Model, parallel: Parallelism, software: Software = MEGATRON) -> tuple[SavedTensor, ...]:
+    """What the final norm, the head and the loss hold when the backward pass begins (last stage only)."""
+    hidden, vocab = model.hidden / parallel.tp, model.vocab / parallel.tp
+    tensors = (
+        _token("final norm input", "head", hidden, "input of the final norm"),
+        _token("final norm output", "head", hidden, "input of the head product"),
+        _token(
+            "logit gradients",
+            "head",
+            vocab,
+            "gradient of the loss, input of the head's backward; fused loss: written over the logits",
+        ),
+    )
+    if software.fused_cross_entropy:
+        return tensors
+    why = "softmax of the logits, kept by the loss"
+    return (
+        *tensors,
+        SavedTensor(name="logits fp32", part="head", per="token", elements=vocab, element_bytes=FP32_BYTES, why=why),
+    )
+
+
+def mtp_tensors(model: Model, parallel: Parallelism) -> tuple[SavedTensor, ...]:
+    """What a multi-token-prediction layer saves before its transformer block: two norms and the joining projection."""
+    hidden = model.hidden / parallel.tp
+    return (
+        _token("mtp norm inputs", "attention", 2 * hidden, "inputs of the norms of hidden state and next embedding"),
+        _token(
+            "mtp projection input", "attention", 2 * hidden, "both, joined: input of the projection to the layer input"
+        ),
+    )
+
+
+def layer_moments(model: Model, layer: Layer, parallel: Parallelism) -> tuple[Moment, ...]:
+    """The moments at which a layer's backward may need most, beyond its saved tensors (freed ones already subtracted).
+
+    activation: the activation's input gradient exists beside its input. gather: with sequence parallelism the backward
+    of a column-parallel product gathers its input and forms the full input gradient. combine: the gradient of the
+    layer's output, permuted for sending, and the same as received by the experts' ranks.
+    """
+    hidden, tp = model.hidden, parallel.tp
+    residual = hidden / tp * BF16_BYTES  # gradient of the layer's output
+    if not isinstance(layer.ffn, MoeFfn):
+        rows = _fc1_rows(layer.ffn) / tp
+        moments = [Moment(name="activation", token_bytes=residual + rows * BF16_BYTES)]
+        if tp > 1:
+            freed = (rows + layer.ffn.width / tp) * BF16_BYTES  # activation's input and output
+            moments.append(
+                Moment(name="gather", token_bytes=residual + 2 * hidden * BF16_BYTES + rows * BF16_BYTES - freed)
+            )
+        return tuple(moments)
+    expert = layer.ffn.expert
+    send = layer.ffn.router.top_k * hidden / tp * BF16_BYTES
+    return (
+        Moment(
+            name="combine",
+            token_bytes=residual,
+            dispatch_token_bytes=send,
+            dispatch_assignment_bytes=hidden * BF16_BYTES,
+        ),
+        Moment(name="sort", token_bytes=residual, dispatch_assignment_bytes=2 * hidden * BF16_BYTES),
+        Moment(name="activation", token_bytes=residual, assignment_bytes=_fc1_rows(expert) / parallel.etp * BF16_BYTES),
+    )
+
+
+def head_moment(model: Model, parallel: Parallelism, software: Software = MEGATRON) -> tuple[float, float]:
+    """(bytes per token, bytes) the head's backward holds beyond ``head_tensors``.
+
+    Per token: the input gradient (and with tp > 1 the gathered input, its kept communication buffer and the scattered
+    gradient); fixed: the placeholder gradient of the head's weight.
+    """
+    hidden, tp = model.hidden, parallel.tp
+    per_token = hidden * BF16_BYTES if tp == 1 else (3 + 1 / tp) * hidden * BF16_BYTES
+    placeholder = model.vocab * hidden / tp * BF16_BYTES if software.placeholder_gradients else 0.0
+    return per_token, placeholder
+
+
+def placeholder_gradient_bytes(
+    model: Model, layers: tuple[Layer, ...], parallel: Parallelism, software: Software = MEGATRON
+) -> float:
+    """TransformerEngine's dummy weight gradients: one BF16 tensor per distinct weight shape of the stage, kept for the
+    whole run.
+
+    With gradient accumulation fused into the weight-gradient product autograd still wants a tensor of the weight's
+    shape; TransformerEngine hands it a cached one (transformer_engine/pytorch/module/base.py, get_dummy_wgrad).
+    """
+    if not software.placeholder_gradients:
+        return 0.0
+    shapes = {shape for layer in layers for shape in weight_shapes(model.hidden, layer, parallel)}
+    return sum(rows * columns for rows, columns in shapes) * BF16_BYTES
+
+
+def _token(
+    name: str, part: Literal["attention", "ffn", "shared", "router", "head"], elements: float, why: str
+) -> SavedTensor:
+    return SavedTensor(name=name, part=part, per="token", elements=elements, element_bytes=BF16_BYTES, why=why)
+
+
+def _fc1_rows(ffn: Ffn) -> int:
+    return ffn.width * (2 if ffn.gated else 1)
+
+
+def _attention_tensors(hidden: int, attention: Attention, tp: int, keeps_twice: bool) -> list[SavedTensor]:
+    heads = attention.num_heads / tp
+    tensors = [
+        _token("attention norm output", "attention", hidden / tp, "input of the query, key and value projections")
+    ]
+    if isinstance(attention, LatentAttention):
+        if attention.q_lora_rank is not None:
+            why = "input and output of the norm before the up-projection"
+            tensors.append(_token("query latent", "attention", 2 * attention.q_lora_rank / tp, why))
+        why = "input and output of the norm before the up-projection; rotary key"
+        tensors.append(
+            _token("key-value latent", "attention", (2 * attention.kv_lora_rank + attention.qk_rope_head_dim) / tp, why)
+        )
+        q_dim = k_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+        v_dim, kv_heads = attention.v_head_dim, heads
+    else:
+        q_dim = k_dim = v_dim = attention.head_dim
+        kv_heads = attention.num_kv_heads / tp
+        if attention.qk_norm != "none":
+            why = "inputs of the norms of queries and keys"
+            tensors.append(
+                _token("queries and keys before their norm", "attention", heads * q_dim + kv_heads * k_dim, why)
+            )
+    tensors += [
+        _token("queries", "attention", heads * q_dim, "after rotary embedding; kept by flash attention"),
+        _token("keys", "attention", kv_heads * k_dim, "after rotary embedding; kept by flash attention"),
+        _token("values", "attention", kv_heads * v_dim, "kept by flash attention"),
+        _token(
+            "attention output", "attention", heads * v_dim, "kept by flash attention; input of the output projection"
+        ),
+    ]
+    if keeps_twice:
+        tensors.append(
+            _token(
+                "attention output before its all-to-all",
+                "attention",
+                heads * v_dim,
+                "kept apart by context parallelism",
+            )
+        )
+    why = "softmax statistics of flash attention"
+    tensors.append(
+        SavedTensor(name="logsumexp", part="attention", per="token", elements=heads, element_bytes=FP32_BYTES, why=why)
+    )
+    return tensors
+
+
+def _ffn_tensors(ffn: Ffn, part: Literal["ffn", "shared"], tp: int) -> list[SavedTensor]:
+    return [
+        _token(
+            f"{part} activation input", part, _fc1_rows(ffn) / tp, "gate and up projections: input of the activation"
+        ),
+        _token(f"{part} activation output", part, ffn.width / tp, "input of the down projection"),
+    ]
+
+
+def _moe_tensors(hidden: int, ffn: MoeFfn, parallel: Parallelism) -> list[SavedTensor]:
+    experts, tp, etp = ffn.num_experts, parallel.tp, parallel.etp
+
+    def routed(
+        name: str, part: Literal["experts", "dispatch"], elements: float, why: str, element_bytes: int = BF16_BYTES
+    ) -> SavedTensor:
+        return SavedTensor(
+            name=name, part=part, per="assignment", elements=elements, element_bytes=element_bytes, why=why
+        )
+
+    def routing(name: str, elements: float, element_bytes: int, why: str) -> SavedTensor:
+        return SavedTensor(
+            name=name, part="router", per="token", elements=elements / tp, element_bytes=element_bytes, why=why
+        )
+
+    tensors = [
+        routing("router scores", experts, FP32_BYTES, "fp32 softmax or sigmoid of the logits"),
+        routing("router probabilities", experts, FP32_BYTES, "fp32 gates scattered over all experts"),
+        routing("routing map", experts, 1, "which expert a token uses"),
+        routing("permute map", 2 * experts + 1, FP32_BYTES, "row numbers of the fused permute (TransformerEngine)"),
+        routed(
+            "expert input", "dispatch", hidden, "received tokens sorted by expert: input of the experts' first product"
+        ),
+        routed("expert activation input", "experts", _fc1_rows(ffn.expert) / etp, "gate and up projections"),
+        routed(
+            "expert activation output",
+            "experts",
+            ffn.expert.width / etp,
+            "weighted by the gate: input of the down projection",
+        ),
+        routed("expert gates", "experts", 1, "fp32 gate of the assignment, applied in the activation", FP32_BYTES),
+    ]
+    return tensors + (_ffn_tensors(ffn.shared, "shared", tp) if ffn.shared is not None else [])
+
+
+def weight_shapes(hidden: int, layer: Layer, parallel: Parallelism) -> list[tuple[float, float]]:
+    """(rows, columns) of the layer's weight products on one rank."""
+    shapes: list[tuple[float, float]] = []
+    tp = parallel.tp
+    for attention in (layer.attention, layer.cross_attention):
+        if attention is None:
+            continue
+        heads = attention.num_heads
+        if isinstance(attention, LatentAttention):
+            q_rows = heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim) / tp
+            if attention.q_lora_rank is None:
+                shapes.append((q_rows, hidden))
+            else:
+                shapes += [(attention.q_lora_rank, hidden), (q_rows, attention.q_lora_rank)]
+            shapes.append((attention.kv_lora_rank + attention.qk_rope_head_dim, hidden))
+            shapes.append((heads * (attention.qk_nope_head_dim + attention.v_head_dim) / tp, attention.kv_lora_rank))
+            shapes.append((hidden, heads * attention.v_head_dim / tp))
+        else:
+            shapes.append(((heads + 2 * attention.num_kv_heads) * attention.head_dim / tp, hidden))
+            shapes.append((hidden, heads * attention.head_dim / tp))
+    blocks: list[tuple[Ffn | None, int]] = [(layer.ffn, tp)] if isinstance(layer.ffn, Ffn) else []
+    if isinstance(layer.ffn, MoeFfn):
+        blocks = [(layer.ffn.expert, parallel.etp), (layer.ffn.shared, tp)]
+    for ffn, split in blocks:
+        if ffn is not None:
+            shapes += [(_fc1_rows(ffn) / split, hidden), (hidden, ffn.width / split)]
+    return shapes
