@@ -1,0 +1,11 @@
+"""The command line: ``moesim VERB``. Results on stdout, messages on stderr; exit status 0, 1, 2, 3 or 130."""
+
+from moesim.cli.verbs import app
+
+
+def main() -> None:
+    """Run the command line on ``sys.argv``."""
+    app()
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,117 @@
+"""The two verbs that do long work elsewhere: ``report`` runs a notebook, ``calibrate`` times the real layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesim.cli.call import Call
+from moesim.cli.output import Answer, Table, fields_table, working
+from moesim.errors import InputError, check
+
+if TYPE_CHECKING:
+    from reference_model.shapes import LayerShapes
+
+PLANNING_NOTEBOOK = "10_planning_report"
+DEVICES = ("auto", "cuda", "cpu")
+
+
+def render_report(call: Call, scenario_file: Path | None, params_file: Path | None) -> Answer:
+    """Check everything that was asked, then run the planning notebook into the output folder."""
+    from moesim.cli.question import flat_leaves, read_parameters, scenario_of, split_parameters, typed_parameters
+    from moesim.report.runner import notebook_parameters, run_notebook
+
+    own_defaults = notebook_parameters(PLANNING_NOTEBOOK)
+    leaves, own = split_parameters(read_parameters(params_file) | typed_parameters(call), own_defaults)
+    scenario = scenario_of(call, scenario_file, leaves)
+    parameters = flat_leaves(scenario, scenario_file.parent if scenario_file else None) | own
+    parameters = {name: value for name, value in parameters.items() if name in own_defaults}
+    folder = call.out or Path("out/report")
+    with working(call, f"Reporting on {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"):
+        written = run_notebook(PLANNING_NOTEBOOK, parameters, folder)
+    files = sorted(str(path) for path in written)
+    return Answer(
+        inputs={"scenario": scenario.to_dict(), "parameters": parameters},
+        result={"folder": str(folder), "files": files},
+        tables=[Table(title="Report", columns=("File",), rows=[(name,) for name in files])],
+        writes_own_files=True,
+    )
+
+
+def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> Answer:
+    """Time a real layer with the reference model, which is the one place where torch is loaded."""
+    check(device in DEVICES, "--device", "", "must be auto, cuda or cpu", device)
+    shapes = _shapes(model) if model is not None else None
+    path = call.out or Path("profile.json")
+    check(not path.is_dir(), "--out", "", "must be a file", str(path))
+    from reference_model.calibrate import calibrate
+
+    with _progress(call) as progress:
+        try:
+            profile = calibrate(device, shapes, quick, path, progress)
+        except ValueError as error:  # the reference model knows no moesim errors
+            raise InputError("calibrate", "", str(error), {"device": device, "model": model}) from None
+    about = profile["device"]
+    headline = [
+        ("Device", str(about["name"])),
+        ("torch", str(about["torch_version"])),
+        ("Models timed", ", ".join(profile["named_model"])),
+        ("Points", f"{len(profile['points']):,}"),
+        ("Profile", str(path)),
+    ]
+    columns = ("Held-out error of", "Points", "Median", "90 %", "Bias")
+    errors = [
+        (
+            f"{row['kind']} {row['direction']}",
+            str(row["num_points"]),
+            *(f"{row[name]:.1%}" for name in ("median_fraction", "p90_fraction", "bias_fraction")),
+        )
+        for row in profile["errors"]
+    ]
+    return Answer(
+        inputs={"device": device, "model": model, "quick": quick},
+        result={name: profile[name] for name in profile if name != "points"} | {"file": str(path)},
+        tables=[
+            fields_table("Calibration", headline),
+            Table(title="How well the fit predicts", columns=columns, rows=errors, right=columns[1:]),
+        ],
+        provenance=[{"part": "profile", "kind": "measured", "source": f"{about['name']}, {profile['date']}"}],
+        warnings=profile["notes"],
+        writes_own_files=True,
+    )
+
+
+def _shapes(name: str) -> LayerShapes:
+    """The sizes of a model's MoE layer, for timing."""
+    from moesim.catalog.models import load_model
+
+    model = load_model(name)
+    check(model.is_moe, "--model", "", "must have MoE layers to time", name)
+    from reference_model.shapes import shapes_of
+
+    moe: Any = model.layers[model.moe_layers[0]].ffn
+    return shapes_of(
+        name=model.name,
+        hidden=model.hidden,
+        expert_width=moe.expert.width,
+        num_experts=moe.num_experts,
+        top_k=moe.router.top_k,
+    )
+
+
+@contextmanager
+def _progress(call: Call) -> Iterator[Callable[[int, int, str], None]]:
+    """What the reference model reports its progress to: a bar on a terminal, else nothing."""
+    import sys
+
+    if call.verbosity < 0 or not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Timing", total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text[:40])
