@@ -1,7 +1,8 @@
 """The question: everything one run needs, as one immutable value.
 
-A scenario comes from a YAML file, a mapping, or flat keyword names (``Scenario.make(model=..., ep=64)``), always through the
-same door, so notebook parameters, CLI options and files are checked alike. Raises InputError and NotModelledError.
+A scenario comes from a YAML file, a mapping, or flat keyword names (``Scenario.make(model=..., ep=64)``), always
+through the same door, so notebook parameters, CLI options and files are checked alike. Raises InputError and
+NotModelledError.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from moesim.door.parse import apply_overrides, parse_as
 from moesim.errors import InputError, NotModelledError, check, near_match
 
 SCHEMA = 1
-DEFAULTS: Mapping[str, Any] = {"model": "deepseek-v3", "cluster": "h800-8x-ib400", "num_gpus": 2048, "tp": 1, "pp": 16, "ep": 64}
+DEFAULTS: Mapping[str, Any] = {
+    "model": "deepseek-v3",
+    "cluster": "h800-8x-ib400",
+    "num_gpus": 2048,
+    "tp": 1,
+    "pp": 16,
+    "ep": 64,
+}
 
 # Flat names, as notebooks and --set use them, and where each lives in the scenario file.
 LEAVES: Mapping[str, tuple[str, ...]] = {
@@ -53,7 +61,9 @@ class PlacementChoice:
 
     def __post_init__(self) -> None:
         if self.num_slots is not None or self.map is not None:
-            raise NotModelledError("scenario.placement: expert replicas (num_slots) and placement maps (map) are not modelled yet; leave them null")
+            raise NotModelledError(
+                "scenario.placement: replicas (num_slots) and placement maps (map) are not modelled yet; leave them null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +107,53 @@ class Scenario:
         if p.vpp > 1 and self.train.num_micro_batches(layout.dp) % p.pp:
             rule = f"interleaving (vpp={p.vpp}) needs a multiple of pp={p.pp} micro-batches"
             raise InputError("scenario.parallel", "vpp", rule, self.train.num_micro_batches(layout.dp))
-        check(self.train.seq_len % (p.tp * p.cp) == 0, "scenario.train", "seq_len", f"must be a multiple of tp*cp = {p.tp * p.cp}", self.train.seq_len)
+        check(
+            self.train.seq_len % (p.tp * p.cp) == 0,
+            "scenario.train",
+            "seq_len",
+            f"must be a multiple of tp*cp = {p.tp * p.cp}",
+            self.train.seq_len,
+        )
         for i in (*range(len(model.layers)),):
             attention = model.layers[i].attention
-            check(attention.num_heads % p.tp == 0, "scenario.parallel", "tp", f"must divide the {attention.num_heads} attention heads of {model.name}", p.tp)
+            check(
+                attention.num_heads % p.tp == 0,
+                "scenario.parallel",
+                "tp",
+                f"must divide the {attention.num_heads} attention heads of {model.name}",
+                p.tp,
+            )
             ffn = model.layers[i].ffn
             if not hasattr(ffn, "num_experts"):
                 continue
-            check(ffn.num_experts % p.ep == 0, "scenario.parallel", "ep", f"must divide the {ffn.num_experts} experts of {model.name}", p.ep)
-            check(ffn.expert.width % p.etp == 0, "scenario.parallel", "etp", f"must divide the expert width {ffn.expert.width}", p.etp)
-        check(model.is_moe or p.ep * p.etp == 1, "scenario.parallel", "ep", f"must be 1, since {model.name} is dense", p.ep * p.etp)
-        check(p.tp <= self.cluster.ranks_per_node, "scenario.parallel", "tp", f"must fit into a node of {self.cluster.ranks_per_node}", p.tp)
+            check(
+                ffn.num_experts % p.ep == 0,
+                "scenario.parallel",
+                "ep",
+                f"must divide the {ffn.num_experts} experts of {model.name}",
+                p.ep,
+            )
+            check(
+                ffn.expert.width % p.etp == 0,
+                "scenario.parallel",
+                "etp",
+                f"must divide the expert width {ffn.expert.width}",
+                p.etp,
+            )
+        check(
+            model.is_moe or p.ep * p.etp == 1,
+            "scenario.parallel",
+            "ep",
+            f"must be 1, since {model.name} is dense",
+            p.ep * p.etp,
+        )
+        check(
+            p.tp <= self.cluster.ranks_per_node,
+            "scenario.parallel",
+            "tp",
+            f"must fit into a node of {self.cluster.ranks_per_node}",
+            p.tp,
+        )
 
     @property
     def layout(self) -> RankLayout:
@@ -119,7 +165,9 @@ class Scenario:
 
     @classmethod
     def make(cls, **leaves: Any) -> Scenario:
-        """A scenario from flat names: ``Scenario.make(model="mixtral-8x7b", cluster="h100-8x-ib400", num_gpus=64, ep=8)``."""
+        """A scenario from flat names: ``Scenario.make(model="mixtral-8x7b", cluster="h100-8x-ib400", num_gpus=64,
+        ep=8)``.
+        """
         return cls.from_mapping(nest(leaves))
 
     @classmethod
@@ -135,7 +183,9 @@ class Scenario:
         asked = parse_as(_File, dict(raw), owner=owner)
         model = load_model(_beside(asked.model, folder))
         cluster = load_cluster(_beside(asked.cluster, folder), asked.num_gpus)
-        kept = {f.name: getattr(asked, f.name) for f in dataclasses.fields(cls) if f.name not in ("model", "cluster", "raw")}
+        kept = {
+            f.name: getattr(asked, f.name) for f in dataclasses.fields(cls) if f.name not in ("model", "cluster", "raw")
+        }
         return cls(model=model, cluster=cluster, raw=_plain(asked), **kept)
 
     def with_(self, **leaves: Any) -> Scenario:
@@ -143,20 +193,35 @@ class Scenario:
 
         ``model`` and ``cluster`` may also be descriptions.
         """
-        described = {name: leaves.pop(name) for name in ("model", "cluster") if isinstance(leaves.get(name), Model | Cluster)}
+        described = {
+            name: leaves.pop(name) for name in ("model", "cluster") if isinstance(leaves.get(name), Model | Cluster)
+        }
         raw = json.loads(json.dumps(self.raw))
         if raw and "popularity" in leaves:
             raw["routing"]["popularity"] = {}
         asked = parse_as(_File, merge(raw, nest(leaves)), owner="scenario")
         named = {"model": "model" in leaves, "cluster": "cluster" in leaves or "num_gpus" in leaves}
         model = described.get("model") or (load_model(asked.model) if named["model"] else self.model)
-        cluster = described.get("cluster") or (load_cluster(asked.cluster, asked.num_gpus) if named["cluster"] else self.cluster)
-        kept = {f.name: getattr(asked, f.name) for f in dataclasses.fields(self) if f.name not in ("model", "cluster", "raw")}
-        return Scenario(model=model, cluster=cluster, raw=_plain(asked) | {"model": model.name, "num_gpus": cluster.num_gpus}, **kept)
+        cluster = described.get("cluster") or (
+            load_cluster(asked.cluster, asked.num_gpus) if named["cluster"] else self.cluster
+        )
+        kept = {
+            f.name: getattr(asked, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("model", "cluster", "raw")
+        }
+        return Scenario(
+            model=model,
+            cluster=cluster,
+            raw=_plain(asked) | {"model": model.name, "num_gpus": cluster.num_gpus},
+            **kept,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The canonical mapping: the file's fields, every default filled in."""
-        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("model", "cluster", "raw")}
+        kept = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("model", "cluster", "raw")
+        }
         return {
             "schema": SCHEMA,
             "model": self.model.name,

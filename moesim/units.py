@@ -18,18 +18,28 @@ BYTES_PER_ELEMENT: Mapping[str, float] = MappingProxyType(
     {"float32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "mxfp8": 1, "int8": 1, "mxfp4": 0.5, "nvfp4": 0.5}
 )
 
-_SCALE: Mapping[str, tuple[str, float]] = MappingProxyType(
+_BY_DIMENSION: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
-        "B": ("bytes", 1.0), "KB": ("bytes", KILO), "MB": ("bytes", MEGA), "GB": ("bytes", GIGA), "TB": ("bytes", TERA),
-        "KiB": ("bytes", float(KIB)), "MiB": ("bytes", float(MIB)), "GiB": ("bytes", float(GIB)), "TiB": ("bytes", float(TIB)),
-        "B/s": ("bytes_per_s", 1.0), "MB/s": ("bytes_per_s", MEGA), "GB/s": ("bytes_per_s", GIGA), "TB/s": ("bytes_per_s", TERA),
-        "Gbit/s": ("bytes_per_s", GIGA / 8), "Gb/s": ("bytes_per_s", GIGA / 8), "Gbps": ("bytes_per_s", GIGA / 8),
-        "s": ("s", 1.0), "ms": ("s", MILLI), "us": ("s", MICRO), "ns": ("s", NANO),
-        "min": ("s", MINUTE_S), "h": ("s", HOUR_S), "d": ("s", DAY_S),
-        "FLOP/s": ("flops_per_s", 1.0), "GFLOP/s": ("flops_per_s", GIGA), "TFLOP/s": ("flops_per_s", TERA), "PFLOP/s": ("flops_per_s", PETA),
-        "W": ("w", 1.0), "kW": ("w", KILO),
+        "bytes": {
+            "B": 1.0,
+            "KB": KILO,
+            "MB": MEGA,
+            "GB": GIGA,
+            "TB": TERA,
+            "KiB": KIB,
+            "MiB": MIB,
+            "GiB": GIB,
+            "TiB": TIB,
+        },
+        "bytes_per_s": {
+            **{"B/s": 1.0, "MB/s": MEGA, "GB/s": GIGA, "TB/s": TERA},
+            **dict.fromkeys(("Gbit/s", "Gb/s", "Gbps"), GIGA / 8),
+        },
+        "s": {"s": 1.0, "ms": MILLI, "us": MICRO, "ns": NANO, "min": MINUTE_S, "h": HOUR_S, "d": DAY_S},
+        "flops_per_s": {"FLOP/s": 1.0, "GFLOP/s": GIGA, "TFLOP/s": TERA, "PFLOP/s": PETA},
+        "w": {"W": 1.0, "kW": KILO},
     }
-)  # fmt: skip
+)
 _QUANTITY = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]+)\s*$")
 
 
@@ -41,11 +51,11 @@ def parse_quantity(text: str, dimension: str) -> float:
     >>> parse_quantity("400 Gbit/s", "bytes_per_s")
     50000000000.0
     """
+    scale = _BY_DIMENSION[dimension]
     match = _QUANTITY.match(text)
-    if match is None or _SCALE.get(match[2], ("", 0.0))[0] != dimension:
-        units = ", ".join(unit for unit, (kind, _) in _SCALE.items() if kind == dimension)
-        raise ValueError(f"a number with a unit out of {units}")
-    return float(match[1]) * _SCALE[match[2]][1]
+    if match is None or match[2] not in scale:
+        raise ValueError(f"a number with a unit out of {', '.join(scale)}")
+    return float(match[1]) * scale[match[2]]
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -15,9 +15,14 @@ def work(forward_s, backward_s, *, vpp=1, num_blocks=1, num_micro_batches=1, sen
     shape = (vpp, num_blocks, num_micro_batches)
     sends = np.full(vpp, send_s)
     return StageWork(
-        forward_CBM=np.broadcast_to(forward_s, shape), backward_CBM=np.broadcast_to(backward_s, shape), forward_send_C=sends,
-        backward_send_C=sends, reduce_s=tail[0], optimizer_s=tail[1], gather_s=tail[2],
-    )  # fmt: skip
+        forward_CBM=np.broadcast_to(forward_s, shape),
+        backward_CBM=np.broadcast_to(backward_s, shape),
+        forward_send_C=sends,
+        backward_send_C=sends,
+        reduce_s=tail[0],
+        optimizer_s=tail[1],
+        gather_s=tail[2],
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -42,7 +47,9 @@ def test_every_micro_batch_passes_every_chunk_once_each_way():
     for pp, vpp, num_micro_batches in ((4, 1, 6), (4, 2, 8), (3, 3, 6)):
         for stage in range(pp):
             operations = OneForwardOneBackward(pp=pp, vpp=vpp)(stage, num_micro_batches)
-            assert sorted(operations) == sorted(Operation(b, c, m) for b in (False, True) for c in range(vpp) for m in range(num_micro_batches))
+            assert sorted(operations) == sorted(
+                Operation(b, c, m) for b in (False, True) for c in range(vpp) for m in range(num_micro_batches)
+            )
 
 
 def test_a_slow_micro_batch_on_one_stage_delays_the_whole_step():
@@ -69,7 +76,9 @@ def test_a_schedule_that_cannot_proceed_names_who_waits_for_what():
         operations = OneForwardOneBackward(pp=2)(stage, num_micro_batches)
         return operations[::-1] if stage == 1 else operations
 
-    with pytest.raises(DeadlockError, match=r"stage 0 block 0 waits for the backward of micro-batch 0.*stage 1 block 0"):
+    with pytest.raises(
+        DeadlockError, match=r"stage 0 block 0 waits for the backward of micro-batch 0.*stage 1 block 0"
+    ):
         run_pipeline([work(1.0, 2.0, num_micro_batches=3)] * 2, wrong)
 
 
@@ -78,7 +87,12 @@ def test_a_schedule_that_cannot_proceed_names_who_waits_for_what():
 def test_a_step_lies_between_its_busiest_stage_and_everything_in_a_row(seed, pp, num_micro_batches):
     rng = np.random.default_rng(seed)
     stages = [
-        work(rng.random((1, 1, num_micro_batches)), rng.random((1, 1, num_micro_batches)), num_micro_batches=num_micro_batches, send_s=0.1)
+        work(
+            rng.random((1, 1, num_micro_batches)),
+            rng.random((1, 1, num_micro_batches)),
+            num_micro_batches=num_micro_batches,
+            send_s=0.1,
+        )
         for _ in range(pp)
     ]
     step_s, _ = run_pipeline(stages, OneForwardOneBackward(pp=pp))

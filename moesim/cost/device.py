@@ -1,7 +1,8 @@
 """How long one GPU takes for one piece of work, alone: matrix products, grouped products, streams, attention.
 
-Two sources, never mixed silently: a calibration profile of this very device, or the datasheet with efficiencies whose source
-stands in ``catalog/efficiency.yaml``. Each DeviceCost says which in ``provenance``. See docs/model.md#product and #stream.
+Two sources, never mixed silently: a calibration profile of this very device, or the datasheet with efficiencies whose
+source stands in ``catalog/efficiency.yaml``. Each DeviceCost says which in ``provenance``. See docs/model.md#product
+and #stream.
 
 Legend: E experts on a rank; a leading ... stands for any axes.
 """
@@ -53,11 +54,15 @@ class DeviceCost:
     provenance: tuple[Provenance, ...] = ()
 
     def product_s(self, rows: ArrayLike, reduced: float, columns: float) -> Floats:
-        """Seconds of a (rows, reduced) x (reduced, columns) product; rows may be any array, 0 rows cost nothing. See docs/model.md#product."""
+        """Seconds of a (rows, reduced) x (reduced, columns) product; rows may be any array, 0 rows cost nothing. See
+        docs/model.md#product.
+        """
         return self.grouped_s(np.asarray(rows, dtype=np.float64)[..., None], reduced, columns)
 
     def grouped_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
-        """Seconds of one kernel that multiplies rows_E[..., e] rows by each of E weights (reduced, columns); result drops the last axis."""
+        """Seconds of one kernel that multiplies rows_E[..., e] rows by each of E weights (reduced, columns); result
+        drops the last axis.
+        """
         rows = np.asarray(rows_E, dtype=np.float64)
         if self.profile is not None:
             return self.profile.grouped_product_s(rows, reduced, columns)
@@ -69,10 +74,14 @@ class DeviceCost:
         return self._kernel_s(flops, operands + results, (rows > 0).any(axis=-1))
 
     def weight_gradient_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
-        """Seconds of one kernel that makes E weight gradients (reduced, columns), each summed over rows_E[..., e] rows."""
+        """Seconds of one kernel that makes E weight gradients (reduced, columns), each summed over rows_E[..., e]
+        rows.
+        """
         rows = np.asarray(rows_E, dtype=np.float64)
         if self.profile is not None:
-            return self.profile.grouped_product_s(rows, reduced, columns, backward=True) - self.profile.grouped_product_s(rows, columns, reduced)
+            return self.profile.grouped_product_s(
+                rows, reduced, columns, backward=True
+            ) - self.profile.grouped_product_s(rows, columns, reduced)
         padded_reduced = np.ceil(reduced / self.tile_rows) * self.tile_rows
         flops = 2.0 * ((rows + self.reduce_overhead) * (rows > 0)).sum(axis=-1) * padded_reduced * columns
         operands = rows.sum(axis=-1) * (reduced + columns) * self.input_bytes
@@ -109,8 +118,9 @@ def efficiencies() -> dict[str, Any]:
 def device_cost(gpu: Gpu, precision: str, profile: str = "auto") -> DeviceCost:
     """The cost of a GPU at a precision of its products.
 
-    profile: ``auto`` takes a shipped calibration profile of this GPU when there is one, else the datasheet; ``datasheet``; or
-    a profile's path, which must be of this GPU. Raises InputError for a profile of another device or a precision the GPU lacks.
+    profile: ``auto`` takes a shipped calibration profile of this GPU when there is one, else the datasheet;
+    ``datasheet``; or a profile's path, which must be of this GPU. Raises InputError for a profile of another device
+    or a precision the GPU lacks.
     """
     rule = f"must be one that {gpu.name} has a peak for: {', '.join(sorted(gpu.peak_flops_per_s))}"
     check(precision in gpu.peak_flops_per_s, "scenario.train", "precision", rule, precision)
@@ -136,17 +146,22 @@ def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> Dev
     told = [
         Provenance(part=f"peak {precision}", kind=peak.kind, source=peak.source),
         Provenance(part="memory bandwidth", kind=gpu.memory_bytes_per_s.kind, source=gpu.memory_bytes_per_s.source),
-        Provenance(part="product efficiency", kind=best["kind"] if known else "assumed", source=best["source"] if known else f"of {_FALLBACK_GPU}, for want of one of {gpu.name}: {best['source']}"),
-        Provenance(part="product shape", kind=shape["reduce_overhead"]["kind"], source=shape["reduce_overhead"]["source"] + ("" if precision == "fp8" else "; halved for bf16 (assumed)")),
-        Provenance(part="stream efficiency", kind=stream["kind"], source=stream["source"]),
-        Provenance(part="attention efficiency", kind=attention["forward_utilisation"]["kind"], source=attention["forward_utilisation"]["source"]),
-    ]  # fmt: skip
+        _told("product efficiency", best)
+        if known
+        else Provenance(part="product efficiency", kind="assumed", source=f"that of {_FALLBACK_GPU}: {best['source']}"),
+        _told("product shape", shape["reduce_overhead"], "" if precision == "fp8" else "; halved for bf16 (assumed)"),
+        _told("stream efficiency", stream),
+        _told("attention efficiency", attention["forward_utilisation"]),
+    ]
     memory_rate = gpu.memory_bytes_per_s.value * stream["value"]
     start_s = shape["product_start"]["value"]
     if calibrated is not None:
         memory_rate, start_s = calibrated.memory_bytes_per_s, calibrated.launch_s
         source = f"calibration profile {calibrated.name} of {calibrated.device}"
-        told = [Provenance(part=part, kind="measured", source=source) for part in ("products", "memory bandwidth", "kernel start")] + told[-1:]
+        told = [
+            Provenance(part=part, kind="measured", source=source)
+            for part in ("products", "memory bandwidth", "kernel start")
+        ] + told[-1:]
     return DeviceCost(
         peak_flops_per_s=peak.value,
         product_utilisation=best["value"],
@@ -160,3 +175,8 @@ def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> Dev
         profile=calibrated,
         provenance=tuple(told),
     )
+
+
+def _told(part: str, entry: dict[str, Any], note: str = "") -> Provenance:
+    """The provenance of an entry of the table."""
+    return Provenance(part=part, kind=entry["kind"], source=entry["source"] + note)

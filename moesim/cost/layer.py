@@ -1,11 +1,11 @@
 """What one layer costs one rank, phase by phase: seconds forward and backward, bytes that its collectives move.
 
-The phases of a layer in order: attention (with the tensor-parallel gather and scatter around it), router, permute, dispatch,
-experts, combine, unpermute; or the dense feed-forward block instead of all after attention. Nothing here knows of other
-ranks: collectives are given as bytes, their seconds come from the fabric. See docs/model.md#layer.
+The phases of a layer in order: attention (with the tensor-parallel gather and scatter around it), router, permute,
+dispatch, experts, combine, unpermute; or the dense feed-forward block instead of all after attention. Nothing here
+knows of other ranks: collectives are given as bytes, their seconds come from the fabric. See docs/model.md#layer.
 
-Legend: T tokens of a micro-batch on one tensor-parallel group after context parallelism; S = T/tp, a rank's own tokens under
-sequence parallelism; R expert-parallel ranks; E experts on one rank; leading ... any axes.
+Legend: T tokens of a micro-batch on one tensor-parallel group after context parallelism; S = T/tp, a rank's own
+tokens under sequence parallelism; R expert-parallel ranks; E experts on one rank; leading ... any axes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.device import DeviceCost
-from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, Layer, MoeFfn, Model
+from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Training
 from moesim.units import BYTES_PER_ELEMENT
@@ -28,7 +28,9 @@ LOGIT_BYTES = BYTES_PER_ELEMENT["float32"]
 
 @dataclass(frozen=True, kw_only=True)
 class PassCost:
-    """Seconds of one layer in one direction on one rank, except what depends on where tokens went (see experts_s, permute_s)."""
+    """Seconds of one layer in one direction on one rank, except what depends on where tokens went (see experts_s,
+    permute_s).
+    """
 
     attention_s: float
     router_s: float = 0.0
@@ -44,6 +46,7 @@ class LayerCost:
     forward: PassCost
     backward: PassCost
     tp_bytes: float  # of the gathered (T, hidden) tensor
+    cp_bytes: float  # of the keys and values that a context-parallel group gathers for attention; 0 without one
 
 
 def rank_tokens(parallel: Parallelism, train: Training) -> float:
@@ -86,10 +89,15 @@ def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Trai
             num_tp_collectives=num_collectives,
         ),
         tp_bytes=group * model.hidden * ACTIVATION_BYTES,
+        cp_bytes=group * parallel.cp * _key_value_dims(layer.attention, parallel.tp) * ACTIVATION_BYTES
+        if parallel.cp > 1
+        else 0.0,
     )
 
 
-def experts_s(model: Model, moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, device: DeviceCost, backward: bool) -> Floats:
+def experts_s(
+    model: Model, moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, device: DeviceCost, backward: bool
+) -> Floats:
     """Seconds of a rank's experts, given rows_E[..., e] tokens for each of them; the result drops the last axis.
 
     Grouped products in and out with the activation between. See docs/model.md#experts.
@@ -104,8 +112,12 @@ def experts_s(model: Model, moe: MoeFfn, rows_E: Floats, *, parallel: Parallelis
     return products + device.stream_s(rows * (inner + width) * ACTIVATION_BYTES)
 
 
-def permute_s(model: Model, sent_rows: Floats | float, received_rows: Floats, *, device: DeviceCost) -> tuple[Floats, Floats]:
-    """Seconds to lay out rows for the wire, and to sort what arrived by expert: each row is read once and written once."""
+def permute_s(
+    model: Model, sent_rows: Floats | float, received_rows: Floats, *, device: DeviceCost
+) -> tuple[Floats, Floats]:
+    """Seconds to lay out rows for the wire, and to sort what arrived by expert: each row is read once and written
+    once.
+    """
     row_bytes = 2 * model.hidden * ACTIVATION_BYTES
     return device.stream_s(np.asarray(sent_rows) * row_bytes), device.stream_s(received_rows * row_bytes)
 
@@ -117,7 +129,9 @@ def embedding_s(model: Model, *, parallel: Parallelism, train: Training, device:
 
 
 def head_s(model: Model, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool) -> float:
-    """Seconds of final norm, output head and loss on the last stage: one product, then float32 logits passed over three times."""
+    """Seconds of final norm, output head and loss on the last stage: one product, then float32 logits passed over
+    three times.
+    """
     rows = rank_tokens(parallel, train) * parallel.tp
     columns = model.vocab / parallel.tp
     logits_s = float(device.stream_s(3 * rows * columns * LOGIT_BYTES))
@@ -126,12 +140,16 @@ def head_s(model: Model, *, parallel: Parallelism, train: Training, device: Devi
 
 
 def optimizer_s(num_parameters: float, device: DeviceCost) -> float:
-    """Seconds of one Adam step over a rank's shard: reads gradient, main weight and two moments, writes three and the bf16 weight."""
+    """Seconds of one Adam step over a rank's shard: reads gradient, main weight and two moments, writes three and the
+    bf16 weight.
+    """
     return float(device.stream_s(num_parameters * (7 * BYTES_PER_ELEMENT["float32"] + ACTIVATION_BYTES)))
 
 
 def attention_core_flops(attention: Attention, layer: Layer, *, seq_len: float, tokens: float) -> float:
-    """Useful forward FLOPs of scores and values for ``tokens`` queries over their sequence; causal attention counts half."""
+    """Useful forward FLOPs of scores and values for ``tokens`` queries over their sequence; causal attention counts
+    half.
+    """
     if isinstance(attention, GroupedQueryAttention):
         dims = 2 * attention.head_dim
         reach = min(seq_len, attention.sliding_window or seq_len)
@@ -143,17 +161,22 @@ def attention_core_flops(attention: Attention, layer: Layer, *, seq_len: float, 
     return 2.0 * tokens * attention.num_heads * dims * seen
 
 
-def _attention_s(model: Model, layer: Layer, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool) -> float:
+def _attention_s(
+    model: Model, layer: Layer, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool
+) -> float:
     rows = np.array([rank_tokens(parallel, train) * parallel.tp])
     product = device.backward_s if backward else device.grouped_s
     seconds = 0.0
     for attention, causal in ((layer.attention, True), (layer.cross_attention, False)):
         if attention is None:
             continue
-        seconds += sum(float(product(rows, reduced, columns)) for reduced, columns in _projections(model, attention, parallel.tp))
+        seconds += sum(
+            float(product(rows, reduced, columns)) for reduced, columns in _projections(model, attention, parallel.tp)
+        )
         seen_by = layer if causal else Layer(attention=attention, ffn=layer.ffn, causal=False)
         flops = attention_core_flops(attention, seen_by, seq_len=train.seq_len, tokens=float(rows[0])) / parallel.tp
-        # The backward of a flash kernel does 2.5 times the forward's products (five against two). arXiv 2205.14135, section 3.
+        # The backward of a flash kernel does 2.5 times the forward's products (five to two). arXiv 2205.14135.
+
         seconds += device.attention_s(2.5 * flops if backward else flops, backward=backward)
         rotated = 2 * float(rows[0]) * sum(columns for _, columns in _projections(model, attention, parallel.tp)[:-1])
         seconds += float(device.stream_s(rotated * ACTIVATION_BYTES))
@@ -173,7 +196,20 @@ def _projections(model: Model, attention: Attention, tp: int) -> list[tuple[floa
     out = (heads * attention.v_head_dim, model.hidden)
     if attention.q_lora_rank is None:
         return [(model.hidden, heads * query_dim), (model.hidden, down), up, out]
-    return [(model.hidden, attention.q_lora_rank), (attention.q_lora_rank, heads * query_dim), (model.hidden, down), up, out]
+    return [
+        (model.hidden, attention.q_lora_rank),
+        (attention.q_lora_rank, heads * query_dim),
+        (model.hidden, down),
+        up,
+        out,
+    ]
+
+
+def _key_value_dims(attention: Attention, tp: int) -> float:
+    """Elements of one token's keys and values on one tensor-parallel rank."""
+    if isinstance(attention, GroupedQueryAttention):
+        return 2 * max(attention.num_kv_heads / tp, 1) * attention.head_dim
+    return attention.num_heads / tp * (attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim)
 
 
 def _router_s(model: Model, moe: MoeFfn, own: float, device: DeviceCost) -> tuple[float, float]:
@@ -195,7 +231,7 @@ def _ffn_s(model: Model, ffn: Ffn, tokens: float, tp: int, device: DeviceCost) -
 
 
 def _norms_and_residuals_bytes(model: Model, layer: Layer, own: float) -> float:
-    """Bytes of the block's norms (read, write) and residual additions (two reads, one write) for a rank's own tokens."""
+    """Bytes of the block's norms (read, write) and residual additions (two reads, one write)."""
     per_norm, per_residual = 2, 3
     num_residuals = 3 if layer.cross_attention is not None else 2
     return (layer.num_norms * per_norm + num_residuals * per_residual) * own * model.hidden * ACTIVATION_BYTES

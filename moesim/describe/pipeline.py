@@ -8,9 +8,9 @@ from moesim.errors import check
 def stage_layers(num_layers: int, pp: int, vpp: int = 1) -> tuple[tuple[range, ...], ...]:
     """Layer ranges of each stage: result[stage] holds one range per virtual stage.
 
-    The stack is cut into pp*vpp consecutive chunks, chunk c going to stage c % pp. Where the layers do not divide, chunks at
-    the ends are the shorter ones (last, first, last but one, ...), since embedding and head already weigh on those stages.
-    Raises InputError when a chunk would be empty.
+    The stack is cut into pp*vpp consecutive chunks, chunk c going to stage c % pp. Where the layers do not divide,
+    chunks at the ends are the shorter ones (last, first, last but one, ...), since embedding and head already weigh
+    on those stages. Raises InputError when a chunk would be empty.
 
     >>> stage_layers(5, 2)
     ((range(0, 3),), (range(3, 5),))

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.cost.device import Provenance
 from moesim.units import format_bytes, format_seconds
 
-# The parts a step's time is split into, in the order figures stack them: mean seconds over all ranks, summing to the step.
+# The parts a step's time is split into, in the order figures stack them: mean seconds over all ranks, summing to the
+# step.
 STEP_PARTS = (
     "attention",
     "dense_ffn",
@@ -46,17 +48,10 @@ MEMORY_PARTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Where a part of the result came from: kind is measured, interpolated, extrapolated, spec or assumed."""
-
-    part: str
-    kind: str
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One simulated step. Times [s] are means over all ranks unless said otherwise; memory [bytes] is the worst rank's."""
+    """One simulated step. Times [s] are means over all ranks unless said otherwise; memory [bytes] is the worst
+    rank's.
+    """
 
     scenario: dict[str, Any]
     step_s: float
@@ -72,9 +67,9 @@ class StepResult:
     hidden_comm_s: float
     wait_s: float
     bubble_fraction: float
-    max_mean_load: float
-    gini: float
-    entropy: float  # of the load over experts, as a fraction of the largest possible
+    max_mean_load: float  # busiest expert over the mean of its layer, in the worst layer
+    gini: float  # of the load over experts, mean over layers
+    entropy: float  # of the load over experts, as a fraction of the largest possible, mean over layers
     memory: dict[str, float]  # MEMORY_PARTS and peak_bytes of the worst rank
     memory_by_rank: list[dict[str, Any]]  # one per stage: stage, rank, MEMORY_PARTS, peak_bytes
     fits: bool
@@ -104,7 +99,12 @@ class StepResult:
             ("Tokens per second and GPU", f"{self.tokens_per_s_per_gpu:,.0f}"),
             ("MFU (causal attention)", f"{self.mfu:.1%}"),
             ("Peak memory, worst rank", format_bytes(self.memory["peak_bytes"])),
-            ("Fits", f"yes, {format_bytes(self.headroom_bytes)} free" if self.fits else f"no, {format_bytes(-self.headroom_bytes)} too much"),
+            (
+                "Fits",
+                f"yes, {format_bytes(self.headroom_bytes)} free"
+                if self.fits
+                else f"no, {format_bytes(-self.headroom_bytes)} too much",
+            ),
             ("Exposed communication", f"{self.exposed_comm_s / self.step_s:.1%} of the step"),
             ("Waiting for the slowest rank", f"{self.wait_s / self.step_s:.1%} of the step"),
             ("Pipeline bubble", f"{self.bubble_fraction:.1%} of the step"),
@@ -114,5 +114,7 @@ class StepResult:
         ]
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self.rows())
+        cells = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self.rows()
+        )
         return f"<table>{cells}</table>"

@@ -1,10 +1,11 @@
 """A stage's operations laid out rank by rank: who computes how long, who waits for whom, before any clock runs.
 
-All micro-batches are computed at once. Within one operation the ranks of a block start together: each operation ends with the
-slowest rank of its block, and until the first collective every rank of a block has the same work, so nothing is lost by it.
+All micro-batches are computed at once. Within one operation the ranks of a block start together: each operation ends
+with the slowest rank of its block, and until the first collective every rank of a block has the same work, so nothing
+is lost by it.
 
-Legend: P phases of an operation, M micro-batches, R ranks of one stage in rank order (expert-tensor fastest, then expert-parallel,
-then expert-data-parallel), B blocks of R (ranks that must synchronise), V traced ranks.
+Legend: P phases of an operation, M micro-batches, R ranks of one stage in rank order (expert-tensor fastest, then
+expert-parallel, then expert-data-parallel), B blocks of R (ranks that must synchronise), V traced ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One step of an operation. seconds broadcasts to (M, R); ranks_in_step > 1: that many consecutive ranks wait for each other first."""
+    """One step of an operation. seconds broadcasts to (M, R); ranks_in_step > 1: that many consecutive ranks wait for
+    each other first.
+    """
 
     name: str
     part: str  # one of metrics.step.STEP_PARTS
@@ -37,12 +40,16 @@ class OperationTimes:
     parts: tuple[str, ...]
     layers: tuple[int, ...]
     duration_MB: Floats  # how long the block is busy
-    part_R: Mapping[str, Floats]  # seconds by part and rank, summed over micro-batches; with wait_for_slowest sums to duration
+    part_R: Mapping[
+        str, Floats
+    ]  # seconds by part and rank, summed over micro-batches; with wait_for_slowest sums to duration
     start_PMV: Floats  # of the traced ranks, from the start of the operation
     seconds_PMV: Floats
 
 
-def lay_out(phases: Sequence[Phase], *, num_micro_batches: int, num_ranks: int, block_size: int, traced: NDArray[np.int64]) -> OperationTimes:
+def lay_out(
+    phases: Sequence[Phase], *, num_micro_batches: int, num_ranks: int, block_size: int, traced: NDArray[np.int64]
+) -> OperationTimes:
     """Run the phases on every rank's own clock and meet where collectives demand it.
 
     traced: (V,) ranks of the stage whose spans are kept. See docs/model.md#barriers.

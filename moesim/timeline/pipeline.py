@@ -1,8 +1,9 @@
-"""The clock: SimPy processes, one per stage and block of ranks, that run their operations in order and wait for one another.
+"""The clock: SimPy processes, one per stage and block of ranks, that run their operations in order and wait for one
+another.
 
-A process waits, holds and notes when; every duration is computed before. The last stage turns a micro-batch round. After its
-last backward a stage's blocks meet for the gradient reduction, then all stages meet for the gradient norm, then the optimizer
-runs. See docs/model.md#pipeline.
+A process waits, holds and notes when; every duration is computed before. The last stage turns a micro-batch round.
+After its last backward a stage's blocks meet for the gradient reduction, then all stages meet for the gradient norm,
+then the optimizer runs. See docs/model.md#pipeline.
 
 Legend: B blocks of a stage that are simulated, M micro-batches, C chunks of all stages in order of depth.
 """
@@ -54,7 +55,9 @@ class StageClock:
 
 
 def run_pipeline(stages: Sequence[StageWork], schedule: Schedule) -> tuple[float, list[StageClock]]:
-    """Run one step; returns its length [s] and each stage's clock. Raises DeadlockError naming stages and blocks that wait in vain."""
+    """Run one step; returns its length [s] and each stage's clock. Raises DeadlockError naming stages and blocks that
+    wait in vain.
+    """
     vpp, num_blocks, num_micro_batches = stages[0].forward_CBM.shape
     run = _Run(stages, num_blocks, num_micro_batches, vpp)
     processes = [
@@ -63,10 +66,14 @@ def run_pipeline(stages: Sequence[StageWork], schedule: Schedule) -> tuple[float
         for block in range(num_blocks)
     ]
     run.env.run()
-    stuck = [(i, waits) for i, (process, waits) in enumerate(zip(processes, run.waits_for, strict=True)) if process.is_alive]
+    stuck = [
+        (i, waits) for i, (process, waits) in enumerate(zip(processes, run.waits_for, strict=True)) if process.is_alive
+    ]
     if stuck:
         told = "; ".join(f"stage {i // num_blocks} block {i % num_blocks} waits for {waits}" for i, waits in stuck[:8])
-        raise DeadlockError(f"the step cannot go on: {told}" + (f"; and {len(stuck) - 8} more" if len(stuck) > 8 else ""))
+        raise DeadlockError(
+            f"the step cannot go on: {told}" + (f"; and {len(stuck) - 8} more" if len(stuck) > 8 else "")
+        )
     clocks = [
         StageClock(
             forward_start_CBM=run.start[s, 0],
@@ -105,7 +112,9 @@ class _Run:
             self.arrived[key] = self.env.event()
         return self.arrived[key]
 
-    def stage_process(self, stage: int, block: int, operations: Sequence[Operation]) -> Generator[simpy.Event, Any, None]:
+    def stage_process(
+        self, stage: int, block: int, operations: Sequence[Operation]
+    ) -> Generator[simpy.Event, Any, None]:
         env, work, pp = self.env, self.stages[stage], len(self.stages)
         me, last = stage * self.num_blocks + block, pp * self.vpp - 1
         for op in operations:

@@ -19,9 +19,11 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OneForwardOneBackward:
-    """1F1B: a stage warms up with as many forwards as there are stages after it, then alternates. arXiv 2104.04473, section 2.2.
+    """1F1B: a stage warms up with as many forwards as there are stages after it, then alternates. arXiv 2104.04473,
+    section 2.2.
 
-    With vpp > 1 virtual stages the interleaved order of the same paper: micro-batches go in rounds of pp through each chunk.
+    With vpp > 1 virtual stages the interleaved order of the same paper: micro-batches go in rounds of pp through each
+    chunk.
 
     >>> [("B" if op.is_backward else "F") + str(op.micro_batch) for op in OneForwardOneBackward(pp=2, vpp=1)(0, 3)]
     ['F0', 'F1', 'B0', 'F2', 'B1', 'B2']

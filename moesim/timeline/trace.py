@@ -1,7 +1,7 @@
 """What a run leaves behind: when each operation began, what filled it, and how long each rank spent on what.
 
-Spans are columns (arrays); they are expanded only for the traced ranks and only when asked for. ``write_chrome`` writes the
-JSON that Perfetto and chrome://tracing open. Times are seconds from the start of the step.
+Spans are columns (arrays); they are expanded only for the traced ranks and only when asked for. ``write_chrome``
+writes the JSON that Perfetto and chrome://tracing open. Times are seconds from the start of the step.
 
 Legend: P phases, M micro-batches, V traced ranks of a stage, R ranks of a stage, S spans.
 """
@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.cost.device import DeviceCost
 from moesim.errors import InputError
 from moesim.scenario import Scenario
+from moesim.timeline.load import StepLoad
 from moesim.timeline.phases import Floats, OperationTimes
 from moesim.units import MEGA, MICRO
 
@@ -26,7 +28,9 @@ MAX_BYTES = int(50 * MEGA)
 
 @dataclass(frozen=True, kw_only=True)
 class OperationRun:
-    """All runs of one kind of operation (a chunk, a direction) on one stage: times by simulated block and micro-batch."""
+    """All runs of one kind of operation (a chunk, a direction) on one stage: times by simulated block and micro-
+    batch.
+    """
 
     chunk: int
     is_backward: bool
@@ -43,8 +47,11 @@ class StageRun:
     traced_R: NDArray[np.int64]  # ranks of the stage whose spans are kept; [0] is the representative, [1] the hottest
     block_of_traced: NDArray[np.int64]
     operations: tuple[OperationRun, ...]
-    tail: tuple[tuple[str, str, float, float], ...]  # name, part, start_s, seconds: reduction, optimizer, the same on all ranks
+    tail: tuple[
+        tuple[str, str, float, float], ...
+    ]  # name, part, start_s, seconds: reduction, optimizer, the same on all ranks
     part_R: Mapping[str, Floats]  # seconds by part and rank; sums to the step
+    hidden_comm_s: float  # communication that ran behind compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,8 @@ class Trace:
     """A finished step."""
 
     scenario: Scenario
+    device: DeviceCost
+    load: StepLoad | None  # None for a dense model
     step_s: float
     stages: tuple[StageRun, ...]
     ranks_per_stage: int
@@ -76,7 +85,9 @@ class Trace:
     num_simulated_blocks: int  # 1 when all blocks were the same, so that one stands for all
 
     def spans(self, ranks: Sequence[int] | None = None) -> Spans:
-        """The spans of the traced ranks (global rank numbers), all of them by default. Raises InputError for a rank not traced."""
+        """The spans of the traced ranks (global rank numbers), all of them by default. Raises InputError for a rank
+        not traced.
+        """
         known = {int(r) + run.stage * self.ranks_per_stage for run in self.stages for r in run.traced_R}
         missing = sorted(set(ranks or ()) - known)
         if missing:
@@ -94,13 +105,20 @@ class Trace:
     def representative_ranks(self) -> list[int]:
         """Global ranks traced: of each stage the one with the median load, then of each stage the hottest."""
         kept = max((len(run.traced_R) for run in self.stages), default=0)
-        ranks = [int(run.traced_R[i]) + run.stage * self.ranks_per_stage for i in range(kept) for run in self.stages if i < len(run.traced_R)]
+        ranks = [
+            int(run.traced_R[i]) + run.stage * self.ranks_per_stage
+            for i in range(kept)
+            for run in self.stages
+            if i < len(run.traced_R)
+        ]
         return list(dict.fromkeys(ranks))
 
     def write_chrome(self, path: Path, *, ranks: Sequence[int] | None = None, max_bytes: int = MAX_BYTES) -> list[int]:
-        """Write Chrome trace JSON of the given traced ranks, as many as fit into max_bytes in the order given; returns them.
+        """Write Chrome trace JSON of the given traced ranks, as many as fit into max_bytes in the order given;
+        returns them.
 
-        pid = rank + 1; thread ids are unique in the file and above 0; times in microseconds. Zero-length spans are left out.
+        pid = rank + 1; thread ids are unique in the file and above 0; times in microseconds. Zero-length spans are
+        left out.
         """
         from moesim.door.files import write_bytes_atomically
 
@@ -140,7 +158,15 @@ def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[st
             column.append(np.ascontiguousarray(value).ravel())
     for name, _part, start_s, seconds in run.tail:
         index, n = names.setdefault(name, len(names)), len(ranks_V)
-        tail = (ranks_V, np.full(n, index), np.full(n, -1), np.full(n, -1), np.full(n, False), np.full(n, start_s), np.full(n, seconds))
+        tail = (
+            ranks_V,
+            np.full(n, index),
+            np.full(n, -1),
+            np.full(n, -1),
+            np.full(n, False),
+            np.full(n, start_s),
+            np.full(n, seconds),
+        )
         for column, value in zip(columns, tail, strict=True):
             column.append(value)
     return [np.concatenate(column) for column in columns]
@@ -149,7 +175,9 @@ def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[st
 def _chrome_events(spans: Spans, rank: int, position: int) -> Iterator[str]:
     """Events of one rank: two threads (forward, backward and the rest), whose ids no other rank of the file has."""
     pid, first_tid = rank + 1, 2 * position + 1
-    yield json.dumps({"ph": "M", "name": "process_name", "pid": pid, "tid": first_tid, "args": {"name": f"rank {rank}"}})
+    yield json.dumps(
+        {"ph": "M", "name": "process_name", "pid": pid, "tid": first_tid, "args": {"name": f"rank {rank}"}}
+    )
     for tid, title in ((first_tid, "forward"), (first_tid + 1, "backward and step end")):
         yield json.dumps({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": title}})
     labels = [json.dumps(name) for name in spans.names]

@@ -1,0 +1,191 @@
+"""From a trace to the numbers of ``moesim simulate``.
+
+Legend: G expert-parallel groups, M micro-batches, L MoE layers, E experts, R ranks of a stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.device import Provenance
+from moesim.cost.memory import RankMemory, stage_memory
+from moesim.describe.counts import training_flops_per_token
+from moesim.describe.hardware import Sourced
+from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, STEP_PARTS, StepResult
+from moesim.routing.statistics import entropy, gini, load_alerts, max_mean
+from moesim.scenario import Scenario
+from moesim.timeline.trace import Trace
+
+_COMPUTE_PARTS = tuple(part for part in STEP_PARTS if part not in (*COMM_PARTS, "wait_for_slowest", "pipeline_bubble"))
+_IN_WORDS = {
+    "attention": "attention compute",
+    "dense_ffn": "dense and shared feed-forward compute",
+    "router": "router compute",
+    "permute": "permuting tokens (memory bandwidth)",
+    "experts": "expert compute",
+    "embedding_head": "embedding, head and loss",
+    "recompute": "recomputing activations",
+    "tensor_parallel_comm": "tensor- and context-parallel communication",
+    "all_to_all": "the all-to-alls of dispatch and combine",
+    "pipeline_send": "sending activations between stages",
+    "gradient_reduction": "gradient reduction",
+    "optimizer": "the optimizer step",
+    "wait_for_slowest": "waiting for the most loaded rank",
+    "pipeline_bubble": "the pipeline bubble",
+}
+
+
+def summarise(trace: Trace) -> StepResult:
+    """All of a step's headline numbers. Times are means over ranks; memory is the worst rank's."""
+    scenario, step_s = trace.scenario, trace.step_s
+    num_gpus = scenario.cluster.num_gpus
+    parts = step_parts(trace)
+    tokens = scenario.train.global_batch * scenario.train.seq_len
+    peak = scenario.cluster.gpu.peak_flops_per_s[scenario.train.precision].value
+    flops, flops_full = (
+        tokens * training_flops_per_token(scenario.model, scenario.train.seq_len, causal=causal, mtp=scenario.train.mtp)
+        for causal in (True, False)
+    )
+    memories = memory_by_stage(trace)
+    worst = max(memories, key=lambda memory: memory.peak_bytes)
+    headroom = scenario.cluster.gpu.memory_bytes.value - worst.peak_bytes
+    load_LE, drops_L = _load(trace)
+    alerts = load_alerts(load_LE) if load_LE.size else ()
+    layer_numbers = trace.load.layers if trace.load is not None else ()
+    dropped = float(drops_L.mean()) if drops_L.size else 0.0
+    return StepResult(
+        scenario=scenario.to_dict(),
+        step_s=step_s,
+        tokens_per_s=tokens / step_s,
+        tokens_per_s_per_gpu=tokens / step_s / num_gpus,
+        kept_assignment_fraction=1.0 - dropped,
+        drop_fraction=dropped,
+        mfu=flops / (step_s * num_gpus * peak),
+        mfu_full_attention=flops_full / (step_s * num_gpus * peak),
+        model_flops_per_s_per_gpu=flops / step_s / num_gpus,
+        compute_s=sum(parts[part] for part in _COMPUTE_PARTS),
+        exposed_comm_s=sum(parts[part] for part in COMM_PARTS),
+        hidden_comm_s=float(np.mean([run.hidden_comm_s for run in trace.stages])),
+        wait_s=parts["wait_for_slowest"],
+        bubble_fraction=parts["pipeline_bubble"] / step_s,
+        max_mean_load=float(max_mean(load_LE).max()) if load_LE.size else 1.0,
+        gini=float(gini(load_LE).mean()) if load_LE.size else 0.0,
+        entropy=float(entropy(load_LE, normalised=True).mean()) if load_LE.size else 1.0,
+        memory=_plain(worst),
+        memory_by_rank=[
+            {"stage": memory.stage, "rank": memory.rank, "moment": memory.moment} | _plain(memory)
+            for memory in memories
+        ],
+        fits=headroom >= 0,
+        headroom_bytes=headroom,
+        envelope={"inside": False, "reasons": _envelope(trace)},
+        step_parts_s=parts,
+        load_LE=load_LE,
+        alerts=[
+            {"layer": layer_numbers[alert.layer], "expert": alert.expert, "ratio": alert.ratio} for alert in alerts
+        ],
+        drop_fraction_by_layer=drops_L.tolist(),
+        binds=binds(parts, step_s),
+        provenance=(*trace.device.provenance, *_cluster_provenance(scenario)),
+        warnings=_warnings(trace, headroom),
+    )
+
+
+def step_parts(trace: Trace) -> dict[str, float]:
+    """Mean seconds over all ranks in each of STEP_PARTS; they sum to the step."""
+    return {part: float(np.mean([np.mean(run.part_R.get(part, 0.0)) for run in trace.stages])) for part in STEP_PARTS}
+
+
+def memory_by_stage(trace: Trace) -> list[RankMemory]:
+    """The worst rank's memory of each stage, under the load that the trace had."""
+    scenario, load = trace.scenario, trace.load
+    memories = []
+    for stage in range(scenario.parallel.pp):
+        positions = load.positions_of_stage(stage) if load is not None else []
+        received = load.received_GMLR(positions) if load is not None and positions else None
+        memories.append(
+            stage_memory(
+                scenario.model, scenario.parallel, scenario.layout, scenario.train, stage=stage, received_GMLR=received
+            )
+        )
+    return memories
+
+
+def binds(parts: dict[str, float], step_s: float) -> str:
+    """What takes the most of the step, in words with its share."""
+    shares = {part: seconds for part, seconds in parts.items() if part not in ("dispatch", "combine")}
+    shares["all_to_all"] = parts["dispatch"] + parts["combine"]
+    largest = max(shares, key=lambda part: shares[part])
+    return f"{_IN_WORDS[largest]} ({shares[largest] / step_s:.0%} of the step)"
+
+
+def _plain(memory: RankMemory) -> dict[str, float]:
+    return {part: float(getattr(memory, part)) for part in (*MEMORY_PARTS, "peak_bytes")}
+
+
+def _load(trace: Trace) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Shares of each layer's assignments by expert before drops, and the dropped fraction by layer."""
+    if trace.load is None:
+        return np.zeros((0, 0)), np.zeros(0)
+    assigned_LE = trace.load.load.assigned_GMLE.sum(axis=(0, 1), dtype=np.float64)
+    kept_L = trace.load.load.kept_GMLE.sum(axis=(0, 1, 3), dtype=np.float64)
+    total_L = assigned_LE.sum(axis=1)
+    return assigned_LE / total_L[:, None], np.maximum(1.0 - kept_L / total_L, 0.0)
+
+
+def _cluster_provenance(scenario: Scenario) -> list[Provenance]:
+    cluster = scenario.cluster
+    numbers: dict[str, Sourced] = {
+        "GPU memory": cluster.gpu.memory_bytes,
+        "NVLink rate": cluster.nvlink_bytes_per_s,
+        "NIC rate": cluster.nic_bytes_per_s,
+        "latency in the node": cluster.latency_intra_s,
+        "latency between nodes": cluster.latency_inter_s,
+    } | {f"derate {name}": value for name, value in cluster.derates.items()}
+    told = [Provenance(part=part, kind=number.kind, source=number.source) for part, number in numbers.items()]
+    popularity = scenario.routing.popularity
+    skew = f"routing.popularity of the scenario: {dataclasses.asdict(popularity)}"
+    return [*told, Provenance(part="expert popularity", kind="assumed", source=skew)] if scenario.model.is_moe else told
+
+
+def _envelope(trace: Trace) -> list[str]:
+    """What this run leaves out, in sentences: each a reason not to take its step time for a measurement."""
+    scenario = trace.scenario
+    model, train = scenario.model, scenario.train
+    reasons = ["Step times have not been scored against measured steps yet; no error bar can be given."]
+    reasons += ["Host launch overhead beyond a kernel's start, and CUDA graphs, are not modelled."]
+    if scenario.parallel.pp > 1:
+        reasons += ["Only 1F1B schedules run (interleaved with vpp > 1): no zero-bubble or DualPipe."]
+    if scenario.parallel.ep > 1:
+        reasons += ["All-to-alls do not overlap with compute, and every rank's time is that of its busiest port."]
+    if train.precision == "fp8":
+        reasons += [
+            "FP8: products run at FP8 rates and dispatch sends FP8 rows; casts, scales in memory and FP8 activations "
+            "are not modelled."
+        ]
+    if model.mtp_layers and not train.mtp:
+        reasons += [
+            f"The {len(model.mtp_layers)} multi-token-prediction layer(s) of {model.name} are not trained in this "
+            "scenario (mtp: true adds them)."
+        ]
+    if scenario.parallel.zero >= 2:
+        reasons += ["ZeRO-2 and ZeRO-3 collectives are fully exposed, and replicas do not wait for each other in them."]
+    if train.overlap == "grad_reduce":
+        reasons += ["Gradient buckets that overlap the last backward do not slow its all-to-alls."]
+    if any(layer.cross_attention is not None for layer in model.layers):
+        reasons += ["Encoder and decoder are given the same number of tokens."]
+    return reasons
+
+
+def _warnings(trace: Trace, headroom: float) -> tuple[str, ...]:
+    told = []
+    if headroom < 0:
+        told.append(
+            f"does not fit: the worst rank needs {-headroom:,.0f} bytes more than {trace.scenario.cluster.gpu.name} has"
+        )
+    if any(item.kind == "assumed" and item.part == "product efficiency" for item in trace.device.provenance):
+        told.append("product efficiency is assumed, not measured, for this GPU")
+    return tuple(told)

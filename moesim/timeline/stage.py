@@ -1,0 +1,234 @@
+"""One pipeline stage's operations as phases: which layers, in which order, with which loads and collectives.
+
+Forward: tensor-parallel gather, attention, router, permute, dispatch, sort, experts, sort back, combine, unpermute,
+shared or dense feed-forward. Backward: the same in reverse, after a recomputation where one is asked for. See
+docs/model.md#layer.
+
+Legend: M micro-batches, L MoE layers of the stage, R ranks of the stage, E experts on one rank, C virtual stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.device import DeviceCost
+from moesim.cost.layer import (
+    LayerCost,
+    PassCost,
+    embedding_s,
+    experts_s,
+    head_s,
+    layer_cost,
+    permute_s,
+    rank_tokens,
+)
+from moesim.cost.memory import Placed
+from moesim.describe.model import Layer, MoeFfn
+from moesim.fabric.collectives import allgather_s
+from moesim.scenario import Scenario
+from moesim.timeline.phases import Phase
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoad:
+    """What routing brings to one stage: rows of each expert, and each rank's time in the all-to-alls, by MoE layer of
+    the stage.
+    """
+
+    rows_MLRE: Floats
+    dispatch_s_MLR: Floats
+    combine_s_MLR: Floats
+    dispatch_backward_s_MLR: Floats
+    combine_backward_s_MLR: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """Everything needed to write down the phases of one stage."""
+
+    scenario: Scenario
+    device: DeviceCost
+    stage: int
+    chunks: tuple[tuple[Placed, ...], ...]  # layers of each virtual stage
+    first_layers: tuple[int, ...]  # number of each chunk's first layer in the model
+    load: StageLoad | None  # None: no MoE layer here
+    weight_gather_C: tuple[float, ...]  # seconds to gather a chunk's weights before each pass (ZeRO-3), else 0
+    gradient_scatter_C: tuple[
+        float, ...
+    ]  # seconds to reduce-scatter a chunk's gradients after each backward (ZeRO-2, 3), else 0
+
+    def forward(self, chunk: int) -> list[Phase]:
+        """Phases of the forward of one chunk."""
+        phases = self._weights("gather weights", self.weight_gather_C[chunk])
+        if self._is_first(chunk):
+            seconds = embedding_s(
+                self.scenario.model,
+                parallel=self.scenario.parallel,
+                train=self.scenario.train,
+                device=self.device,
+                backward=False,
+            )
+            phases.append(Phase(name="embedding", part="embedding_head", layer=-1, seconds=seconds))
+        for index, placed in enumerate(self.chunks[chunk], self.first_layers[chunk]):
+            phases += self._layer_forward(index, placed)
+        return phases + (self._head(backward=False) if self._is_last(chunk) else [])
+
+    def backward(self, chunk: int) -> list[Phase]:
+        """Phases of the backward of one chunk, recomputation included."""
+        phases = self._weights("gather weights", self.weight_gather_C[chunk])
+        phases += self._head(backward=True) if self._is_last(chunk) else []
+        for index, placed in reversed(list(enumerate(self.chunks[chunk], self.first_layers[chunk]))):
+            if self.scenario.train.recompute == "full":
+                phases += [_as_recompute(phase) for phase in self._layer_forward(index, placed)]
+            phases += self._layer_backward(index, placed)
+        if self._is_first(chunk):
+            seconds = embedding_s(
+                self.scenario.model,
+                parallel=self.scenario.parallel,
+                train=self.scenario.train,
+                device=self.device,
+                backward=True,
+            )
+            phases.append(Phase(name="embedding", part="embedding_head", layer=-1, seconds=seconds))
+        return phases + self._weights("scatter gradients", self.gradient_scatter_C[chunk])
+
+    def _is_first(self, chunk: int) -> bool:
+        return self.stage == 0 and chunk == 0
+
+    def _is_last(self, chunk: int) -> bool:
+        return self.stage == self.scenario.parallel.pp - 1 and chunk == len(self.chunks) - 1
+
+    def _layer_forward(self, index: int, placed: Placed) -> list[Phase]:
+        layer, cost = placed.layer, self._cost(placed.layer)
+        phases = self._around(index, cost, cost.forward)
+        if isinstance(layer.ffn, MoeFfn):
+            phases += self._moe_forward(index, placed.moe_index, layer.ffn, cost.forward)
+        if cost.forward.dense_ffn_s:
+            phases.append(
+                _local("shared experts" if layer.is_moe else "dense ffn", "dense_ffn", index, cost.forward.dense_ffn_s)
+            )
+        return phases
+
+    def _layer_backward(self, index: int, placed: Placed) -> list[Phase]:
+        layer, cost = placed.layer, self._cost(placed.layer)
+        phases = []
+        if cost.backward.dense_ffn_s:
+            phases.append(
+                _local("shared experts" if layer.is_moe else "dense ffn", "dense_ffn", index, cost.backward.dense_ffn_s)
+            )
+        if isinstance(layer.ffn, MoeFfn):
+            phases += self._moe_backward(index, placed.moe_index, layer.ffn, cost.backward)
+        return phases + self._around(index, cost, cost.backward)
+
+    def _around(self, index: int, cost: LayerCost, one_pass: PassCost) -> list[Phase]:
+        """Attention with the collectives of its tensor- and context-parallel group, all of the layer's in one span."""
+        parallel = self.scenario.parallel
+        phases = []
+        in_step = parallel.tp * parallel.cp
+        if in_step > 1:
+            seconds = one_pass.num_tp_collectives * _gather_s(parallel.tp, 1, cost.tp_bytes, self.scenario)
+            # Keys and values go round once forward; backward they and their gradients do.
+            rounds = 2 if one_pass is cost.backward else 1
+            seconds += (
+                rounds * _gather_s(parallel.cp, parallel.tp, cost.cp_bytes, self.scenario) if parallel.cp > 1 else 0.0
+            )
+            phases.append(
+                Phase(
+                    name="tensor parallel",
+                    part="tensor_parallel_comm",
+                    layer=index,
+                    seconds=seconds,
+                    ranks_in_step=in_step,
+                )
+            )
+        return [*phases, _local("attention", "attention", index, one_pass.attention_s)]
+
+    def _moe_forward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost) -> list[Phase]:
+        assert self.load is not None
+        rows_MRE = self.load.rows_MLRE[:, at]
+        lay_out_s, sort_s = self._permute_s(moe, rows_MRE)
+        experts = experts_s(
+            self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.device, backward=False
+        )
+        return [
+            _local("router", "router", index, one_pass.router_s),
+            _local("permute", "permute", index, lay_out_s),
+            *self._exchange("dispatch", index, self.load.dispatch_s_MLR[:, at]),
+            _local("sort by expert", "permute", index, sort_s),
+            _local("experts", "experts", index, experts),
+            _local("sort back", "permute", index, sort_s),
+            *self._exchange("combine", index, self.load.combine_s_MLR[:, at]),
+            _local("unpermute", "permute", index, one_pass.unpermute_s),
+        ]
+
+    def _moe_backward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost) -> list[Phase]:
+        """The forward's phases in reverse: gradients travel the combine's way back first."""
+        assert self.load is not None
+        rows_MRE = self.load.rows_MLRE[:, at]
+        lay_out_s, sort_s = self._permute_s(moe, rows_MRE)
+        experts = experts_s(
+            self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.device, backward=True
+        )
+        return [
+            _local("unpermute", "permute", index, one_pass.unpermute_s),
+            *self._exchange("combine", index, self.load.combine_backward_s_MLR[:, at]),
+            _local("sort back", "permute", index, sort_s),
+            _local("experts", "experts", index, experts),
+            _local("sort by expert", "permute", index, sort_s),
+            *self._exchange("dispatch", index, self.load.dispatch_backward_s_MLR[:, at]),
+            _local("permute", "permute", index, lay_out_s),
+            _local("router", "router", index, one_pass.router_s),
+        ]
+
+    def _exchange(self, name: str, index: int, seconds: Floats) -> list[Phase]:
+        in_step = self.scenario.parallel.ep * self.scenario.parallel.etp
+        if in_step == 1:
+            return []
+        return [Phase(name=name, part=name, layer=index, seconds=seconds, ranks_in_step=in_step)]
+
+    def _permute_s(self, moe: MoeFfn, rows_MRE: Floats) -> tuple[Floats, Floats]:
+        sent = rank_tokens(self.scenario.parallel, self.scenario.train) * moe.router.top_k
+        return permute_s(self.scenario.model, sent, rows_MRE.sum(axis=-1), device=self.device)
+
+    def _head(self, *, backward: bool) -> list[Phase]:
+        model, train = self.scenario.model, self.scenario.train
+        seconds = head_s(model, parallel=self.scenario.parallel, train=train, device=self.device, backward=backward)
+        num_heads = 1 + (len(model.mtp_layers) if train.mtp else 0)
+        return [_local("head and loss", "embedding_head", -1, seconds * num_heads)]
+
+    def _weights(self, name: str, seconds: float) -> list[Phase]:
+        return [Phase(name=name, part="gradient_reduction", layer=-1, seconds=seconds)] if seconds else []
+
+    def _cost(self, layer: Layer) -> LayerCost:
+        return layer_cost(
+            self.scenario.model, layer, parallel=self.scenario.parallel, train=self.scenario.train, device=self.device
+        )
+
+
+def _local(name: str, part: str, layer: int, seconds: Floats | float) -> Phase:
+    return Phase(name=name, part=part, layer=layer, seconds=seconds)
+
+
+def _as_recompute(phase: Phase) -> Phase:
+    """A forward phase done again: its compute counts as recomputation, its communication as communication."""
+    is_comm = phase.part in ("dispatch", "combine", "tensor_parallel_comm")
+    return Phase(
+        name=f"{phase.name} again",
+        part=phase.part if is_comm else "recompute",
+        layer=phase.layer,
+        seconds=phase.seconds,
+        ranks_in_step=phase.ranks_in_step,
+    )
+
+
+def _gather_s(group_size: int, stride: int, num_bytes: float, scenario: Scenario) -> float:
+    """Seconds to gather num_bytes over group_size ranks that lie stride apart."""
+    if group_size == 1:
+        return 0.0
+    in_node = max(min(group_size, scenario.cluster.ranks_per_node // stride), 1)
+    return float(allgather_s(group_size, in_node, num_bytes, scenario.cluster))

@@ -1,0 +1,60 @@
+"""Barriers inside an operation: everybody waits for the slowest, and no second is lost or counted twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.timeline.phases import Phase, lay_out
+
+
+def lay(phases, num_micro_batches=1, num_ranks=4, block_size=4):
+    return lay_out(
+        phases,
+        num_micro_batches=num_micro_batches,
+        num_ranks=num_ranks,
+        block_size=block_size,
+        traced=np.arange(num_ranks),
+    )
+
+
+def test_a_collective_starts_when_its_slowest_rank_arrives():
+    times = lay(
+        [
+            Phase(name="experts", part="experts", layer=0, seconds=np.array([[1.0, 2.0, 3.0, 4.0]])),
+            Phase(name="combine", part="combine", layer=0, seconds=1.0, ranks_in_step=2),
+        ]
+    )
+    assert times.start_PMV[1, 0].tolist() == [2.0, 2.0, 4.0, 4.0]
+    assert times.duration_MB.tolist() == [[5.0]]
+    assert times.part_R["wait_for_slowest"].tolist() == [3.0, 2.0, 1.0, 0.0]
+
+
+def test_ranks_of_different_blocks_do_not_wait_for_each_other():
+    slow_first = Phase(name="experts", part="experts", layer=0, seconds=np.array([[9.0, 1.0, 1.0, 1.0]]))
+    times = lay([slow_first], block_size=2)
+    assert times.duration_MB.tolist() == [[9.0, 1.0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num_phases=st.integers(1, 6), num_micro_batches=st.integers(1, 4))
+def test_every_ranks_parts_sum_to_the_time_its_block_is_busy(seed, num_phases, num_micro_batches):
+    rng = np.random.default_rng(seed)
+    phases = [
+        Phase(
+            name="x",
+            part=rng.choice(["experts", "dispatch"]),
+            layer=0,
+            seconds=rng.random((num_micro_batches, 8)),
+            ranks_in_step=int(rng.choice([1, 2, 4])),
+        )
+        for _ in range(num_phases)
+    ]
+    times = lay(phases, num_micro_batches, num_ranks=8, block_size=4)
+    total_R = sum(times.part_R.values())
+    assert total_R == pytest.approx(np.repeat(times.duration_MB.sum(axis=0), 4))
+    assert min(part_R.min() for part_R in times.part_R.values()) >= 0
+    slowest = sum(phase.seconds.max(axis=1) for phase in phases)
+    assert (times.duration_MB <= slowest[:, None] + 1e-12).all()
