@@ -10,7 +10,7 @@ next. The group-limited one needs the first two ring times of each group (its sc
 perturbed values, is the smallest product of ring times) and then rings of the chosen groups until k experts are found.
 
 Randomness is a counter: token t's stream is splitmix64 started at hash(seed, t), so the result depends on no thread or
-chunk. Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014. Tables: Vose, IEEE TSE 17 (1991).
+chunk. Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014. Vose, IEEE TSE 17 (1991).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def build_alias(weights_E, keep_E, other_E):  # type: ignore[no-untyped-def]
 # The rare paths (scan, resum) are functions of their own: inlined by numba they made the common path 13 times slower.
 @njit(nogil=True, cache=True)
 def _next_by_rejection(state, first, size, keep_E, other_E, token, rang_in_token_E):  # type: ignore[no-untyped-def]
-    """(state, expert): who of experts first..first+size rings next: alias draws until one did not ring in this token."""
+    """(state, expert): who of experts first..first+size rings next: alias draws until one that did not ring."""
     while True:
         state += _GOLDEN
         bits = _mix(state)
