@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.cli.call import Call
-from moesim.cli.output import Answer, Table, fields_table, working
+from moesim.cli.output import Answer, Table, fields_table
 from moesim.errors import InputError, check
 
 if TYPE_CHECKING:
@@ -21,17 +21,22 @@ DEVICES = ("auto", "cuda", "cpu")
 def render_report(call: Call, scenario_file: Path | None, params_file: Path | None) -> Answer:
     """Check everything that was asked, then run the planning notebook into the output folder."""
     from moesim.cli.question import flat_leaves, read_parameters, scenario_of, split_parameters, typed_parameters
-    from moesim.report.runner import notebook_parameters, run_notebook
+    from moesim.report.parameters import ask, check_parameters, find_notebook, parameters_of
+    from moesim.report.runner import FILES, run_notebook
 
-    own_defaults = notebook_parameters(PLANNING_NOTEBOOK)
-    leaves, own = split_parameters(read_parameters(params_file) | typed_parameters(call), own_defaults)
+    notebook = find_notebook(PLANNING_NOTEBOOK)
+    known = parameters_of(notebook)
+    leaves, own = split_parameters(read_parameters(params_file) | typed_parameters(call), known)
     scenario = scenario_of(call, scenario_file, leaves)
-    parameters = flat_leaves(scenario, scenario_file.parent if scenario_file else None) | own
-    parameters = {name: value for name, value in parameters.items() if name in own_defaults}
+    flat = flat_leaves(scenario, scenario_file.parent if scenario_file else None)
+    parameters = {name: value for name, value in flat.items() if name in known} | own
+    heard = ask(check_parameters(parameters, known), sorted(parameters)).scenario
+    for name, value in scenario.to_dict().items():
+        got = heard.to_dict()[name]
+        check(got == value, "report", name, "says more than the notebook's parameters can", value)
     folder = call.out or Path("out/report")
-    with working(call, f"Reporting on {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"):
-        written = run_notebook(PLANNING_NOTEBOOK, parameters, folder)
-    files = sorted(str(path) for path in written)
+    run_notebook(PLANNING_NOTEBOOK, parameters, folder, show_progress=False if call.verbosity < 0 else None)
+    files = [str(folder / name) for name in FILES if (folder / name).is_file()]
     return Answer(
         inputs={"scenario": scenario.to_dict(), "parameters": parameters},
         result={"folder": str(folder), "files": files},

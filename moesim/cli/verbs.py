@@ -66,6 +66,7 @@ def models(_: Call) -> Answer:
                 "total_parameters": counted.total_parameters,
                 "active_parameters": counted.active_parameters,
                 "active_parameters_no_input_embedding": counted.active_parameters_no_input_embedding,
+                "active_parameters_published": counted.active_parameters_published,
                 "num_layers": len(model.layers),
                 "num_moe_layers": len(model.moe_layers),
                 "experts": experts,
@@ -73,14 +74,15 @@ def models(_: Call) -> Answer:
                 "source": model.source,
             }
         )
-        shown = (
-            counted.active_parameters
-            if model.active_includes_input_embedding
-            else counted.active_parameters_no_input_embedding
-        )
         label = name + (" *" if model.hypothetical else "")
         rows.append(
-            (label, format_count(counted.total_parameters), format_count(shown), str(len(model.layers)), experts)
+            (
+                label,
+                format_count(counted.total_parameters),
+                format_count(counted.active_parameters_published),
+                str(len(model.layers)),
+                experts,
+            )
         )
     table = Table(
         title="Models",
@@ -170,34 +172,16 @@ def describe(
         ("Forward FLOPs per token", f"{format_count(counted.flops_per_token_forward)} at {seq_len:,} tokens"),
         ("Weights in bf16", format_bytes(counted.weight_bytes)),
     ]
-    by_part = counted.to_dict()
-    parts = Table(
-        title="By part",
-        columns=("Part", "Parameters", "Forward FLOPs per token"),
-        rows=[
-            (
-                name.replace("_", " "),
-                _count_of(by_part["parameters_by_part"], name),
-                _count_of(by_part["flops_by_part"], name),
-            )
-            for name in dict.fromkeys([*by_part["parameters_by_part"], *by_part["flops_by_part"]])
-        ],
-        right=("Parameters", "Forward FLOPs per token"),
-    )
+    columns = ("Part", "Parameters", "Active", "Forward FLOPs/token", "Weights")
+    parts = Table(title="By part", columns=columns, rows=counted.rows(), right=columns[1:])
     title = described.name + (" (hypothetical)" if described.hypothetical else "")
     return Answer(
         inputs={"model": model, "seq_len": seq_len},
-        result=by_part,
+        result=counted.to_dict(),
         tables=[fields_table(title, headline), parts],
         provenance=[{"part": "model", "kind": "spec", "source": described.source}],
         warnings=described.notes,
     )
-
-
-def _count_of(parts: dict[str, float], name: str) -> str:
-    from moesim.units import format_count
-
-    return format_count(parts[name]) if name in parts else "-"
 
 
 SIMULATE_EXAMPLES = _examples(
@@ -307,8 +291,8 @@ def trace(
     )
 
 
-def parse_ranks(text: str, num_gpus: int) -> str | list[int]:
-    """ "representative", or the ranks of a text such as ``0,1,8-15``. Raises InputError.
+def parse_ranks(text: str, num_gpus: int) -> list[int] | None:
+    """The ranks of a text such as ``0,1,8-15``; None for ``representative``. Raises InputError.
 
     >>> parse_ranks("0,8-10", 64)
     [0, 8, 9, 10]
