@@ -1,7 +1,7 @@
 """Permute and combine: from tokens to rows sorted by expert, and back. Nothing here waits for the device.
 
 A *copy* is one (token, choice) pair; a copy that is not dropped gets a *row*. Each expert's rows stand together, padded
-to the alignment that the grouped product wants; how many rows are set aside depends on sizes only, never on the routing.
+to the alignment that the grouped product wants; the number of rows set aside depends on sizes only, not on the routing.
 
 Legend: T tokens, K experts per token, E experts, C = T*K copies, P rows set aside, H hidden.
 """

@@ -40,7 +40,7 @@ class SharedExpert(nn.Module):
 class MoeLayer(nn.Module):
     """Sparse feed-forward layer. The router's weight and arithmetic are float32 in any precision of the rest.
 
-    capacity_factor: None is dropless; else an expert takes at most ceil(T*k/E*CF) copies (``capacity_tokens``), by policy.
+    capacity_factor: None is dropless; else an expert takes at most ceil(T*k/E*CF) copies (``capacity_tokens``).
     path: ``grouped`` or ``loop``; None takes the fast one where there is one.
 
     >>> layer = MoeLayer(hidden=8, width=16, num_experts=4, router=SoftmaxTopK(top_k=2))

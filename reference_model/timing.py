@@ -1,0 +1,169 @@
+"""Timing one call honestly: warm, on cold data, after the device is done, many times.
+
+A stand-alone kernel timed on the same buffers over and over reads them from cache, which a training step never does. So
+every sample takes the next views of one large *arena*, larger than the cache, and comes round only after all of it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+_MIB = 2**20
+_CPU_ARENA_BYTES = (64 * _MIB, 1024 * _MIB)  # at least, and at most: a virtual machine reports its host's whole cache
+_GPU_SLEEP_CYCLES = 500_000  # about 0.3 ms of the GPU, so that the host is ahead when the timed kernels start
+_MOST_BUDGETS = 5  # a case may take this many times its budget where the machine is disturbed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long to measure: passes over all cases (so that a slow minute of the machine spoils one pass, not one case),
+    samples per case and pass, seconds after which a case has enough of them, and further passes over those cases whose
+    two best passes still disagree."""
+
+    num_passes: int
+    min_samples: int
+    max_samples: int
+    budget_s: float
+    num_warmups: int = 2
+    num_extra_passes: int = 4
+
+
+class Arena:
+    """One large filled buffer that hands out views in turn, the least recently used memory first."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, num_bytes: int) -> None:
+        block = torch.randn(min(num_bytes, 8 * _MIB) // dtype.itemsize, device=device).to(dtype)
+        self._flat = block.repeat(math.ceil(num_bytes / (block.numel() * dtype.itemsize)))
+        self._next = 0
+        self.device, self.dtype, self.num_bytes = device, dtype, self._flat.numel() * dtype.itemsize
+
+    def take(self, *shape: int) -> Tensor:
+        """The next view of this shape, a fresh leaf without gradient; starts on a 256-byte border."""
+        count = math.prod(shape)
+        assert count <= self._flat.numel(), f"{shape} exceeds the arena"
+        if self._next + count > self._flat.numel():
+            self._next = 0
+        view = self._flat[self._next : self._next + count].view(*shape)
+        step = 256 // self.dtype.itemsize
+        self._next += -(-count // step) * step
+        return view.detach()
+
+
+def arena_bytes(device: torch.device, largest_case_bytes: int) -> int:
+    """Bytes that outlast the cache: twice the last-level cache, and room for the largest case at least twice."""
+    wanted = 2 * cache_bytes(device)
+    if device.type == "cpu":
+        wanted = min(max(wanted, _CPU_ARENA_BYTES[0]), _CPU_ARENA_BYTES[1])
+    return max(wanted, 2 * largest_case_bytes)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache, 0 when nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K") and size[:-1].isdigit()), default=0)
+
+
+def sample_times_s(prepare: Callable[[], Call], device: torch.device, effort: Effort) -> list[float]:
+    """Seconds of each of several calls. ``prepare`` (not timed) gives the next call on cold data."""
+    sample = _gpu_sample_s if device.type == "cuda" else _cpu_sample_s
+    for _ in range(effort.num_warmups):
+        prepare()()
+    samples: list[float] = []
+    while len(samples) < effort.max_samples:
+        samples.append(sample(prepare()))
+        # By the fastest sample: a disturbed stretch must not end with few samples, all of them disturbed.
+        enough = len(samples) * min(samples) >= effort.budget_s or sum(samples) >= _MOST_BUDGETS * effort.budget_s
+        if enough and len(samples) >= effort.min_samples:
+            break
+    return samples
+
+
+def _cpu_sample_s(call: Call) -> float:
+    start = time.perf_counter()
+    kept = call()
+    seconds = time.perf_counter() - start
+    del kept  # freeing the result is not part of the call
+    return seconds
+
+
+def _gpu_sample_s(call: Call) -> float:
+    """Device time between two events; the GPU sleeps first, so the host's launches are not part of it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(_GPU_SLEEP_CYCLES)
+    start.record()
+    kept = call()
+    end.record()
+    end.synchronize()
+    del kept
+    return start.elapsed_time(end) / 1e3
+
+
+def host_overhead_s(device: torch.device, num_calls: int = 1000, num_repeats: int = 7) -> float:
+    """Seconds the host spends per operation when it does nothing else: tiny operations in a row, median of repeats."""
+    tiny = torch.zeros(1, device=device)
+    times = []
+    for _ in range(num_repeats):
+        _synchronise(device)
+        start = time.perf_counter()
+        for _ in range(num_calls):
+            tiny.add_(1.0)
+        _synchronise(device)
+        times.append((time.perf_counter() - start) / num_calls)
+    return sorted(times)[num_repeats // 2]
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_description(device: torch.device) -> dict[str, object]:
+    """What identifies the device and its software, and nothing of the host: see ``profile_schema.DEVICE_FIELDS``."""
+    cuda = device.type == "cuda"
+    return {
+        "kind": device.type,
+        "name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "driver": _nvidia_driver() if cuda else "",
+        "runtime": f"CUDA {torch.version.cuda}" if cuda else "",
+        "torch_version": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+        "cache_bytes": cache_bytes(device),
+        "memory_bytes": int(torch.cuda.get_device_properties(device).total_memory) if cuda else _memory_bytes(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unnamed CPU"
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def _nvidia_driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.split()[0] if answer.split() else ""

@@ -1,0 +1,174 @@
+"""Calibration end to end on tiny sizes: a valid profile, resumed after a kill, every case timed on fresh memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from reference_model import calibrate as calibration  # noqa: E402
+from reference_model import timing  # noqa: E402
+from reference_model.calibrate import calibrate, error_table, main  # noqa: E402
+from reference_model.cases import all_cases, prepare_case  # noqa: E402
+from reference_model.profile_schema import check_profile  # noqa: E402
+from reference_model.shapes import CPU_SMALL, NAMED_SHAPES, LayerShapes, shapes_of  # noqa: E402
+from reference_model.timing import Arena, Effort, sample_times_s  # noqa: E402
+
+CPU = torch.device("cpu")
+TINY = LayerShapes(
+    name="tiny",
+    hidden=16,
+    expert_width=16,
+    num_experts=4,
+    top_k=2,
+    active_experts=(1, 4),
+    layer_experts=4,
+    max_tokens=16,
+    max_rows=32,
+)
+ONCE = Effort(num_passes=2, min_samples=1, max_samples=2, budget_s=1e-5, num_warmups=1, num_extra_passes=0)
+
+
+@pytest.fixture(autouse=True)
+def _small_arena(monkeypatch):
+    monkeypatch.setattr(timing, "_CPU_ARENA_BYTES", (2**20, 2**20))
+
+
+def _silent(*_: object) -> None:
+    pass
+
+
+def test_a_quick_calibration_of_tiny_sizes_writes_a_complete_profile(tmp_path):
+    profile = calibrate("cpu", TINY, quick=True, out_path=tmp_path / "p.json", progress=_silent, effort=ONCE)
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert written == json.loads(json.dumps(profile))
+    check_profile(written)
+    assert written["named_model"] == ["tiny"]
+    assert written["device"]["kind"] == "cpu"
+    assert any("says nothing about any GPU" in note for note in written["notes"])
+    kinds = {point["kind"] for point in written["points"]}
+    products = {"grouped", "grouped_skewed", "dense", "router"}
+    assert kinds == products | {"permute", "combine", "activation", "copy", "launch", "layer"}
+    assert {row["kind"] for row in written["errors"]} >= {"grouped", "grouped_skewed", "layer"}
+    assert "grouped forward" in error_table(written)
+    assert str(tmp_path) not in (tmp_path / "p.json").read_text(), "a profile names nothing of its host"
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"], "the log of points is gone"
+
+
+def test_a_killed_calibration_goes_on_where_it_stopped(tmp_path):
+    out, log = tmp_path / "p.json", tmp_path / "p.json.points.jsonl"
+    num_cases = len(all_cases((TINY,), quick=True)) + 2  # and the floor, and the host's overhead
+
+    def kill(done: int, *_: object) -> None:
+        if done == 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("cpu", TINY, quick=True, out_path=out, progress=kill, effort=ONCE)
+    assert not out.exists()
+    whole = log.read_text()
+    assert whole.count("\n") == 51, "a header and 50 cases"
+    log.write_text(whole[:-20])  # the last line was cut short
+    kept = json.loads(whole.splitlines()[1])
+
+    visited: list[str] = []
+    profile = calibrate(
+        "cpu", TINY, quick=True, out_path=out, progress=lambda *seen: visited.append(seen[2]), effort=ONCE
+    )
+    measured = [text for text in visited if not text.endswith(": done")]
+    assert len(measured) == 2 * num_cases - 49
+    assert not log.exists()
+    samples = [p["pass_medians_s"] for p in profile["points"]]
+    if kept["key"] == "host":
+        kept = json.loads(whole.splitlines()[2])
+    first = sum(kept["samples_s"]) / len(kept["samples_s"])
+    assert any(medians[0] == pytest.approx(first) for medians in samples), "the first run's samples were used"
+
+
+def test_points_of_another_device_or_model_are_not_reused(tmp_path):
+    log = tmp_path / "p.json.points.jsonl"
+    first = calibration.PointLog(log, {"device": "a"})
+    first.add("case", [1.0])
+    assert calibration.PointLog(log, {"device": "a"}).samples == {"case": [[1.0]]}
+    assert calibration.PointLog(log, {"device": "b"}).samples == {}
+
+
+def test_a_damaged_line_of_the_log_is_dropped_and_the_rest_kept(tmp_path):
+    log = tmp_path / "p.json.points.jsonl"
+    first = calibration.PointLog(log, {})
+    first.add("a", [1.0])
+    first.add("b", [2.0])
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], "{broken", lines[2]]) + "\n")
+    assert calibration.PointLog(log, {}).samples == {"b": [[2.0]]}
+
+
+def test_every_case_of_every_kind_can_be_timed_and_its_key_is_its_own():
+    cases = all_cases((TINY,))
+    assert len({case.key for case in cases}) == len(cases)
+    arena = Arena(CPU, torch.float32, 2**20)
+    for case in {(case.kind, case.direction): case for case in cases}.values():
+        samples = sample_times_s(prepare_case(case, arena), CPU, ONCE)
+        assert all(seconds > 0 for seconds in samples), case
+
+
+def test_models_that_share_sizes_are_timed_once():
+    assert len(all_cases((TINY, TINY))) == len(all_cases((TINY,)))
+
+
+def test_the_arena_hands_out_all_other_memory_before_any_again():
+    arena = Arena(CPU, torch.float32, 2**20)
+    first = arena.take(1000).data_ptr()
+    others = [arena.take(1000).data_ptr() for _ in range(200)]
+    assert len(set(others)) == 200
+    assert first not in others
+    while (address := arena.take(1000).data_ptr()) != first:
+        assert address not in others[:1]
+    assert arena.take(10).is_leaf
+
+
+def test_disturbed_passes_are_repeated_until_two_agree(tmp_path, monkeypatch):
+    times = iter([1.0, 5.0, 5.01, 1.02] + [1.0] * 10_000)
+    log = calibration.PointLog(tmp_path / "log", {})
+    monkeypatch.setattr(calibration, "sample_times_s", lambda *_: [next(times)])
+    effort = Effort(num_passes=2, min_samples=1, max_samples=1, budget_s=0.0, num_extra_passes=4)
+    case = all_cases((TINY,), quick=True)[:1]
+    calibration._measure(case, log, CPU, torch.float32, effort, 2**20, _silent)
+    assert log.samples[case[0].key] == [[1.0], [5.0], [5.01], [1.02]]
+    assert calibration._point(case[0], log.samples[case[0].key])["median_s"] == 1.0
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        calibrate("cuda", out_path=tmp_path / "p.json")
+    assert main(["--device", "cuda", "--out", str(tmp_path / "p.json")]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_named_shapes_hold_their_models_published_sizes():
+    sizes = {name: (s.hidden, s.expert_width, s.num_experts, s.top_k) for name, s in NAMED_SHAPES.items()}
+    assert sizes["deepseek-v3"] == (7168, 2048, 256, 8)
+    assert sizes["mixtral-8x7b"] == (4096, 14336, 8, 2)
+    assert sizes["qwen3-30b-a3b"] == (2048, 768, 128, 8)
+    assert NAMED_SHAPES["cpu-small"] is CPU_SMALL
+
+
+@pytest.mark.parametrize("changes", [{"hidden": 0}, {"top_k": 9}, {"num_experts": 0}])
+def test_impossible_shapes_are_refused(changes):
+    numbers = {"hidden": 8, "expert_width": 8, "num_experts": 8, "top_k": 2, **changes}
+    with pytest.raises(ValueError, match="shapes odd"):
+        shapes_of(name="odd", **numbers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
+def test_a_tiny_calibration_runs_on_the_gpu(tmp_path):
+    profile = calibrate("cuda", TINY, quick=True, out_path=tmp_path / "p.json", progress=_silent, effort=ONCE)
+    assert profile["device"]["kind"] == "cuda"
+    assert profile["dtype"] == "bfloat16"
+    assert profile["device"]["driver"]
