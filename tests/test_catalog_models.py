@@ -211,7 +211,7 @@ def test_paths_of_a_config_a_folder_and_a_design_are_read(tmp_path: Path) -> Non
     ("old", "new", "message"),
     [
         ("hidden: 1024", "hiden: 1024", "hiden: is an unknown key; got 1024. Did you mean hidden?"),
-        ("hidden: 1024", "hidden: 0", "hidden: must be positive; got 0"),
+        ("hidden: 1024", "hidden: 0", "hidden: must be at least 1; got 0"),
         ("num_layers: 8", "num_layers: 0", "num_layers: must lie in 1..2000; got 0"),
         ("ffn: {width: 4096}", "", "ffn: is needed: some layers are dense"),
         ("top_k: 2", "top_k: 17", "top_k: must not exceed num_experts=16; got 17"),

@@ -104,7 +104,7 @@ class Design:
     schema: Literal[1] = 1
 
     def __post_init__(self) -> None:
-        check(self.hidden >= 1, "design", "hidden", "must be positive", self.hidden)
+        check(self.hidden >= 1, "design", "hidden", "must be at least 1", self.hidden)
         for name, least in (("num_layers", 1), ("dense_first_layers", 0), ("num_mtp_layers", 0)):
             value = getattr(self, name)
             rule = f"must lie in {least}..{MAX_LAYERS}"

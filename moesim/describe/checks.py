@@ -22,3 +22,9 @@ def check_number(owner: str, field: str, value: object) -> None:
     check(is_number, owner, field, "must be a number", value)
     assert isinstance(value, (int, float))
     check(math.isfinite(value), owner, field, "must be finite", value)
+
+
+def check_choice(owner: str, field: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise InputError unless value is one of the choices."""
+    good = any(value == choice and type(value) is type(choice) for choice in choices)
+    check(good, owner, field, "must be " + " or ".join(map(str, choices)), value)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
+from moesim.describe.checks import check_choice, check_number, check_whole
 from moesim.errors import check
+from moesim.units import MEGA
 
 NumberKind = Literal["spec", "measured", "assumed"]
+MAX_GPUS = int(MEGA)  # ten times the largest cluster: a slip of the keyboard must not fill memory
+CrossRail = Literal["pxn", "direct", "spine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sourced:
-    """A number with its pedigree. ``value`` is SI; ``unit`` names that SI unit; ``date`` is when the source was read or published."""
+    """A number with its pedigree: ``value`` is SI, ``unit`` names that unit, ``date`` is its source's."""
 
     value: float
     unit: str
     kind: NumberKind
     source: str
     date: str
+
+    def __post_init__(self) -> None:
+        check_number(f"number from {self.source}", "value", self.value)
+        check_choice(f"number from {self.source}", "kind", self.kind, get_args(NumberKind))
 
     def __float__(self) -> float:
         return self.value
@@ -39,9 +47,12 @@ class Gpu:
     calibration_name: str = ""  # the device name a calibration profile of this GPU carries
 
     def __post_init__(self) -> None:
-        for name in ("memory_bytes", "memory_bytes_per_s", "nvlink_bytes_per_s"):
-            check(getattr(self, name).value > 0, f"gpu {self.name}", name, "must be positive", getattr(self, name).value)
-        check("bf16" in self.peak_flops_per_s, f"gpu {self.name}", "peak_flops_per_s", "must name bf16", sorted(self.peak_flops_per_s))
+        owner, peaks = f"gpu {self.name}", self.peak_flops_per_s
+        for name in ("memory_bytes", "memory_bytes_per_s", "nvlink_bytes_per_s", "tdp_w", "num_sms"):
+            check(getattr(self, name).value > 0, owner, name, "must be positive", getattr(self, name).value)
+        check("bf16" in peaks, owner, "peak_flops_per_s", "must name bf16", sorted(peaks))
+        for precision, peak in peaks.items():
+            check(peak.value > 0, owner, f"peak_flops_per_s.{precision}", "must be positive", peak.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +67,23 @@ class Cluster:
     nic_bytes_per_s: Sourced  # per GPU and direction
     latency_intra_s: Sourced
     latency_inter_s: Sourced
-    cross_rail: Literal["pxn", "direct", "spine"] = "pxn"
+    cross_rail: CrossRail = "pxn"
     oversubscription: float = 1.0  # spine: leaf down-link over up-link
-    derates: Mapping[str, Sourced] = field(default_factory=dict)  # e.g. nvlink_alltoall, nic_alltoall: achieved / line rate
+    derates: Mapping[str, Sourced] = field(default_factory=dict)  # achieved over line rate: nvlink_alltoall, ...
 
     def __post_init__(self) -> None:
         owner = f"cluster {self.name}"
-        check(self.num_gpus >= 1, owner, "num_gpus", "must be at least 1", self.num_gpus)
-        check(self.ranks_per_node >= 1, owner, "ranks_per_node", "must be at least 1", self.ranks_per_node)
+        check_whole(owner, "num_gpus", self.num_gpus)
+        check(self.num_gpus <= MAX_GPUS, owner, "num_gpus", f"must not exceed {MAX_GPUS}", self.num_gpus)
+        check_whole(owner, "ranks_per_node", self.ranks_per_node)
+        for name in ("nvlink_bytes_per_s", "nic_bytes_per_s"):
+            check(getattr(self, name).value > 0, owner, name, "must be positive", getattr(self, name).value)
+        for name in ("latency_intra_s", "latency_inter_s"):
+            check(getattr(self, name).value >= 0, owner, name, "must not be negative", getattr(self, name).value)
+        for name, derate in self.derates.items():
+            check(0 < derate.value <= 1, owner, f"derates.{name}", "must lie in 0..1", derate.value)
+        check_choice(owner, "cross_rail", self.cross_rail, get_args(CrossRail))
+        check_number(owner, "oversubscription", self.oversubscription)
         check(self.oversubscription >= 1.0, owner, "oversubscription", "must be at least 1.0", self.oversubscription)
         whole = self.num_gpus <= self.ranks_per_node or self.num_gpus % self.ranks_per_node == 0
         check(whole, owner, "num_gpus", f"must fill whole nodes of {self.ranks_per_node}", self.num_gpus)

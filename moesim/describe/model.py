@@ -7,11 +7,15 @@ Counts and FLOPs are in ``moesim.describe.counts``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
+from moesim.describe.checks import check_choice, check_whole
 from moesim.errors import check
+from moesim.units import KILO
 
 Scoring = Literal["softmax", "sigmoid"]
+MAX_EXPERTS = int(100 * KILO)  # per layer; a hostile file must not fill memory
+QkNorm = Literal["none", "head", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +27,27 @@ class GroupedQueryAttention:
     head_dim: int
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"  # head: one weight per head_dim; full: over all heads
+    qk_norm: QkNorm = "none"  # head: one weight per head_dim; full: over all heads
     sliding_window: int | None = None  # tokens a query looks back; None: all
     has_sinks: bool = False  # one learned sink logit per head (gpt-oss)
     kind: Literal["gqa"] = "gqa"
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
-            check(getattr(self, name) > 0, "attention", name, "must be positive", getattr(self, name))
-        check(self.num_heads % self.num_kv_heads == 0, "attention", "num_kv_heads", f"must divide num_heads={self.num_heads}", self.num_kv_heads)
+            check_whole("attention", name, getattr(self, name))
+        rule = f"must divide num_heads={self.num_heads}"
+        check(self.num_heads % self.num_kv_heads == 0, "attention", "num_kv_heads", rule, self.num_kv_heads)
+        check_choice("attention", "qk_norm", self.qk_norm, get_args(QkNorm))
+        if self.sliding_window is not None:
+            check_whole("attention", "sliding_window", self.sliding_window)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttention:
-    """Multi-head latent attention (MLA) of DeepSeek-V2: keys and values from a latent of kv_lora_rank. arXiv 2405.04434 section 2.1."""
+    """Multi-head latent attention (MLA): keys and values from a latent of kv_lora_rank.
+
+    DeepSeek-V2, arXiv 2405.04434 section 2.1.
+    """
 
     num_heads: int
     q_lora_rank: int | None  # None: queries are projected directly
@@ -49,7 +60,9 @@ class LatentAttention:
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            check(getattr(self, name) > 0, "attention", name, "must be positive", getattr(self, name))
+            check_whole("attention", name, getattr(self, name))
+        if self.q_lora_rank is not None:
+            check_whole("attention", "q_lora_rank", self.q_lora_rank)
 
 
 Attention = GroupedQueryAttention | LatentAttention
@@ -64,7 +77,7 @@ class Ffn:
     has_bias: bool = False
 
     def __post_init__(self) -> None:
-        check(self.width > 0, "ffn", "width", "must be positive", self.width)
+        check_whole("ffn", "width", self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +89,20 @@ class Router:
     normalise_top_k: bool = True
     num_groups: int = 1  # expert groups of group-limited routing; 1: none
     top_groups: int = 1  # groups a token may use
-    has_score_bias: bool = False  # loss-free balancing: a bias per expert that only selection sees (a buffer, not a parameter)
+    has_score_bias: bool = False  # loss-free balancing: a bias per expert for selection only (a buffer, no parameter)
     has_linear_bias: bool = False  # the router's linear layer has a bias (gpt-oss)
 
     def __post_init__(self) -> None:
-        check(self.top_k >= 1, "router", "top_k", "must be at least 1", self.top_k)
-        check(1 <= self.top_groups <= self.num_groups, "router", "top_groups", f"must lie in 1..num_groups={self.num_groups}", self.top_groups)
+        for name in ("top_k", "num_groups", "top_groups"):
+            check_whole("router", name, getattr(self, name))
+        rule = f"must lie in 1..num_groups={self.num_groups}"
+        check(self.top_groups <= self.num_groups, "router", "top_groups", rule, self.top_groups)
+        check_choice("router", "scoring", self.scoring, get_args(Scoring))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeFfn:
-    """A mixture of num_experts feed-forward blocks, of which a token uses router.top_k, plus an always-on shared one."""
+    """A mixture of num_experts feed-forward blocks; a token uses router.top_k of them and the shared one, if any."""
 
     num_experts: int
     expert: Ffn
@@ -95,12 +111,14 @@ class MoeFfn:
     has_shared_gate: bool = False  # a sigmoid gate on the shared block (Qwen2-MoE)
 
     def __post_init__(self) -> None:
-        check(self.num_experts >= 1, "moe", "num_experts", "must be at least 1", self.num_experts)
-        check(self.router.top_k <= self.num_experts, "moe", "top_k", f"must not exceed num_experts={self.num_experts}", self.router.top_k)
-        groups = self.router.num_groups
-        check(self.num_experts % groups == 0, "moe", "num_groups", f"must divide num_experts={self.num_experts}", groups)
-        reachable = self.num_experts // groups * self.router.top_groups
-        check(self.router.top_k <= reachable, "moe", "top_k", f"must not exceed the {reachable} experts of top_groups groups", self.router.top_k)
+        num_experts, top_k, groups = self.num_experts, self.router.top_k, self.router.num_groups
+        check_whole("moe", "num_experts", num_experts)
+        check(num_experts <= MAX_EXPERTS, "moe", "num_experts", f"must not exceed {MAX_EXPERTS}", num_experts)
+        check(top_k <= num_experts, "moe", "top_k", f"must not exceed num_experts={num_experts}", top_k)
+        check(num_experts % groups == 0, "moe", "num_groups", f"must divide num_experts={num_experts}", groups)
+        reachable = num_experts // groups * self.router.top_groups
+        rule = f"must not exceed the {reachable} experts of top_groups={self.router.top_groups} groups"
+        check(top_k <= reachable, "moe", "top_k", rule, top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +130,9 @@ class Layer:
     cross_attention: GroupedQueryAttention | None = None
     causal: bool = True
     num_norms: int = 2  # norm vectors of size hidden in the block (three with cross-attention)
+
+    def __post_init__(self) -> None:
+        check_whole("layer", "num_norms", self.num_norms, least=0)
 
     @property
     def is_moe(self) -> bool:
@@ -137,9 +158,10 @@ class Model:
     notes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        check(self.hidden > 0, f"model {self.name}", "hidden", "must be positive", self.hidden)
-        check(self.vocab > 0, f"model {self.name}", "vocab", "must be positive", self.vocab)
-        check(len(self.layers) > 0, f"model {self.name}", "layers", "must not be empty", len(self.layers))
+        owner = f"model {self.name}"
+        for name, least in (("hidden", 1), ("vocab", 1), ("num_final_norms", 0), ("num_extra_parameters", 0)):
+            check_whole(owner, name, getattr(self, name), least)
+        check(len(self.layers) > 0, owner, "layers", "must not be empty", len(self.layers))
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """How a model is cut over ranks: parallel sizes and the rank groups that follow, in Megatron's order.
 
-Fastest to slowest a rank's coordinates are tp, cp, dp, pp; the experts' are etp, ep, edp, pp over the same ranks of a stage.
+Fastest to slowest a rank's coordinates are tp, cp, dp, pp; the experts' are etp, ep, edp, pp over the same ranks of a
+stage.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.describe.checks import check_whole
 from moesim.errors import InputError, check
 
 
@@ -27,11 +29,13 @@ class Parallelism:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp"):
-            check(getattr(self, name) >= 1, "parallel", name, "must be at least 1", getattr(self, name))
+            check_whole("parallel", name, getattr(self, name))
+        check_whole("parallel", "zero", self.zero, least=0)
         check(0 <= self.zero <= 3, "parallel", "zero", "must be 0, 1, 2 or 3", self.zero)
 
     def layout(self, num_gpus: int) -> RankLayout:
         """The rank layout on num_gpus, or InputError naming the size that does not divide."""
+        check_whole("parallel", "num_gpus", num_gpus)
         per_replica = self.tp * self.cp * self.pp
         rule = f"tp*cp*pp = {self.tp}*{self.cp}*{self.pp} = {per_replica} must divide num_gpus={num_gpus}"
         check(num_gpus % per_replica == 0, "parallel", "num_gpus", rule, num_gpus)
@@ -39,9 +43,8 @@ class Parallelism:
         per_stage = dp * self.cp * self.tp
         if per_stage % (self.ep * self.etp):
             name = "ep" if self.etp == 1 else "ep*etp"
-            raise InputError(
-                "parallel", "ep", f"{name}={self.ep * self.etp} does not divide dp*cp*tp = {dp}*{self.cp}*{self.tp} = {per_stage}", self.ep
-            )
+            product = f"dp*cp*tp = {dp}*{self.cp}*{self.tp} = {per_stage}"
+            raise InputError("parallel", "ep", f"{name}={self.ep * self.etp} does not divide {product}", self.ep)
         return RankLayout(parallel=self, num_gpus=num_gpus, dp=dp, edp=per_stage // (self.ep * self.etp))
 
 
@@ -73,7 +76,10 @@ class RankLayout:
         return self.ranks_per_stage // self.block_size
 
     def groups(self, kind: str) -> NDArray[np.int64]:
-        """(num_groups, group_size) global ranks of each group of a kind: tp, cp, dp, pp, ep, etp, edp, or dpcp (dense gradients)."""
+        """(num_groups, group_size) global ranks of each group of a kind.
+
+        kind: tp, cp, dp, pp, ep, etp, edp, or dpcp (the replicas of dense gradients).
+        """
         p = self.parallel
         dense = np.arange(self.num_gpus, dtype=np.int64).reshape(p.pp, self.dp, p.cp, p.tp)
         expert = np.arange(self.num_gpus, dtype=np.int64).reshape(p.pp, self.edp, p.ep, p.etp)

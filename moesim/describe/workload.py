@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
+from moesim.describe.checks import check_choice, check_number, check_whole
 from moesim.errors import check
 
 Precision = Literal["bf16", "fp8"]
@@ -15,7 +16,7 @@ DropPolicy = Literal["probability", "position"]
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One optimizer step: global_batch sequences of seq_len tokens, micro_batch of them at a time on each data-parallel rank."""
+    """One optimizer step: global_batch sequences of seq_len tokens, micro_batch at a time on each replica."""
 
     seq_len: int = 4096
     micro_batch: int = 1
@@ -28,7 +29,11 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "micro_batch", "global_batch"):
-            check(getattr(self, name) >= 1, "train", name, "must be at least 1", getattr(self, name))
+            check_whole("train", name, getattr(self, name))
+        check_choice("train", "precision", self.precision, get_args(Precision))
+        check_choice("train", "recompute", self.recompute, get_args(Recompute))
+        check_choice("train", "schedule", self.schedule, ("1f1b",))
+        check_choice("train", "overlap", self.overlap, get_args(Overlap))
 
     def num_micro_batches(self, dp: int) -> int:
         """Micro-batches that each data-parallel replica runs in one step, or InputError."""
@@ -54,12 +59,13 @@ class Multinomial:
 
 @dataclass(frozen=True, kw_only=True)
 class Lognormal:
-    """Expert popularity drawn from a lognormal whose expected load has this Gini coefficient (real text: 0.10 to 0.38)."""
+    """Expert popularity from a lognormal whose expected load has this Gini coefficient (real text: 0.10 to 0.38)."""
 
     gini: float = 0.25
     kind: Literal["lognormal"] = "lognormal"
 
     def __post_init__(self) -> None:
+        check_number("routing.popularity", "gini", self.gini)
         check(0.0 <= self.gini < 0.95, "routing.popularity", "gini", "must lie in 0..0.95", self.gini)
 
 
@@ -77,4 +83,7 @@ class Routing:
 
     def __post_init__(self) -> None:
         if self.capacity_factor is not None:
-            check(self.capacity_factor > 0, "routing", "capacity_factor", "must be positive, or null for dropless", self.capacity_factor)
+            check_number("routing", "capacity_factor", self.capacity_factor)
+            rule = "must be positive, or null for dropless"
+            check(self.capacity_factor > 0, "routing", "capacity_factor", rule, self.capacity_factor)
+        check_choice("routing", "drop_policy", self.drop_policy, get_args(DropPolicy))
