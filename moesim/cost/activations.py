@@ -30,8 +30,9 @@ class Software:
     """What memory depends on besides the mathematics: one set per framework, never per run.
 
     fused_cross_entropy: the loss writes its gradient over the BF16 logits; otherwise fp32 logits stand beside a BF16
-    gradient. placeholder_gradients: cached dummy weight gradients (TransformerEngine). cp_keeps_output_twice: all-to-all
-    context parallelism keeps the attention output on both sides of its exchange. allocator_reserve_fraction: reserved
+    gradient. placeholder_gradients: cached dummy weight gradients (TransformerEngine). cp_keeps_output_twice: with
+    all-to-all context parallelism the attention output stays on both sides of its exchange. product_workspace_bytes: of
+    dense matrix products; grouped_workspace_bytes: of the streams of grouped ones. allocator_reserve_fraction: reserved
     beyond allocated, as a share of allocated.
     """
 
@@ -39,6 +40,8 @@ class Software:
     fused_cross_entropy: bool
     placeholder_gradients: bool
     cp_keeps_output_twice: bool
+    product_workspace_bytes: Sourced
+    grouped_workspace_bytes: Sourced
     context_bytes: Sourced
     nccl_bytes_per_communicator: Sourced
     allocator_reserve_fraction: Sourced
@@ -49,6 +52,21 @@ MEGATRON = Software(
     fused_cross_entropy=False,
     placeholder_gradients=True,
     cp_keeps_output_twice=True,
+    product_workspace_bytes=Sourced(
+        value=2 * 32 * MIB,
+        unit="bytes",
+        kind="spec",
+        source="cuBLAS workspaces on Hopper and later: 32 MiB of TransformerEngine "
+        "(pytorch/module/base.py, get_cublas_workspace_size_bytes) and 32 MiB of PyTorch (CUDABlas)",
+        date="2026-05",
+    ),
+    grouped_workspace_bytes=Sourced(
+        value=4 * 32 * MIB,
+        unit="bytes",
+        kind="spec",
+        source="TransformerEngine pytorch/module/base.py, get_multi_stream_cublas_workspace: four streams of 32 MiB",
+        date="2026-05",
+    ),
     context_bytes=Sourced(
         value=0.75 * GIB,
         unit="bytes",
@@ -222,11 +240,11 @@ def layer_moments(model: Model, layer: Layer, parallel: Parallelism) -> tuple[Mo
 def head_moment(model: Model, parallel: Parallelism, software: Software = MEGATRON) -> tuple[float, float]:
     """(bytes per token, bytes) the head's backward holds beyond ``head_tensors``.
 
-    Per token: the input gradient (and with tp > 1 the gathered input, its kept communication buffer and the scattered
-    gradient); fixed: the placeholder gradient of the head's weight.
+    Per token: the input gradient; with tp > 1 of the whole sequence, beside the communication buffer of the gathered
+    input and the gradient scattered back. Fixed: the placeholder gradient of the head's weight.
     """
     hidden, tp = model.hidden, parallel.tp
-    per_token = hidden * BF16_BYTES if tp == 1 else (3 + 1 / tp) * hidden * BF16_BYTES
+    per_token = hidden * BF16_BYTES if tp == 1 else (2 + 1 / tp) * hidden * BF16_BYTES
     placeholder = model.vocab * hidden / tp * BF16_BYTES if software.placeholder_gradients else 0.0
     return per_token, placeholder
 
@@ -244,6 +262,12 @@ def placeholder_gradient_bytes(
         return 0.0
     shapes = {shape for layer in layers for shape in weight_shapes(model.hidden, layer, parallel)}
     return sum(rows * columns for rows, columns in shapes) * BF16_BYTES
+
+
+def workspace_bytes(layers: tuple[Layer, ...], software: Software = MEGATRON) -> float:
+    """Workspaces of the matrix products, kept for the whole run; grouped ones where a layer has experts."""
+    grouped = software.grouped_workspace_bytes.value if any(layer.is_moe for layer in layers) else 0.0
+    return software.product_workspace_bytes.value + grouped
 
 
 def _token(

@@ -29,10 +29,11 @@ from moesim.cost.activations import (
     layer_tensors,
     mtp_tensors,
     placeholder_gradient_bytes,
-    weight_shapes,
+    workspace_bytes,
 )
-from moesim.describe.model import Layer, Model, MoeFfn
+from moesim.describe.model import LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
+from moesim.describe.parameters import layer_parameters
 from moesim.describe.pipeline import stage_layers
 from moesim.describe.workload import Training
 
@@ -138,15 +139,21 @@ def rank_parameters(model: Model, placed: Placed, parallel: Parallelism) -> tupl
     Over tp: products by rows or columns; norms, router and the down-projections of latent attention are whole on each
     rank. Experts: num_experts / ep of them, each over etp.
     """
-    shapes = weight_shapes(model.hidden, placed.layer, parallel)
-    norms = placed.layer.num_norms * model.hidden
-    if not isinstance(placed.layer.ffn, MoeFfn):
-        return sum(rows * columns for rows, columns in shapes) + norms, 0.0
-    moe = placed.layer.ffn
-    expert = moe.expert.width * model.hidden * (3 if moe.expert.gated else 2) / parallel.etp
-    return sum(
-        r * c for r, c in shapes
-    ) - expert + moe.num_experts * model.hidden + norms, expert * moe.num_experts / parallel.ep
+    parts = layer_parameters(model, placed.layer)
+    tp, norms, joining = parallel.tp, parts.norms, 0.0
+    if placed.is_mtp:  # its layer stands in model.mtp_layers; the joining projection and three norms come on top
+        joining = 2 * model.hidden**2
+        norms += 3 * model.hidden
+    whole = _latent_down_parameters(model.hidden, placed.layer)
+    split = parts.attention - whole + parts.cross_attention + parts.shared_experts + parts.dense_ffn + joining
+    return split / tp + whole + parts.router + norms, parts.experts / parallel.ep / parallel.etp
+
+
+def _latent_down_parameters(hidden: int, layer: Layer) -> int:
+    attention = layer.attention
+    if not isinstance(attention, LatentAttention):
+        return 0
+    return hidden * ((attention.q_lora_rank or 0) + attention.kv_lora_rank + attention.qk_rope_head_dim)
 
 
 def outer_parameters(model: Model, parallel: Parallelism, stage: int) -> float:
@@ -198,8 +205,9 @@ def stage_memory(
     activations, dispatch = (float(part) for part in peak_KGRP[event, group, rank])
 
     layers = tuple(item.layer for chunk in chunks for item in chunk)
-    activations += placeholder_gradient_bytes(model, layers, parallel, software)
-    pipeline = 2 * tokens * layer_input(model, parallel).bytes if parallel.pp > 1 else 0.0
+    activations += placeholder_gradient_bytes(model, layers, parallel, software) + workspace_bytes(layers, software)
+    # the gradient last sent to the stage before is still referenced; the one received is the layer's output gradient
+    pipeline = tokens * layer_input(model, parallel).bytes if stage > 0 else 0.0
     standing = static.weights_bytes + static.gradients_bytes + static.optimizer_bytes
     reserve = software.allocator_reserve_fraction.value * (standing + activations + dispatch + pipeline)
     worst = layout.stage_ranks(stage)[0]
