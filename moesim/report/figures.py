@@ -7,7 +7,7 @@ expert load are in `load_figures`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, STEP_PARTS, StepResult
 from moesim.report.style import (
@@ -28,23 +28,15 @@ from moesim.units import GIB, GIGA, format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from moesim.study.links import BreakEven
+    from moesim.study.sizes import EpPoint
+
 TWIN_NAMES = {
     "moe": "this MoE",
     "dense_active": "dense, as large as\nits active part",
     "dense_total": "dense, as large as\nall of it",
 }
 _WAITING = ("wait_for_slowest", "pipeline_bubble")
-
-
-class EpPoint(Protocol):
-    """What `memory_over_ep` reads of a point: the worst GPU's memory at one expert-parallel size."""
-
-    @property
-    def ep(self) -> int: ...
-    @property
-    def memory(self) -> Mapping[str, float]: ...
-    @property
-    def fits(self) -> bool: ...
 
 
 def capacity_bytes(result: StepResult) -> float:
@@ -312,26 +304,25 @@ def parameters(total_by_part: Mapping[str, float], active_by_part: Mapping[str, 
     return finish(figure, f"{title}. Total by part: {alt}.")
 
 
-def break_even(
-    nic_bytes_per_s: Sequence[float],
-    tokens_per_s_per_gpu: Mapping[str, Sequence[float]],
-    *,
-    asked_bytes_per_s: float,
-    break_even_bytes_per_s: float | None,
-    title: str,
-) -> Picture:
-    """Throughput of the MoE and its dense twins against the speed of each GPU's network card.
-
-    tokens_per_s_per_gpu: curves under ``moe``, ``dense_active``, ``dense_total`` over nic_bytes_per_s [bytes/s].
-    """
+def break_even(found: BreakEven) -> Picture:
+    """Throughput of the MoE and its dense twins against the speed of each GPU's network card, and where they meet."""
     import numpy as np
 
+    rates, at = found.nic_bytes_per_s, found.total_bytes_per_s
+    curves = found.tokens_per_s_per_gpu
+    span = f"from {rates[0] / GIGA:.3g} to {rates[-1] / GIGA:.3g} GB/s"
+    if at is not None:
+        title = f"Below {at / GIGA:.3g} GB/s per GPU, a dense model of equal total size trains faster"
+    elif curves["moe"][0] > curves["dense_total"][0]:
+        title = f"At every network speed {span} the MoE beats the dense model of equal total size"
+    else:
+        title = f"At no network speed {span} does the MoE beat the dense model of equal total size"
     with house_style():
         figure = new_figure(9.0, 3.9)
         axes = figure.subplots()
         headline(figure, title)
-        gigabytes = np.asarray(nic_bytes_per_s) / GIGA
-        for name, values in tokens_per_s_per_gpu.items():
+        gigabytes = np.asarray(rates) / GIGA
+        for name, values in curves.items():
             axes.plot(
                 gigabytes,
                 values,
@@ -340,9 +331,9 @@ def break_even(
                 marker="o",
                 markersize=4,
             )
-        top = max(max(values) for values in tokens_per_s_per_gpu.values()) * 1.3
-        ends = spread([values[-1] for values in tokens_per_s_per_gpu.values()], top * 0.1, top * 0.04, top * 0.97)
-        for (name, _), end in zip(tokens_per_s_per_gpu.items(), ends, strict=True):
+        top = max(max(values) for values in curves.values()) * 1.3
+        ends = spread([values[-1] for values in curves.values()], top * 0.1, top * 0.04, top * 0.97)
+        for (name, _), end in zip(curves.items(), ends, strict=True):
             axes.annotate(
                 TWIN_NAMES[name],
                 (1.015, end),
@@ -353,15 +344,15 @@ def break_even(
                 fontweight="bold" if name == "moe" else "normal",
                 annotation_clip=False,
             )
-        lines = [(asked_bytes_per_s, "this cluster", COLOURS["quiet"], 0.93)]
-        if break_even_bytes_per_s is not None:
-            lines.append((break_even_bytes_per_s, "break-even", COLOURS["alert"], 0.85))
-        for at, words, colour, height in lines:
-            axes.axvline(at / GIGA, color=colour, linewidth=1.3, linestyle=(0, (4, 3)))
-            left = at / GIGA > (gigabytes[0] * gigabytes[-1]) ** 0.5
+        lines = [(found.asked_bytes_per_s, "this cluster", COLOURS["quiet"], 0.93)]
+        if at is not None:
+            lines.append((at, "break-even", COLOURS["alert"], 0.85))
+        for rate, words, colour, height in lines:
+            axes.axvline(rate / GIGA, color=colour, linewidth=1.3, linestyle=(0, (4, 3)))
+            left = rate / GIGA > (gigabytes[0] * gigabytes[-1]) ** 0.5
             axes.annotate(
-                f"{words}: {at / GIGA:.3g} GB/s",
-                (at / GIGA, top * height),
+                f"{words}: {rate / GIGA:.3g} GB/s",
+                (rate / GIGA, top * height),
                 fontsize=9.5,
                 color=colour,
                 xytext=(-5 if left else 5, 0),

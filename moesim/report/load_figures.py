@@ -6,25 +6,32 @@ Legend: L MoE layers, E experts. A load is a ratio to the layer's mean expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moesim.metrics.step import StepResult
 from moesim.report.style import COLOURS, Picture, behind, finish, headline, house_style, light_grid, new_figure
 
+if TYPE_CHECKING:
+    from moesim.study.sizes import DropPoint
+
 ALERT_RATIO = 3.0
 MAX_MARKS = 60
 
 
-def load_map(result: StepResult) -> Picture:
-    """Load of every expert in every MoE layer, as a ratio to the layer's mean; blue is idle, red is crowded."""
+def load_map(result: StepResult, layers: Sequence[int]) -> Picture:
+    """Load of every expert in every MoE layer, as a ratio to the layer's mean; blue is idle, red is crowded.
+
+    layers: where the rows of load_LE stand in the model, counted from 0.
+    """
     import seaborn
     from matplotlib.colors import LogNorm
 
     ratio_LE = _ratios(result)
     num_layers, num_experts = ratio_LE.shape
-    layer, expert = np.unravel_index(int(ratio_LE.argmax()), ratio_LE.shape)
+    assert len(layers) == num_layers
+    layer, expert = (int(i) for i in np.unravel_index(int(ratio_LE.argmax()), ratio_LE.shape))
     title = f"Some experts get up to {ratio_LE.max():.1f} times the mean load"
     if ratio_LE.max() < 1.05:
         title = "Every expert gets about the mean load"
@@ -42,7 +49,7 @@ def load_map(result: StepResult) -> Picture:
         )
         marked = sorted(result.alerts, key=lambda alert: -alert["ratio"])[:MAX_MARKS]
         for alert in marked:
-            row = _row_of(result, alert["layer"])
+            row = layers.index(alert["layer"])
             axes.plot(
                 alert["expert"], row, marker="s", markersize=5, markerfacecolor="none", markeredgecolor=COLOURS["ink"]
             )
@@ -52,7 +59,9 @@ def load_map(result: StepResult) -> Picture:
         bar.ax.minorticks_off()
         bar.set_label("Load over the layer's mean [×]")
         bar.outline.set_visible(False)  # type: ignore[operator]
-        axes.set(xlabel=f"Expert (0 to {num_experts - 1})", ylabel="MoE layer, in order")
+        axes.set(xlabel=f"Expert (0 to {num_experts - 1})", ylabel="MoE layer, by its place in the model")
+        rows = range(0, num_layers, max(1, -(-num_layers // 8)))
+        axes.set_yticks(rows, [str(layers[row]) for row in rows])
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -63,7 +72,7 @@ def load_map(result: StepResult) -> Picture:
                 else f"the {MAX_MARKS} fullest of {len(result.alerts)} experts"
             )
             axes.set_title(f"squares: {which} over {ALERT_RATIO:g} times the mean", fontsize=9)
-    alt = f"{title}; the fullest is expert {expert} of MoE layer {layer} (counted from 0)."
+    alt = f"{title}; the fullest is expert {expert} of layer {layers[layer]}, both counted from 0."
     return finish(figure, alt)
 
 
@@ -113,15 +122,15 @@ def load_curve(result: StepResult) -> Picture:
     return finish(figure, title)
 
 
-def drop_curve(points: Sequence[tuple[float, float, float]], *, asked: float | None) -> Picture:
+def drop_curve(points: Sequence[DropPoint], *, asked: float | None) -> Picture:
     """Dropped assignments and padding against the capacity factor.
 
-    points: (capacity factor, dropped fraction of assignments, fraction of the expert buffers left empty).
     asked: the scenario's own capacity factor; None when it is dropless.
     """
-    factors = [p[0] for p in points]
-    drops, padding = [p[1] * 100 for p in points], [p[2] * 100 for p in points]
-    enough = next((factor for factor, dropped, _ in points if dropped < 0.01), None)
+    factors = [point.capacity_factor for point in points]
+    drops = [point.drop_fraction * 100 for point in points]
+    padding = [point.padding_fraction * 100 for point in points]
+    enough = next((point.capacity_factor for point in points if point.drop_fraction < 0.01), None)
     title = (
         f"A capacity factor of {enough:g} keeps drops under 1%"
         if enough is not None
@@ -170,8 +179,3 @@ def _ratios(result: StepResult) -> np.ndarray:
     ratio_LE = np.asarray(result.load_LE, dtype=float) * result.load_LE.shape[1]
     assert ratio_LE.size, "the figure needs at least one MoE layer"
     return ratio_LE
-
-
-def _row_of(result: StepResult, layer: int) -> int:
-    """The row of load_LE that an alert's layer is."""
-    return int(layer) if layer < len(result.load_LE) else len(result.load_LE) - 1

@@ -1,0 +1,210 @@
+"""The report's tables (great-tables): the question asked, headline numbers, cluster sizes, where numbers came from.
+
+Each function takes plain results and returns a GT table that shows itself in a notebook. Ids are fixed, so the same
+results give the same HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moesim.metrics.step import StepResult
+from moesim.report.style import COLOURS
+from moesim.scenario import Scenario
+from moesim.units import GIGA, format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from great_tables import GT
+
+    from moesim.study.sizes import SizePoint
+    from moesim.study.twins import Twins
+
+KINDS: Mapping[str, str] = {
+    "measured": "timed on the device, or published as timed",
+    "interpolated": "between measured points",
+    "extrapolated": "beyond measured points",
+    "spec": "from the maker's data sheet",
+    "assumed": "our choice, for lack of a source",
+}
+
+
+def question(scenario: Scenario) -> GT:
+    """What was asked, in words: model, cluster, how the model is cut, the batch, the routing."""
+    p, train, cluster, layout = scenario.parallel, scenario.train, scenario.cluster, scenario.layout
+    tokens = train.global_batch * train.seq_len
+    capacity = scenario.routing.capacity_factor
+    popularity = scenario.routing.popularity
+    skew = {
+        "balanced": "every expert equally loaded (as vendors benchmark)",
+        "multinomial": "experts equally popular, tokens choose at random",
+        "lognormal": f"uneven: lognormal popularity with Gini {getattr(popularity, 'gini', 0.0):g} (real text: "
+        "0.10 to 0.38)",
+    }[popularity.kind]
+    cut = [
+        (p.pp, "pipeline stages" + (f" in {p.vpp} virtual ones each" if p.vpp > 1 else "")),
+        (p.tp, "GPUs per layer (tensor parallel)"),
+        (p.cp, "GPUs per sequence (context parallel)"),
+        (layout.dp, "data-parallel replicas"),
+        (p.ep, "GPUs that share the experts (expert parallel)"),
+        (p.etp, "GPUs per expert"),
+    ]
+    made_up = " (hypothetical: nobody has published such a model)" if scenario.model.hypothetical else ""
+    memory = format_bytes(cluster.gpu.memory_bytes.value)
+    rows = [
+        ("Model", scenario.model.name + made_up),
+        ("GPUs", f"{cluster.num_gpus:,} × {cluster.gpu.name} with {memory} each; cluster {cluster.name}"),
+        (
+            "Network",
+            f"{cluster.ranks_per_node} GPUs joined by NVLink at {cluster.nvlink_bytes_per_s.value / GIGA:,.0f} GB/s, "
+            f"{cluster.nic_bytes_per_s.value / GIGA:,.0f} GB/s per GPU beyond (each way)",
+        ),
+        ("Cut into", "; ".join(f"{size:,} {words}" for size, words in cut if size > 1) or "one GPU holds all"),
+        ("Optimizer", f"mixed-precision Adam, ZeRO stage {p.zero}"),
+        (
+            "Batch",
+            f"{train.global_batch:,} sequences of {train.seq_len:,} tokens, {format_count(tokens)} tokens a step; "
+            f"{scenario.num_micro_batches} micro-batches of {train.micro_batch} per replica",
+        ),
+        (
+            "Arithmetic",
+            f"{train.precision.upper()} products, {train.schedule} pipeline, "
+            f"recomputation of activations: {train.recompute}, overlap: {train.overlap.replace('_', ' ')}",
+        ),
+    ]
+    if scenario.model.is_moe:
+        rows.append(("Routing", skew))
+        limit = (
+            f"each expert takes {capacity:g} × its mean load at most; more is dropped"
+            if capacity
+            else "no limit: nothing is dropped"
+        )
+        rows.append(("Expert capacity", limit))
+    return _two_columns("question", rows)
+
+
+def headline(result: StepResult, twins: Twins | None) -> GT:
+    """The headline numbers of the asked model, beside those of its dense twins where there are any."""
+    results = {"This MoE" if twins else "This model": result}
+    if twins is not None:
+        results |= {"Dense, equal active size": twins.active, "Dense, equal total size": twins.total}
+    names = [name for name, _ in result.rows() if name != "Binds"]
+    columns = {name: dict(held.rows()) for name, held in results.items()}
+    frame: dict[str, list[str]] = {"": names}
+    for name, values in columns.items():
+        frame[name] = [values[row] if not _needs_experts(row, name) else "–" for row in names]
+    if twins is not None:
+        counts = dict(zip(columns, ("moe", "active", "total"), strict=True))
+        frame[""] = ["Parameters", *frame[""]]
+        for name, key in counts.items():
+            frame[name] = [format_count(twins.parameters[key]), *frame[name]]
+    return _table("headline", frame, right=list(results))
+
+
+def sizes(points: Sequence[SizePoint], tokens_to_train: float, asked_num_gpus: int) -> GT:
+    """Cluster sizes: GPUs, days to the tokens asked for, throughput, and whether memory suffices."""
+    frame: dict[str, list[str]] = {
+        name: []
+        for name in (
+            "GPUs",
+            "Fits?",
+            f"Days to {format_count(tokens_to_train)} tokens",
+            "Step",
+            "Tokens/s per GPU",
+            "Note",
+        )
+    }
+    for point in points:
+        missing = "–"
+        note = point.reason if point.fits is not False else "; ".join(filter(None, (_short_by(point), point.reason)))
+        fits = {None: "impossible", True: "yes", False: "no"}[point.fits]
+        row = (
+            f"{point.num_gpus:,}" + (" (asked)" if point.num_gpus == asked_num_gpus else ""),
+            fits,
+            missing if point.days is None else f"{point.days:,.1f}",
+            missing if point.step_s is None else format_seconds(point.step_s),
+            missing if point.tokens_per_s_per_gpu is None else f"{point.tokens_per_s_per_gpu:,.0f}",
+            note,
+        )
+        for column, value in zip(frame.values(), row, strict=True):
+            column.append(value)
+    right = [name for name in frame if name not in ("Fits?", "Note")]
+    return _table("sizes", frame, right=right, alert=("Fits?", ("no", "impossible")))
+
+
+def alerts(result: StepResult, limit: int = 8) -> GT:
+    """The most crowded experts: those over three times the mean, the fullest first."""
+    worst = sorted(result.alerts, key=lambda alert: -alert["ratio"])[:limit]
+    frame = {
+        "Layer": [str(alert["layer"]) for alert in worst],
+        "Expert": [str(alert["expert"]) for alert in worst],
+        "Load over the mean": [f"{alert['ratio']:.2f}×" for alert in worst],
+    }
+    return _table("alerts", frame, right=list(frame))
+
+
+def provenance(result: StepResult) -> GT:
+    """Where each number came from, the measured first."""
+    order = list(KINDS)
+    items = sorted(
+        result.provenance, key=lambda item: (order.index(item.kind) if item.kind in order else len(order), item.part)
+    )
+    frame = {
+        "Number": [item.part for item in items],
+        "Kind": [item.kind for item in items],
+        "Source": [_without_scheme(item.source) for item in items],
+    }
+    return _table("provenance", frame, right=[])
+
+
+def not_modelled(result: StepResult) -> GT:
+    """What the simulation leaves out, each a reason for care with its times."""
+    return _table("limits", {"What these numbers leave out": list(result.envelope["reasons"])}, right=[])
+
+
+def _two_columns(name: str, rows: Sequence[tuple[str, str]]) -> GT:
+    return _table(name, {"": [row[0] for row in rows], "Asked": [row[1] for row in rows]}, right=[])
+
+
+def _needs_experts(row: str, column: str) -> bool:
+    return column.startswith("Dense") and row in ("Busiest expert over the mean", "Dropped assignments")
+
+
+def _short_by(point: SizePoint) -> str:
+    assert point.headroom_bytes is not None
+    return f"{format_bytes(-point.headroom_bytes)} short per GPU"
+
+
+def _without_scheme(source: str) -> str:
+    """A source as text: no clickable address, since the report fetches and links nothing."""
+    return source.replace("https://", "").replace("http://", "")
+
+
+def _table(name: str, frame: Mapping[str, Sequence[str]], *, right: Sequence[str], alert: Any = None) -> GT:
+    import pandas as pd
+    from great_tables import GT, loc, style
+
+    table = GT(pd.DataFrame({key or " ": list(values) for key, values in frame.items()}), id=f"moesim-{name}")
+    first = next(iter(frame)) or " "
+    table = (
+        table.cols_align("left", columns=[key or " " for key in frame if key not in right])
+        .cols_align("right", columns=list(right))
+        .tab_style(style.text(weight="bold"), locations=loc.body(columns=[first]))
+        .tab_options(
+            table_font_size="14px",
+            table_width="100%" if len(frame) <= 3 else "auto",
+            table_border_top_style="none",
+            table_border_bottom_color=COLOURS["pipeline_bubble"],
+            column_labels_border_top_style="none",
+            column_labels_font_weight="bold",
+            column_labels_font_size="13px",
+            data_row_padding="6px",
+        )
+    )
+    if alert is not None:
+        column, values = alert
+        rows = [i for i, value in enumerate(frame[column]) if value in values]
+        if rows:
+            marked = style.text(color=COLOURS["alert"], weight="bold")
+            table = table.tab_style(marked, locations=loc.body(columns=[column], rows=rows))
+    return table
