@@ -62,7 +62,7 @@ class PlacementChoice:
     def __post_init__(self) -> None:
         if self.num_slots is not None or self.map is not None:
             raise NotModelledError(
-                "scenario.placement: replicas (num_slots) and placement maps (map) are not modelled yet; leave them null"
+                "scenario.placement: replicas (num_slots) and placement maps (map) are not modelled; leave them null"
             )
 
 

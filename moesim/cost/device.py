@@ -65,7 +65,7 @@ class DeviceCost:
         """
         rows = np.asarray(rows_E, dtype=np.float64)
         if self.profile is not None:
-            return self.profile.grouped_product_s(rows, reduced, columns)
+            return self.profile.grouped_product_s(rows, reduced, columns).seconds
         padded = np.ceil(rows / self.tile_rows) * self.tile_rows
         overhead = 1.0 + self.reduce_overhead / reduced
         flops = 2.0 * padded.sum(axis=-1) * reduced * columns * overhead
@@ -73,15 +73,11 @@ class DeviceCost:
         results = rows.sum(axis=-1) * columns * BYTES_PER_ELEMENT["bf16"]
         return self._kernel_s(flops, operands + results, (rows > 0).any(axis=-1))
 
-    def weight_gradient_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
+    def _weight_gradient_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
         """Seconds of one kernel that makes E weight gradients (reduced, columns), each summed over rows_E[..., e]
         rows.
         """
         rows = np.asarray(rows_E, dtype=np.float64)
-        if self.profile is not None:
-            return self.profile.grouped_product_s(
-                rows, reduced, columns, backward=True
-            ) - self.profile.grouped_product_s(rows, columns, reduced)
         padded_reduced = np.ceil(reduced / self.tile_rows) * self.tile_rows
         flops = 2.0 * ((rows + self.reduce_overhead) * (rows > 0)).sum(axis=-1) * padded_reduced * columns
         operands = rows.sum(axis=-1) * (reduced + columns) * self.input_bytes
@@ -90,7 +86,9 @@ class DeviceCost:
 
     def backward_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
         """Seconds of the backward of grouped_s: the gradient of the rows, then of the weights."""
-        return self.grouped_s(rows_E, columns, reduced) + self.weight_gradient_s(rows_E, reduced, columns)
+        if self.profile is not None:
+            return self.profile.grouped_product_s(rows_E, reduced, columns, backward=True).seconds
+        return self.grouped_s(rows_E, columns, reduced) + self._weight_gradient_s(rows_E, reduced, columns)
 
     def stream_s(self, num_bytes: ArrayLike) -> Floats:
         """Seconds of a memory-bound kernel that reads and writes num_bytes in all. See docs/model.md#stream."""

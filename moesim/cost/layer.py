@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.device import DeviceCost
+from moesim.describe.flops import layer_flops
 from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Training
@@ -146,39 +147,20 @@ def optimizer_s(num_parameters: float, device: DeviceCost) -> float:
     return float(device.stream_s(num_parameters * (7 * BYTES_PER_ELEMENT["float32"] + ACTIVATION_BYTES)))
 
 
-def attention_core_flops(attention: Attention, layer: Layer, *, seq_len: float, tokens: float) -> float:
-    """Useful forward FLOPs of scores and values for ``tokens`` queries over their sequence; causal attention counts
-    half.
-    """
-    if isinstance(attention, GroupedQueryAttention):
-        dims = 2 * attention.head_dim
-        reach = min(seq_len, attention.sliding_window or seq_len)
-    else:
-        dims = attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
-        reach = seq_len
-    # A causal query sees half the sequence on average; a window shorter than the sequence is nearly always full.
-    seen = reach - reach * reach / (2 * seq_len) if layer.causal else reach
-    return 2.0 * tokens * attention.num_heads * dims * seen
-
-
 def _attention_s(
     model: Model, layer: Layer, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool
 ) -> float:
     rows = np.array([rank_tokens(parallel, train) * parallel.tp])
     product = device.backward_s if backward else device.grouped_s
-    seconds = 0.0
-    for attention, causal in ((layer.attention, True), (layer.cross_attention, False)):
+    flops = float(rows[0]) * layer_flops(model, layer, train.seq_len).attention_sequence / parallel.tp
+    # The backward of a flash kernel does 2.5 times the forward's products (five to two). arXiv 2205.14135.
+    seconds = device.attention_s(2.5 * flops if backward else flops, backward=backward)
+    for attention in (layer.attention, layer.cross_attention):
         if attention is None:
             continue
-        seconds += sum(
-            float(product(rows, reduced, columns)) for reduced, columns in _projections(model, attention, parallel.tp)
-        )
-        seen_by = layer if causal else Layer(attention=attention, ffn=layer.ffn, causal=False)
-        flops = attention_core_flops(attention, seen_by, seq_len=train.seq_len, tokens=float(rows[0])) / parallel.tp
-        # The backward of a flash kernel does 2.5 times the forward's products (five to two). arXiv 2205.14135.
-
-        seconds += device.attention_s(2.5 * flops if backward else flops, backward=backward)
-        rotated = 2 * float(rows[0]) * sum(columns for _, columns in _projections(model, attention, parallel.tp)[:-1])
+        projections = _projections(model, attention, parallel.tp)
+        seconds += sum(float(product(rows, reduced, columns)) for reduced, columns in projections)
+        rotated = 2 * float(rows[0]) * sum(columns for _, columns in projections[:-1])
         seconds += float(device.stream_s(rotated * ACTIVATION_BYTES))
     return seconds
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory, stage_memory
-from moesim.describe.counts import training_flops_per_token
+from moesim.describe.flops import training_flops_per_token
 from moesim.describe.hardware import Sourced
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, STEP_PARTS, StepResult
 from moesim.routing.statistics import entropy, gini, load_alerts, max_mean
@@ -46,8 +46,11 @@ def summarise(trace: Trace) -> StepResult:
     tokens = scenario.train.global_batch * scenario.train.seq_len
     peak = scenario.cluster.gpu.peak_flops_per_s[scenario.train.precision].value
     flops, flops_full = (
-        tokens * training_flops_per_token(scenario.model, scenario.train.seq_len, causal=causal, mtp=scenario.train.mtp)
-        for causal in (True, False)
+        tokens
+        * training_flops_per_token(
+            scenario.model, scenario.train.seq_len, full_attention=full, with_mtp=scenario.train.mtp
+        )
+        for full in (False, True)
     )
     memories = memory_by_stage(trace)
     worst = max(memories, key=lambda memory: memory.peak_bytes)
@@ -104,8 +107,7 @@ def memory_by_stage(trace: Trace) -> list[RankMemory]:
     scenario, load = trace.scenario, trace.load
     memories = []
     for stage in range(scenario.parallel.pp):
-        positions = load.positions_of_stage(stage) if load is not None else []
-        received = load.received_GMLR(positions) if load is not None and positions else None
+        received = load.received_GMLR(stage) if load is not None else None
         memories.append(
             stage_memory(
                 scenario.model, scenario.parallel, scenario.layout, scenario.train, stage=stage, received_GMLR=received

@@ -7,51 +7,83 @@ ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.layer import rank_tokens
+from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
 from moesim.describe.model import MoeFfn, Router
+from moesim.describe.pipeline import stage_layers
 from moesim.describe.workload import Popularity
+from moesim.errors import NotModelledError
+from moesim.fabric.collectives import allgather_s, alltoall_finish_s
+from moesim.fabric.ports import ports_of
+from moesim.fabric.traffic import PortBytes, combine_ports, dispatch_ports, expected_copies
 from moesim.placement import Placement, contiguous
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
+from moesim.routing.visits import visit_probabilities
 from moesim.scenario import Scenario
 from moesim.seeds import stream
+from moesim.timeline.stage import StageLoad
 from moesim.units import BYTES_PER_ELEMENT
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
+Ranks = NDArray[np.int64]
 # FP8 rows travel with one float32 scale for each 128 elements. arXiv 2412.19437, section 3.3.
 FP8_SCALE_BYTES = BYTES_PER_ELEMENT["float32"] / 128
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Exchange:
+    """Seconds that each rank spends in each all-to-all, all layers of the model, for one way of lying on nodes."""
+
+    dispatch_s_GMLR: Floats
+    combine_s_GMLR: Floats
+    dispatch_backward_s_GMLR: Floats  # the gradient of the dispatch goes back as a combine does
+    combine_backward_s_GMLR: Floats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StepLoad:
     """Where the tokens of one step went, in every MoE layer of the model."""
 
-    scenario: Scenario
     moe: MoeFfn
-    layers: tuple[
-        int, ...
-    ]  # numbers of the MoE layers in the model; trained multi-token-prediction layers follow the stack
+    # Numbers of the MoE layers in the model; trained multi-token-prediction layers follow the stack.
+    layers: tuple[int, ...]
+    positions_by_stage: tuple[tuple[int, ...], ...]  # which of these layers each stage holds, chunk by chunk
     popularities: Popularities
     placement: Placement
-    load: ExpertLoad  # assigned_GMLE, kept_GMLE
+    load: ExpertLoad
+    exchange_by_stage: tuple[Exchange, ...]
+    etp: int
 
-    @cached_property
-    def kept_by_rank_GMLRE(self) -> Floats:
-        """Kept assignments of each expert, experts grouped by the rank that holds them."""
-        order_E = np.argsort(self.placement.expert_to_rank_E, kind="stable")
-        kept = self.load.kept_GMLE[..., order_E]
-        return kept.reshape(*kept.shape[:-1], self.scenario.parallel.ep, -1)
+    @property
+    def rows_GMLRE(self) -> Floats:
+        """Kept assignments of each expert, experts grouped by the rank that holds them (a view where contiguous)."""
+        kept = self.load.kept_GMLE
+        return kept.reshape(*kept.shape[:-1], self.placement.num_ranks, -1)
 
-    def received_GMLR(self, positions: list[int]) -> Floats:
-        """Kept assignments that each expert-parallel rank receives in the MoE layers at these positions of
-        ``layers``.
-        """
-        return self.kept_by_rank_GMLRE[:, :, positions].sum(axis=-1)
+    def received_GMLR(self, stage: int) -> Floats | None:
+        """Kept assignments that each expert-parallel rank of a stage receives in its MoE layers; None without any."""
+        positions = list(self.positions_by_stage[stage])
+        return self.placement.rank_loads(self.load.kept_GMLE[:, :, positions]) if positions else None
+
+    def of_stage(self, stage: int) -> StageLoad | None:
+        """What a stage's phases need; ranks in rank order, expert-tensor ranks sharing their rows. None without MoE."""
+        at = list(self.positions_by_stage[stage])
+        if not at:
+            return None
+        exchange = self.exchange_by_stage[stage]
+        rows_MLGRE = np.moveaxis(self.rows_GMLRE[:, :, at], 0, 2)
+        return StageLoad(
+            rows_MLRE=np.repeat(rows_MLGRE, self.etp, axis=3).reshape(*rows_MLGRE.shape[:2], -1, rows_MLGRE.shape[-1]),
+            dispatch_s_MLR=_by_rank(exchange.dispatch_s_GMLR[:, :, at], self.etp),
+            combine_s_MLR=_by_rank(exchange.combine_s_GMLR[:, :, at], self.etp),
+            dispatch_backward_s_MLR=_by_rank(exchange.dispatch_backward_s_GMLR[:, :, at], self.etp),
+            combine_backward_s_MLR=_by_rank(exchange.combine_backward_s_GMLR[:, :, at], self.etp),
+        )
 
 
 def step_load(scenario: Scenario) -> StepLoad | None:
@@ -63,20 +95,93 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         return None
     moe = stack[layers[0]].ffn
     assert isinstance(moe, MoeFfn)
+    if any(stack[i].ffn != moe for i in layers):
+        raise NotModelledError(f"model {model.name}: MoE layers that differ from one another are not modelled")
     popularities = _popularities(scenario.routing.popularity, len(layers), moe.num_experts, moe.router, scenario.seed)
+    placement = contiguous(moe.num_experts, parallel.ep)
     load = draw_load(
         popularities,
         scenario.routing,
-        tokens_per_rank=rank_tokens(parallel, scenario.train),
+        tokens_per_rank=int(rank_tokens(parallel, scenario.train)),
         num_source_ranks=parallel.ep * parallel.etp,
         num_groups=scenario.layout.edp,
         num_micro_batches=scenario.num_micro_batches,
         rng=stream(scenario.seed, "load"),
     )
-    placement = contiguous(moe.num_experts, parallel.ep)
+    exchanges: dict[tuple[int, ...], Exchange] = {}
+    for stage in range(parallel.pp):
+        nodes = _nodes_of_group(scenario, stage)
+        if nodes not in exchanges:
+            exchanges[nodes] = _exchange(scenario, popularities, placement, load, np.array(nodes))
     return StepLoad(
-        scenario=scenario, moe=moe, layers=layers, popularities=popularities, placement=placement, load=load
+        moe=moe,
+        layers=layers,
+        positions_by_stage=_positions_by_stage(scenario, layers),
+        popularities=popularities,
+        placement=placement,
+        load=load,
+        exchange_by_stage=tuple(exchanges[_nodes_of_group(scenario, stage)] for stage in range(parallel.pp)),
+        etp=parallel.etp,
     )
+
+
+def _positions_by_stage(scenario: Scenario, layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Positions in ``layers`` of the MoE layers of each stage; those after the stack lie on the last one."""
+    num_layers, pp = len(scenario.model.layers), scenario.parallel.pp
+    position = {number: at for at, number in enumerate(layers)}
+    stages = [[i for chunk in stage for i in chunk] for stage in stage_layers(num_layers, pp, scenario.parallel.vpp)]
+    stages[-1] += [number for number in layers if number >= num_layers]
+    return tuple(tuple(position[i] for i in held if i in position) for held in stages)
+
+
+def _nodes_of_group(scenario: Scenario, stage: int) -> tuple[int, ...]:
+    """Which ranks of a stage's first expert-parallel group share a node, nodes numbered from 0."""
+    ranks = scenario.layout.stage_ranks(stage)[: scenario.parallel.ep * scenario.parallel.etp : scenario.parallel.etp]
+    nodes = ranks // scenario.cluster.ranks_per_node
+    return tuple(int(node) for node in nodes - nodes.min())
+
+
+def _exchange(
+    scenario: Scenario, popularities: Popularities, placement: Placement, load: ExpertLoad, node_of_rank_R: Ranks
+) -> Exchange:
+    """Bytes between ranks, then the busiest port's time, for all micro-batches and layers at once."""
+    parallel, train, cluster = scenario.parallel, scenario.train, scenario.cluster
+    copies = expected_copies(
+        load.kept_GMLE,
+        popularities=popularities,
+        visits=visit_probabilities(popularities, placement, node_of_rank_R),
+        placement=placement,
+        tokens_per_rank=int(rank_tokens(parallel, train)),
+        num_source_ranks=parallel.ep * parallel.etp,
+    )
+    ports = ports_of(cluster)
+    wide = scenario.model.hidden * ACTIVATION_BYTES
+    narrow = scenario.model.hidden * (1 + FP8_SCALE_BYTES) if train.precision == "fp8" else wide
+    received_bytes = placement.rank_loads(load.kept_GMLE) * wide
+
+    def seconds(port_bytes: PortBytes) -> Floats:
+        own = np.asarray(alltoall_finish_s(port_bytes, ports), dtype=np.float64)
+        if parallel.etp == 1:
+            return own
+        return own + allgather_s(parallel.etp, min(parallel.etp, cluster.ranks_per_node), received_bytes, cluster)
+
+    out = seconds(dispatch_ports(copies, token_bytes=wide, cross_rail=cluster.cross_rail))
+    back = seconds(combine_ports(copies, token_bytes=wide, cross_rail=cluster.cross_rail))
+    narrow_out = (
+        out if narrow == wide else seconds(dispatch_ports(copies, token_bytes=narrow, cross_rail=cluster.cross_rail))
+    )
+    return Exchange(
+        dispatch_s_GMLR=narrow_out,
+        combine_s_GMLR=back,
+        dispatch_backward_s_GMLR=back,
+        combine_backward_s_GMLR=out,
+    )
+
+
+def _by_rank(seconds_GMLR: Floats, etp: int) -> Floats:
+    """(M, L, ranks of the stage) from groups and expert-parallel ranks."""
+    seconds_MLGR = np.moveaxis(seconds_GMLR, 0, 2)
+    return np.repeat(seconds_MLGR, etp, axis=3).reshape(*seconds_MLGR.shape[:2], -1)
 
 
 @lru_cache(maxsize=8)

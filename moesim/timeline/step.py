@@ -16,7 +16,7 @@ from moesim.cost.memory import Placed, outer_parameters, rank_parameters, stage_
 from moesim.describe.pipeline import stage_layers
 from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s, send_s
 from moesim.scenario import Scenario
-from moesim.timeline.load import StepLoad, stage_load, step_load
+from moesim.timeline.load import StepLoad, step_load
 from moesim.timeline.phases import Floats, OperationTimes, lay_out
 from moesim.timeline.pipeline import StageClock, StageWork, run_pipeline
 from moesim.timeline.schedule import OneForwardOneBackward
@@ -73,10 +73,7 @@ def _lay_out_stage(scenario: Scenario, device: DeviceCost, load: StepLoad | None
     parallel, layout, model = scenario.parallel, scenario.layout, scenario.model
     chunks = stage_chunks(model, parallel, scenario.train, stage)
     ranges = stage_layers(len(model.layers), parallel.pp, parallel.vpp)[stage]
-    held = [
-        start + i for chunk, start in zip(chunks, (r.start for r in ranges), strict=True) for i in range(len(chunk))
-    ]
-    here = None if load is None else stage_load(load, stage, [load.layers.index(i) for i in held if i in load.layers])
+    here = load.of_stage(stage) if load is not None else None
     parameters = [[rank_parameters(model, placed, parallel) for placed in chunk] for chunk in chunks]
     gathers, scatters = zip(*(_sharded_weights_s(scenario, chunk) for chunk in parameters), strict=True)
     plan = StagePlan(
