@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.cost.activations import layer_tensors, placeholder_gradient_bytes, workspace_bytes
 from moesim.cost.memory import (
     RankMemory,
+    StaticMemory,
     chunk_order,
     num_in_flight,
     outer_parameters,
@@ -19,7 +21,7 @@ from moesim.cost.memory import (
     stage_memory,
     static_memory,
 )
-from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn, Router
+from moesim.describe.model import Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn, Router
 from moesim.describe.parallel import Parallelism
 from moesim.describe.parameters import mtp_parameters, total_parameters
 from moesim.describe.workload import Training
@@ -175,3 +177,53 @@ def test_the_rank_named_is_that_of_the_hot_group_and_stage() -> None:
     received[1, :, :, 3] *= 2
     memory = stage_memory(MODEL, parallel, layout, Training(global_batch=64), stage=1, received_GMLR=received)
     assert memory.rank == 8 + 4 + 3
+
+
+def test_zero_2_keeps_one_layers_gradients_whole_and_zero_3_two_layers_weights() -> None:
+    dense = replace(MODEL, layers=(DENSE,) * 4, tie_embeddings=True)
+    layer = 1024 * (16 + 8) * 64 + 1024 * 1024 + 3 * 1024 * 4096 + 2 * 1024
+    outer = 32000 * 1024 + 1024
+
+    def static(zero: int) -> StaticMemory:
+        parallel = Parallelism(zero=zero)
+        return static_memory(dense, parallel, parallel.layout(8), TRAIN, stage=0)
+
+    assert static(2).gradients_bytes == pytest.approx(4 * ((outer + 4 * layer) / 8 + layer * 7 / 8))
+    assert static(3).weights_bytes == pytest.approx(2 * ((outer + 4 * layer) / 8 + 2 * layer * 7 / 8))
+
+
+def test_the_down_projections_of_latent_attention_are_whole_on_every_tensor_parallel_rank() -> None:
+    latent = LatentAttention(
+        num_heads=16, q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
+    )
+    model = replace(MODEL, layers=(replace(DENSE, attention=latent),))
+    placed = stage_chunks(model, Parallelism(), TRAIN, 0)[0][0]
+    one, four = (rank_parameters(model, placed, Parallelism(tp=tp))[0] for tp in (1, 4))
+    whole = 1024 * (256 + 128 + 32) + 2 * 1024
+    assert four - whole == pytest.approx((one - whole) / 4)
+
+
+def test_with_short_sequences_the_first_stage_peaks_at_the_gradient_of_the_embedding() -> None:
+    model = replace(MODEL, layers=(DENSE,) * 2)
+    parallel = Parallelism(pp=2)
+    train = Training(seq_len=16, global_batch=1)
+    memory = stage_memory(model, parallel, parallel.layout(2), train, stage=0, received_GMLR=None)
+    assert memory.moment == "gradient of the embedding"
+    standing = placeholder_gradient_bytes(model, (DENSE,), parallel) + workspace_bytes((DENSE,))
+    assert memory.activations_bytes == standing + 2 * 32000 * 1024
+
+
+def test_a_layer_before_the_last_peaks_after_the_layers_behind_it_are_freed() -> None:
+    wide = replace(DENSE, ffn=Ffn(width=65536))
+    model = replace(MODEL, vocab=128, layers=(wide, DENSE, DENSE, DENSE))
+    parallel = Parallelism(pp=2)
+    memory = stage_memory(model, parallel, parallel.layout(2), TRAIN, stage=0, received_GMLR=None)
+    assert memory.moment == "backward of layer 1 of 2: activation"
+
+    def layer_bytes(layer: Layer) -> float:
+        return 1024 * sum(tensor.bytes for tensor in layer_tensors(model, layer, parallel))
+
+    standing = placeholder_gradient_bytes(model, (wide, DENSE), parallel) + workspace_bytes((wide, DENSE))
+    in_flight = 2 * layer_bytes(wide) + layer_bytes(DENSE)  # of the older micro-batch the second layer is gone
+    working = 1024 * 2 * (1024 + 2 * 65536)  # gradients of the layer's output and of the activation's input
+    assert memory.activations_bytes == pytest.approx(standing + in_flight + working)
