@@ -96,8 +96,8 @@ class LoadAlert:
 def load_alerts(load_LE: ArrayLike, *, ratio: float = ALERT_RATIO) -> tuple[LoadAlert, ...]:
     """Every (layer, expert) above ratio times its layer's mean, hottest first.
 
-    >>> load_alerts([[1, 1, 1, 1, 9]], ratio=3)
-    (LoadAlert(layer=0, expert=4, ratio=3.4615384615384617),)
+    >>> load_alerts([[1, 1, 1, 1, 12]], ratio=3)
+    (LoadAlert(layer=0, expert=4, ratio=3.75),)
     """
     load = np.atleast_2d(_checked(load_LE))
     relative_LE = load / load.mean(axis=-1, keepdims=True)

@@ -9,16 +9,25 @@ A token that picks three experts of one rank goes there once; its copies are vis
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.placement import Placement
 from moesim.routing.popularity import Popularities
 from moesim.routing.reach import reach_of_sets, uniform_reach
 from moesim.routing.sampler import Choices
 
 Floats = NDArray[np.float64]
+
+
+class ExpertMap(Protocol):
+    """What visits need of a placement (``moesim.placement.Placement``; that room stands below this one)."""
+
+    @property
+    def expert_to_rank_E(self) -> NDArray[np.int64]: ...
+    @property
+    def num_ranks(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +47,7 @@ class VisitProbabilities:
 
 
 def visit_probabilities(
-    popularities: Popularities, placement: Placement, node_of_rank_R: NDArray[np.int64] | None = None
+    popularities: Popularities, placement: ExpertMap, node_of_rank_R: NDArray[np.int64] | None = None
 ) -> VisitProbabilities:
     """Visits of every layer under a placement; node_of_rank_R gives each rank's node (any ids; None: all on one node).
 
@@ -58,7 +67,7 @@ def visit_probabilities(
     ranks = placement.num_ranks
     given_R = np.zeros(ranks, dtype=np.int64) if node_of_rank_R is None else np.asarray(node_of_rank_R)
     assert given_R.shape == (ranks,), "every rank of the group needs its node"
-    assert placement.num_experts == popularities.num_experts, "the placement is of another number of experts"
+    assert placement.expert_to_rank_E.size == popularities.num_experts, "the placement is of another number of experts"
     nodes, node_of_rank_R = np.unique(given_R, return_inverse=True)
     rank_of_E = placement.expert_to_rank_E
     return VisitProbabilities(
