@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moesim needs Python 3.11 or newer; say make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifneq ($(UV),)
-	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(UV) pip install --python $(BIN)/python -c constraints.txt -e '.[dev,hf]'
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(UV) pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev,hf]'
 else
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,hf]'
 endif

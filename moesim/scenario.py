@@ -249,6 +249,8 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
         for key in LEAVES[name][:-1]:
             at = at.setdefault(key, {})
         at[LEAVES[name][-1]] = value
+    if "gini" in leaves and "popularity" not in leaves:
+        nested["routing"]["popularity"]["kind"] = "lognormal"
     return nested
 
 

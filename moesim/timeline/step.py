@@ -5,6 +5,7 @@ Legend: C virtual stages, B blocks of ranks, M micro-batches, R ranks of a stage
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +51,7 @@ def run_step(scenario: Scenario) -> Trace:
     load = step_load(scenario)
     stages = [_lay_out_stage(scenario, device, load, stage) for stage in range(parallel.pp)]
     times = [op for stage in stages for op in (*stage.forward, *stage.backward)]
-    # Blocks that take the same time in every operation are one block; nothing else sets replicas apart.
-    all_same = all((op.duration_MB == op.duration_MB[:, :1]).all() for op in times)
-    num_blocks = 1 if all_same else layout.num_blocks
+    num_blocks = 1 if _all_blocks_same(times) else layout.num_blocks
     send = _send_s(scenario)
     work = [_work(stage, num_blocks, send, s, parallel.pp) for s, stage in enumerate(stages)]
     step_s, clocks = run_pipeline(work, OneForwardOneBackward(pp=parallel.pp, vpp=parallel.vpp))
@@ -112,6 +111,11 @@ def _lay_out_stage(scenario: Scenario, device: DeviceCost, load: StepLoad | None
         optimizer_s=optimizer_s(dense / split[0] + expert / split[1], device),
         gather_s=gather_s,
     )
+
+
+def _all_blocks_same(times: Sequence[OperationTimes]) -> bool:
+    """Whether one block can stand for all: every operation takes each of them the same time."""
+    return all(bool((op.duration_MB == op.duration_MB[:, :1]).all()) for op in times)
 
 
 def _traced_ranks(load: object, num_ranks: int) -> NDArray[np.int64]:

@@ -156,6 +156,9 @@ def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[st
         )
         for column, value in zip(columns, values, strict=True):
             column.append(np.ascontiguousarray(value).ravel())
+        if op.send_s:
+            ended_MV = began_MV + times.duration_MB[:, run.block_of_traced[keep_V]]
+            _append_sends(columns, names, ranks_V, op, ended_MV)
     for name, _part, start_s, seconds in run.tail:
         index, n = names.setdefault(name, len(names)), len(ranks_V)
         tail = (
@@ -170,6 +173,28 @@ def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[st
         for column, value in zip(columns, tail, strict=True):
             column.append(value)
     return [np.concatenate(column) for column in columns]
+
+
+def _append_sends(
+    columns: list[list[NDArray[np.generic]]],
+    names: dict[str, int],
+    ranks_V: NDArray[np.int64],
+    op: OperationRun,
+    ended_MV: Floats,
+) -> None:
+    """One span for each time a rank handed a micro-batch to the neighbouring stage."""
+    shape = ended_MV.shape
+    values = (
+        np.broadcast_to(ranks_V, shape),
+        np.full(shape, names.setdefault("send to next stage", len(names))),
+        np.full(shape, -1),
+        np.broadcast_to(np.arange(shape[0])[:, None], shape),
+        np.full(shape, op.is_backward),
+        ended_MV,
+        np.full(shape, op.send_s),
+    )
+    for column, value in zip(columns, values, strict=True):
+        column.append(np.ascontiguousarray(value).ravel())
 
 
 def _chrome_events(spans: Spans, rank: int, position: int) -> Iterator[str]:
