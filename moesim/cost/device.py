@@ -100,7 +100,7 @@ class DeviceCost:
         rate = self.attention_backward_flops_per_s if backward else self.attention_forward_flops_per_s
         return self.product_start_s + flops / rate if flops else 0.0
 
-    def _kernel_s(self, flops: Floats, num_bytes: Floats, any_work: NDArray[np.bool_]) -> Floats:
+    def _kernel_s(self, flops: Floats, num_bytes: Floats, any_work: ArrayLike) -> Floats:
         compute = flops / (self.peak_flops_per_s * self.product_utilisation)
         return np.where(any_work, self.product_start_s + np.maximum(compute, num_bytes / self.memory_bytes_per_s), 0.0)
 

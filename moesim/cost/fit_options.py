@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.activations import MEGATRON, Software
-from moesim.cost.memory import RankMemory, stage_chunks, stage_memory
+from moesim.cost.memory import RankMemory, stage_memory
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism
+from moesim.describe.pipeline import stage_chunks
 from moesim.describe.workload import Training
 from moesim.errors import InputError
 

@@ -22,7 +22,7 @@ from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Training
 from moesim.units import BYTES_PER_ELEMENT
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 ACTIVATION_BYTES = BYTES_PER_ELEMENT["bf16"]
 LOGIT_BYTES = BYTES_PER_ELEMENT["float32"]
 

@@ -34,10 +34,10 @@ from moesim.cost.activations import (
 from moesim.describe.model import LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.parameters import layer_parameters
-from moesim.describe.pipeline import stage_layers
+from moesim.describe.pipeline import Placed, stage_chunks
 from moesim.describe.workload import Training
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 ADAM_BYTES = 3 * FP32_BYTES  # main weight and two moments
 
 
@@ -76,32 +76,6 @@ class RankMemory:
     def allocated_bytes(self) -> float:
         """What the framework's allocator hands out (torch's max_memory_allocated): no context, NCCL or reserve."""
         return self.peak_bytes - self.reserved_bytes - (self.comm_bytes - self.pipeline_bytes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placed:
-    """A layer on a stage: ``moe_index`` counts the stage's MoE layers (-1: dense)."""
-
-    layer: Layer
-    moe_index: int
-    is_mtp: bool = False
-
-
-def stage_chunks(model: Model, parallel: Parallelism, train: Training, stage: int) -> tuple[tuple[Placed, ...], ...]:
-    """The layers of each virtual stage of a stage; trained multi-token-prediction layers end the last one."""
-    chunks: list[tuple[Placed, ...]] = []
-    num_moe = 0
-    ranges = stage_layers(len(model.layers), parallel.pp, parallel.vpp)[stage]
-    for v, positions in enumerate(ranges):
-        layers = [(model.layers[i], False) for i in positions]
-        if train.mtp and stage == parallel.pp - 1 and v == parallel.vpp - 1:
-            layers += [(layer, True) for layer in model.mtp_layers]
-        placed = []
-        for layer, is_mtp in layers:
-            placed.append(Placed(layer=layer, moe_index=num_moe if layer.is_moe else -1, is_mtp=is_mtp))
-            num_moe += layer.is_moe
-        chunks.append(tuple(placed))
-    return tuple(chunks)
 
 
 def static_memory(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from moesim.describe.model import Layer, Model
+from moesim.describe.parallel import Parallelism
+from moesim.describe.workload import Training
 from moesim.errors import check
 
 
@@ -25,3 +30,29 @@ def stage_layers(num_layers: int, pp: int, vpp: int = 1) -> tuple[tuple[range, .
     starts = [sum(sizes[:c]) for c in range(num_chunks)]
     chunks = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
     return tuple(tuple(chunks[v * pp + stage] for v in range(vpp)) for stage in range(pp))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A layer on a stage: ``moe_index`` counts the stage's MoE layers (-1: dense)."""
+
+    layer: Layer
+    moe_index: int
+    is_mtp: bool = False
+
+
+def stage_chunks(model: Model, parallel: Parallelism, train: Training, stage: int) -> tuple[tuple[Placed, ...], ...]:
+    """The layers of each virtual stage of a stage; trained multi-token-prediction layers end the last one."""
+    chunks: list[tuple[Placed, ...]] = []
+    num_moe = 0
+    ranges = stage_layers(len(model.layers), parallel.pp, parallel.vpp)[stage]
+    for v, positions in enumerate(ranges):
+        layers = [(model.layers[i], False) for i in positions]
+        if train.mtp and stage == parallel.pp - 1 and v == parallel.vpp - 1:
+            layers += [(layer, True) for layer in model.mtp_layers]
+        placed = []
+        for layer, is_mtp in layers:
+            placed.append(Placed(layer=layer, moe_index=num_moe if layer.is_moe else -1, is_mtp=is_mtp))
+            num_moe += layer.is_moe
+        chunks.append(tuple(placed))
+    return tuple(chunks)

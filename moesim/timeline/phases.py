@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def lay_out(
 
     traced: (V,) ranks of the stage whose spans are kept. See docs/model.md#barriers.
     """
-    clock = np.zeros((num_micro_batches, num_ranks))
+    clock: Floats = np.zeros((num_micro_batches, num_ranks))
     part_R: dict[str, Floats] = {"wait_for_slowest": np.zeros(num_ranks)}
     starts, lengths = [], []
     for phase in phases:

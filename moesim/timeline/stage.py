@@ -25,13 +25,13 @@ from moesim.cost.layer import (
     permute_s,
     rank_tokens,
 )
-from moesim.cost.memory import Placed
 from moesim.describe.model import Layer, MoeFfn
+from moesim.describe.pipeline import Placed
 from moesim.fabric.collectives import allgather_s
 from moesim.scenario import Scenario
 from moesim.timeline.phases import Phase
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True, kw_only=True)

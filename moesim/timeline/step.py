@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
-from moesim.cost.memory import Placed, outer_parameters, rank_parameters, stage_chunks
-from moesim.describe.pipeline import stage_layers
+from moesim.cost.memory import outer_parameters, rank_parameters
+from moesim.describe.pipeline import Placed, stage_chunks, stage_layers
 from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s, send_s
 from moesim.scenario import Scenario
 from moesim.timeline.load import StepLoad, step_load

@@ -122,7 +122,9 @@ class Trace:
         """
         from moesim.door.files import write_bytes_atomically
 
-        written, parts, size = [], [], 0
+        written: list[int] = []
+        parts: list[bytes] = []
+        size = 0
         for rank in ranks if ranks is not None else self.representative_ranks():
             text = ",\n".join(_chrome_events(self.spans([rank]), rank, len(written))).encode()
             if written and size + len(text) > max_bytes:
