@@ -30,6 +30,7 @@ QUICK = Effort(num_passes=2, min_samples=3, max_samples=50, budget_s=0.015, num_
 FULL_GPU = Effort(num_passes=3, min_samples=10, max_samples=30, budget_s=0.01)
 _LAUNCH = Case(kind="launch", direction="forward", size=1)
 _HOST_KEY = "host"
+_MOST_CPU_FLOPS = 1e11  # a second per product on two slow cores; a whole calibration would take hours beyond
 _AGREEMENT_FRACTION = 0.05  # between the two least disturbed passes over a case
 
 
@@ -47,7 +48,7 @@ def calibrate(
 
     device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``; shapes: the models whose sizes to time; None takes
     the small named one on a CPU (in float32) and the published ones of NAMED_SHAPES on a GPU (in bf16).
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that is not there, and for a large model's sizes on a CPU.
 
     >>> calibrate("cpu", quick=True, out_path="cpu.json")["named_model"]  # doctest: +SKIP
     ['cpu-small']
@@ -196,10 +197,14 @@ def _device(device: str) -> torch.device:
 
 
 def _chosen_shapes(shapes: Sequence[LayerShapes] | LayerShapes | None, device: torch.device) -> tuple[LayerShapes, ...]:
-    if isinstance(shapes, LayerShapes):
-        return (shapes,)
     if shapes:
-        return tuple(shapes)
+        chosen = (shapes,) if isinstance(shapes, LayerShapes) else tuple(shapes)
+        for shape in chosen:
+            flops = max(2 * shape.max_rows * inputs * outputs for inputs, outputs in shape.products)
+            if device.type == "cpu" and flops > _MOST_CPU_FLOPS:
+                rule = f"a CPU times small models, of at most {_MOST_CPU_FLOPS:.0e} FLOPs in a product"
+                raise ValueError(f"shapes {shape.name}: {rule}; got {flops:.0e}; name no model to time cpu-small")
+        return chosen
     return (CPU_SMALL,) if device.type == "cpu" else tuple(s for s in NAMED_SHAPES.values() if s is not CPU_SMALL)
 
 

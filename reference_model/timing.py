@@ -21,7 +21,7 @@ from torch import Tensor
 Call = Callable[[], object]
 _MIB = 2**20
 _CPU_ARENA_BYTES = (64 * _MIB, 1024 * _MIB)  # at least, and at most: a virtual machine reports its host's whole cache
-_GPU_SLEEP_CYCLES = 500_000  # about 0.3 ms of the GPU, so that the host is ahead when the timed kernels start
+_GPU_SLEEP_CYCLES = 1_500_000  # about 0.8 ms of the GPU, so that the host is ahead when the timed kernels start
 _MOST_BUDGETS = 5  # a case may take this many times its budget where the machine is disturbed
 
 

@@ -150,6 +150,11 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_large_models_sizes_are_refused_on_a_cpu(tmp_path):
+    with pytest.raises(ValueError, match="shapes deepseek-v3: a CPU times small models"):
+        calibrate("cpu", NAMED_SHAPES["deepseek-v3"], out_path=tmp_path / "p.json")
+
+
 def test_named_shapes_hold_their_models_published_sizes():
     sizes = {name: (s.hidden, s.expert_width, s.num_experts, s.top_k) for name, s in NAMED_SHAPES.items()}
     assert sizes["deepseek-v3"] == (7168, 2048, 256, 8)
