@@ -122,6 +122,7 @@ def test_interleaved_layers_of_a_nested_text_config_are_read_with_their_shared_e
     model = read({"model_type": "llama4", "text_config": text, "tie_word_embeddings": True, "vision_config": {}})
     assert model.moe_layers == (1, 3)
     assert model.tie_embeddings
+    assert model.notes == ("only the text model of a multimodal config is read",)
     moe = model.layers[1].ffn
     assert (moe.expert.width, moe.shared.width, model.layers[0].ffn.width) == (14336, 14336, 16384)
 
@@ -173,6 +174,16 @@ def test_an_impossible_value_is_refused_by_name(changes: dict[str, Any], message
 def test_layers_that_are_not_modelled_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(NotModelledError, match="not modelled"):
         read(config_of("mixtral-8x7b") | changes)
+
+
+def test_a_hybrid_whose_config_holds_infinity_is_refused_as_not_modelled(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "bamba", "time_step_limit": [0.0, Infinity]}')
+    with pytest.raises(NotModelledError, match=r"state-space or recurrent layers: not modelled"):
+        load_model(path)
+    path.write_text(json.dumps(config_of("mixtral-8x7b")).replace("4096", "Infinity"))
+    with pytest.raises(InputError, match="hidden_size: must be a whole number; got 'Infinity'"):
+        load_model(path)
 
 
 def test_an_unknown_model_type_is_read_by_its_keys_and_says_so() -> None:

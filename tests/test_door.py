@@ -96,6 +96,7 @@ def test_yaml_is_read_as_plain_data(text: str, value: object) -> None:
         ("? [a]\n: 1", "f.yaml: line 1: keys must be plain texts; got 'a list or mapping as a key'"),
         ("[" * 1000, "f.yaml: line 1: must not nest deeper than 32; got 'a deeper value'"),
         ("a: \x00", "f.yaml: must be valid YAML"),
+        ("a: \udcff", "f.yaml: must be valid YAML"),
     ],
 )
 def test_yaml_beyond_plain_data_is_refused(text: str, message: str) -> None:
@@ -118,6 +119,11 @@ def test_yaml_beyond_plain_data_is_refused(text: str, message: str) -> None:
 )
 def test_json_beyond_plain_data_is_refused(text: str, message: str) -> None:
     assert refusal_of(lambda: parse_json(text, "f.json")).startswith(message)
+
+
+def test_files_of_others_may_hold_infinity_where_nobody_asks() -> None:
+    value = parse_json('{"time_step_limit": [0.0, Infinity]}', "f.json", keep_non_finite_as_text=True)
+    assert value == {"time_step_limit": [0.0, "Infinity"]}
 
 
 plain = st.recursive(
@@ -443,6 +449,7 @@ def test_overrides_set_nested_values_read_as_yaml_and_leave_the_original_alone()
         ("seed.x=3", "--set: seed.x: cannot be set: seed is a single value, not a group; got 7"),
         ("seed={a: b: c}", "--set seed: line 1: must be valid YAML"),
         ("seed=*x", "--set seed: line 1: YAML aliases are not read"),
+        (".".join("a" * 2000) + "=1", "--set: "),
         ("seed=.nan", "--set seed: line 1: numbers must be finite"),
     ],
 )

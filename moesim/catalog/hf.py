@@ -5,6 +5,7 @@ What the file does not say because the modelling code fixes it stands in `moesim
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from moesim.describe.model import (
     Router,
     Scoring,
 )
-from moesim.door import refusals_of
+from moesim.door import parse_as, refusals_of
 from moesim.errors import InputError, NotModelledError, check
 
 T = TypeVar("T")
@@ -113,15 +114,13 @@ def model_from_config(raw: object, *, name: str, owner: str) -> Model:
             model = switch_model(config, name=name)
         else:
             model = _decoder_model(config, name=name)
+    if text is not None:
+        model = dataclasses.replace(model, notes=(*model.notes, "only the text model of a multimodal config is read"))
     return _with_header(model, header, owner)
 
 
 def _with_header(model: Model, header: object, owner: str) -> Model:
     """The model with the facts of a preset's header: where its config stands, how its publisher counts."""
-    import dataclasses
-
-    from moesim.door import parse_as
-
     facts = parse_as(Header, header, f"{owner}._moesim")
     return dataclasses.replace(
         model,

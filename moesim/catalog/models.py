@@ -63,7 +63,8 @@ def _preset(name: str) -> Model:
 
 def _from_file(path: Path) -> Model:
     owner = str(path)
-    raw = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
+    is_yaml = path.suffix in (".yaml", ".yml")
+    raw = read_yaml(path) if is_yaml else read_json(path, keep_non_finite_as_text=True)
     if is_design(raw):
         return model_from_design(raw, owner=owner)
     name = path.resolve().parent.name if path.stem == "config" else path.stem

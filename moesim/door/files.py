@@ -14,7 +14,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from moesim.errors import InputError, check, near_match
 from moesim.units import GIB, MIB, format_bytes
@@ -49,9 +49,10 @@ def read_yaml(path: str | Path, *, max_bytes: int = MAX_YAML_BYTES) -> Any:
     return parse_yaml(read_text(path, max_bytes=max_bytes), str(path))
 
 
-def read_json(path: str | Path, *, max_bytes: int = MAX_TEXT_BYTES) -> Any:
-    """The plain value of a JSON file; duplicate keys, NaN and infinities are refused."""
-    return parse_json(read_text(path, max_bytes=max_bytes), str(path))
+def read_json(path: str | Path, *, max_bytes: int = MAX_TEXT_BYTES, keep_non_finite_as_text: bool = False) -> Any:
+    """The plain value of a JSON file. See `parse_json`."""
+    text = read_text(path, max_bytes=max_bytes)
+    return parse_json(text, str(path), keep_non_finite_as_text=keep_non_finite_as_text)
 
 
 def parse_yaml(text: str, owner: str) -> Any:
@@ -70,8 +71,8 @@ def parse_yaml(text: str, owner: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise InputError(owner, f"line {line}", "must be valid YAML", error.problem) from None
-    except yaml.YAMLError as error:
-        raise InputError(owner, "", "must be valid YAML", str(error).splitlines()[0]) from None
+    except (yaml.YAMLError, UnicodeError) as error:  # characters that YAML, or UTF-8, does not have
+        raise InputError(owner, "", "must be valid YAML", _one_line(error)) from None
 
 
 def _build(events: Iterator[Any], owner: str) -> Any:
@@ -157,8 +158,11 @@ def _finite(text: str, owner: str, field: str) -> float:
     return value
 
 
-def parse_json(text: str, owner: str) -> Any:
-    """The plain value of a JSON text. Raises InputError for bad JSON, duplicate keys, NaN, infinities, deep nesting."""
+def parse_json(text: str, owner: str, *, keep_non_finite_as_text: bool = False) -> Any:
+    """The plain value of a JSON text. Raises InputError for bad JSON, duplicate keys, NaN, infinities, deep nesting.
+
+    keep_non_finite_as_text: for files of others that hold ``Infinity`` under keys nobody asks for; it becomes a text.
+    """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value: dict[str, Any] = {}
@@ -167,14 +171,15 @@ def parse_json(text: str, owner: str) -> Any:
             value[key] = item
         return value
 
-    def refuse(constant: str) -> NoReturn:
-        raise InputError(owner, "", "numbers must be finite", constant)
+    def non_finite(constant: str) -> str:
+        check(keep_non_finite_as_text, owner, "", "numbers must be finite", constant)
+        return constant
 
     try:
         value = json.loads(
             text,
             object_pairs_hook=no_duplicates,
-            parse_constant=refuse,
+            parse_constant=non_finite,
             parse_int=lambda digits: _integer(digits, owner, ""),
             parse_float=lambda digits: _finite(digits, owner, ""),
         )

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from moesim.door.files import parse_yaml
+from moesim.door.files import MAX_DEPTH, parse_yaml
 from moesim.errors import InputError, check, near_match
 from moesim.units import parse_quantity
 
@@ -196,6 +196,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
         keys = [key.strip() for key in path.split(".")]
         well_formed = bool(equals) and all(_KEY.fullmatch(key) for key in keys)
         check(well_formed, "--set", text, "must read key=value or group.key=value", text)
+        check(len(keys) <= MAX_DEPTH, "--set", path, f"must not nest deeper than {MAX_DEPTH}", len(keys))
         value = parse_yaml(value_text, f"--set {path}") if value_text.strip() else None
         group = result
         for depth, key in enumerate(keys[:-1]):
