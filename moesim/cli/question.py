@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.cli.call import Call
-from moesim.errors import InputError, check, near_match
+from moesim.errors import check, near_match
 
 if TYPE_CHECKING:
     from moesim.scenario import Scenario
+
+FILE_LEAVES = ("model", "cluster", "profile")  # may name a file, which is looked up beside the file that names it
 
 
 def scenario_of(call: Call, file: Path | None, parameters: Mapping[str, Any] | None = None) -> Scenario:
@@ -54,14 +56,15 @@ def typed_parameters(call: Call) -> dict[str, Any]:
 
 
 def read_parameters(path: Path | None) -> dict[str, Any]:
-    """The flat names of a papermill parameter file (-f); none without a file."""
+    """The flat names of a papermill parameter file (-f), none without a file; a model file beside it is found."""
     from moesim.door.files import read_yaml
 
     if path is None:
         return {}
     raw = read_yaml(path)
     check(isinstance(raw, dict), str(path), "", "must be a mapping of parameters", type(raw).__name__)
-    return dict(raw)
+    near = {name: path.parent / raw[name] for name in FILE_LEAVES if isinstance(raw.get(name), str)}
+    return dict(raw) | {name: str(beside) for name, beside in near.items() if beside.is_file()}
 
 
 def _flag(name: str) -> str:
@@ -84,14 +87,19 @@ def _name_the_lognormal(raw: dict[str, Any]) -> None:
         routing["popularity"] = {"kind": "lognormal"} | popularity
 
 
-def split_parameters(values: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(scenario leaves, the notebook's own parameters) of flat names; an unknown name is refused with a near match."""
+def flat_settings(call: Call) -> dict[str, Any]:
+    """The --set texts and the seed of a call as flat names, for a notebook; a field without a flat name is refused."""
+    from moesim.door.parse import apply_overrides
     from moesim.scenario import LEAVES
 
-    for name, value in values.items():
-        if name not in LEAVES and name not in own:
-            raise InputError("parameters", name, "is not a parameter", value, near_match(name, [*LEAVES, *own]))
-    return {n: v for n, v in values.items() if n in LEAVES}, {n: v for n, v in values.items() if n in own}
+    flat_of = {".".join(path): name for name, path in LEAVES.items()}
+    found: dict[str, Any] = {} if call.seed is None else {"seed": call.seed}
+    for text in call.settings:
+        path = _dotted(text, LEAVES).partition("=")[0].strip()
+        named = path in flat_of
+        check(named, "--set", path, "has no parameter in the report", text, near_match(path, flat_of))
+        found |= apply_overrides({}, [flat_of[path] + "=" + text.partition("=")[2]])
+    return found
 
 
 def flat_leaves(scenario: Scenario, folder: Path | None) -> dict[str, Any]:

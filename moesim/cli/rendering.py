@@ -19,26 +19,33 @@ DEVICES = ("auto", "cuda", "cpu")
 
 
 def render_report(call: Call, scenario_file: Path | None, params_file: Path | None) -> Answer:
-    """Check everything that was asked, then run the planning notebook into the output folder."""
-    from moesim.cli.question import flat_leaves, read_parameters, scenario_of, split_parameters, typed_parameters
+    """Check everything that was asked, then run the planning notebook into the output folder.
+
+    Without a scenario file, what is not named keeps the notebook's default, exactly as with papermill.
+    """
+    from moesim.cli.question import flat_leaves, flat_settings, read_parameters, scenario_of, typed_parameters
     from moesim.report.parameters import ask, check_parameters, find_notebook, parameters_of
     from moesim.report.runner import FILES, run_notebook
+    from moesim.scenario import LEAVES
 
-    notebook = find_notebook(PLANNING_NOTEBOOK)
-    known = parameters_of(notebook)
-    leaves, own = split_parameters(read_parameters(params_file) | typed_parameters(call), known)
-    scenario = scenario_of(call, scenario_file, leaves)
-    flat = flat_leaves(scenario, scenario_file.parent if scenario_file else None)
-    parameters = {name: value for name, value in flat.items() if name in known} | own
-    heard = ask(check_parameters(parameters, known), sorted(parameters)).scenario
-    for name, value in scenario.to_dict().items():
-        got = heard.to_dict()[name]
-        check(got == value, "report", name, "says more than the notebook's parameters can", value)
+    known = parameters_of(find_notebook(PLANNING_NOTEBOOK))
+    given = read_parameters(params_file) | typed_parameters(call)
+    if scenario_file is None:
+        given |= flat_settings(call)
+        scenario = ask(check_parameters(given, known), sorted(given)).scenario
+    else:
+        leaves = {name: value for name, value in given.items() if name in LEAVES}
+        scenario = scenario_of(call, scenario_file, leaves)
+        flat = flat_leaves(scenario, scenario_file.parent)
+        given = {name: value for name, value in (given | flat).items() if name in known or name not in LEAVES}
+        heard = ask(check_parameters(given, known), sorted(given)).scenario.to_dict()
+        for name, value in scenario.to_dict().items():
+            check(heard[name] == value, "report", name, "says more than the notebook's parameters can", value)
     folder = call.out or Path("out/report")
-    run_notebook(PLANNING_NOTEBOOK, parameters, folder, show_progress=False if call.verbosity < 0 else None)
+    run_notebook(PLANNING_NOTEBOOK, given, folder, show_progress=False if call.verbosity < 0 else None)
     files = [str(folder / name) for name in FILES if (folder / name).is_file()]
     return Answer(
-        inputs={"scenario": scenario.to_dict(), "parameters": parameters},
+        inputs={"scenario": scenario.to_dict(), "parameters": given},
         result={"folder": str(folder), "files": files},
         tables=[Table(title="Report", columns=("File",), rows=[(name,) for name in files])],
         writes_own_files=True,

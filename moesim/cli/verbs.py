@@ -314,10 +314,11 @@ def parse_ranks(text: str, num_gpus: int) -> list[int] | None:
 
 REPORT_EXAMPLES = _examples(
     "moesim report --out out/report",
-    "moesim report --model mixtral-8x7b --cluster h100-8x-ib400 --num-gpus 64 --ep 8",
-    "moesim report -p model deepseek-v3 -p cluster h800-8x-ib400 -p num_gpus 2048 -p pp 16 -p ep 64",
+    "moesim report -p ep 32 -p recompute full",
     "moesim report -f params.yaml --out out/mine",
-    DEFAULT_QUESTION,
+    "moesim report scenario.yaml",
+    "What is not named keeps the notebook's default, as with papermill: DeepSeek-V3 on 2,048 H800 (PP16, EP64). "
+    "A scenario file takes the scenario's own defaults instead.",
 )
 
 
