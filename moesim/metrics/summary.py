@@ -157,7 +157,11 @@ def _envelope(trace: Trace) -> list[str]:
     """What this run leaves out, in sentences: each a reason not to take its step time for a measurement."""
     scenario = trace.scenario
     model, train = scenario.model, scenario.train
-    reasons = ["Step times have not been scored against measured steps yet; no error bar can be given."]
+    reasons = [
+        "Step times are not fitted to any measured step. First scores: one MoE layer on 8 H100 comes out 0 to 12 % too "
+        "long, steps on 8 B200 come out 32 to 47 % too short (tests/test_step_against_measurements.py); nothing that "
+        "crosses nodes has been scored."
+    ]
     reasons += ["Host launch overhead beyond a kernel's start, and CUDA graphs, are not modelled."]
     if scenario.parallel.pp > 1:
         reasons += ["Only 1F1B schedules run (interleaved with vpp > 1): no zero-bubble or DualPipe."]
@@ -190,4 +194,6 @@ def _warnings(trace: Trace, headroom: float) -> tuple[str, ...]:
         )
     if any(item.kind == "assumed" and item.part == "product efficiency" for item in trace.device.provenance):
         told.append("product efficiency is assumed, not measured, for this GPU")
+    if trace.scenario.cluster.gpu.name in ("b200", "gb200", "gb300"):
+        told.append("on this GPU generation measured steps took about 1.5 to 1.9 times the predicted time (8 x B200)")
     return tuple(told)
