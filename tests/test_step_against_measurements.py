@@ -23,7 +23,7 @@ LAYERS = {
     "deepseek": ((7168, 2048, 32, 8), (7.1192, 10.4827)),
     "mixtral": ((4096, 14336, 8, 2), (4.3269, 7.6843)),
 }
-# 8 B200, 4 micro-batches of one sequence: model, tp, pp, cp, seq_len, global batch, step [ms]; source: test_memory_b200.
+# 8 B200, 4 micro-batches: model, tp, pp, cp, seq_len, global batch, step [ms]; source: test_memory_b200.
 B200_RUNS = (
     ("70b", 1, 2, 1, 4096, 16, 843.0),
     ("70b", 2, 1, 1, 4096, 16, 725.5),
