@@ -21,7 +21,15 @@ from reference_model.cases import Case, all_cases, prepare_case
 from reference_model.fit import fit_points, repeat_noise_fraction, score
 from reference_model.profile_schema import SCHEMA, SCHEMA_VERSION, write_profile
 from reference_model.shapes import CPU_SMALL, NAMED_SHAPES, LayerShapes, shapes_of
-from reference_model.timing import Arena, Effort, arena_bytes, device_description, host_overhead_s, sample_times_s
+from reference_model.timing import (
+    Arena,
+    Effort,
+    arena_bytes,
+    calls_ahead,
+    device_description,
+    host_overhead_s,
+    sample_times_s,
+)
 
 Progress = Callable[[int, int, str], None]  # done, total, what comes next
 
@@ -159,7 +167,9 @@ def _measure(
             if case is None:
                 log.add(_HOST_KEY, [host_overhead_s(device)])
             else:
-                log.add(case.key, sample_times_s(prepare_case(case, arena), device, effort))
+                backward = case.direction == "backward"
+                ahead = calls_ahead(device, case.num_bytes(dtype.itemsize)) if backward else 1
+                log.add(case.key, sample_times_s(prepare_case(case, arena), device, effort, ahead))
         progress(len(todo), len(todo), f"pass {number + 1}: done")
 
 

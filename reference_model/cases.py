@@ -261,8 +261,9 @@ def _layer(case: Case, arena: Arena) -> Setup:
     )
 
     def setup() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
-        for weight_EOI in (layer.experts.gate_up, layer.experts.down):
-            weight_EOI.data = arena.take(*weight_EOI.shape)
+        experts = layer.experts
+        experts.gate_up = torch.nn.Parameter(arena.take(*experts.gate_up.shape))
+        experts.down = torch.nn.Parameter(arena.take(*experts.down.shape))
         x_TH = arena.take(case.size, case.width_in)
         return lambda: layer(x_TH).output_TH, (x_TH, *layer.parameters())
 

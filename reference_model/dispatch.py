@@ -139,7 +139,8 @@ class _Combine(torch.autograd.Function):
         weight_P = torch.cat([weights_TK.reshape(-1), weights_TK.new_zeros(1)])[copy_P]
         grad_PH = grad_TH.index_select(0, token_P) * weight_P.to(grad_TH.dtype)[:, None]
         rows_TKH = y_PH.index_select(0, row_TK.reshape(-1)).view(*row_TK.shape, -1)
-        grad_weights_TK = torch.linalg.vecdot(rows_TKH, grad_TH[:, None, :].to(rows_TKH.dtype)).to(weights_TK.dtype)
+        # A product, not a sum of rounded products: it accumulates in float32 also in bf16.
+        grad_weights_TK = (rows_TKH @ grad_TH.to(rows_TKH.dtype)[..., None])[..., 0].to(weights_TK.dtype)
         return grad_PH, grad_weights_TK, None, None, None
 
 

@@ -22,6 +22,7 @@ Call = Callable[[], object]
 _MIB = 2**20
 _CPU_ARENA_BYTES = (64 * _MIB, 1024 * _MIB)  # at least, and at most: a virtual machine reports its host's whole cache
 _GPU_SLEEP_CYCLES = 1_500_000  # about 0.8 ms of the GPU, so that the host is ahead when the timed kernels start
+_MOST_CALLS_AHEAD = 16
 _MOST_BUDGETS = 5  # a case may take this many times its budget where the machine is disturbed
 
 
@@ -76,14 +77,24 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K") and size[:-1].isdigit()), default=0)
 
 
-def sample_times_s(prepare: Callable[[], Call], device: torch.device, effort: Effort) -> list[float]:
-    """Seconds of each of several calls. ``prepare`` (not timed) gives the next call on cold data."""
+def calls_ahead(device: torch.device, case_bytes: int) -> int:
+    """How many calls to prepare before the first is timed: a backward's preparation runs its forward, which leaves its
+    operands in the cache, until those of as many other calls as fill the cache have gone through it."""
+    return min(_MOST_CALLS_AHEAD, 1 + cache_bytes(device) // max(1, case_bytes))
+
+
+def sample_times_s(prepare: Callable[[], Call], device: torch.device, effort: Effort, ahead: int = 1) -> list[float]:
+    """Seconds of each of several calls. ``prepare`` (not timed) gives the next on cold data, ``ahead`` at a time."""
     sample = _gpu_sample_s if device.type == "cuda" else _cpu_sample_s
     for _ in range(effort.num_warmups):
         prepare()()
     samples: list[float] = []
+    ready: list[Call] = []
     while len(samples) < effort.max_samples:
-        samples.append(sample(prepare()))
+        if not ready:
+            ready = [prepare() for _ in range(ahead)]
+            ready.reverse()  # the first prepared is the coldest, and the first to go
+        samples.append(sample(ready.pop()))
         # By the fastest sample: a disturbed stretch must not end with few samples, all of them disturbed.
         enough = len(samples) * min(samples) >= effort.budget_s or sum(samples) >= _MOST_BUDGETS * effort.budget_s
         if enough and len(samples) >= effort.min_samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -127,6 +128,23 @@ def test_the_arena_hands_out_all_other_memory_before_any_again():
     while (address := arena.take(1000).data_ptr()) != first:
         assert address not in others[:1]
     assert arena.take(10).is_leaf
+
+
+def test_calls_are_prepared_ahead_so_that_a_backward_does_not_find_its_forward_in_the_cache(monkeypatch):
+    monkeypatch.setattr(timing, "cache_bytes", lambda _: 1000)
+    assert timing.calls_ahead(CPU, 400) == 3
+    assert timing.calls_ahead(CPU, 4000) == 1
+    assert timing.calls_ahead(CPU, 1) == 16
+    events: list[str] = []
+
+    def prepare() -> Callable[[], None]:
+        number = sum(event.startswith("prepare") for event in events)
+        events.append(f"prepare {number}")
+        return lambda: events.append(f"call {number}")
+
+    effort = Effort(num_passes=1, min_samples=4, max_samples=4, budget_s=1.0, num_warmups=0)
+    assert len(sample_times_s(prepare, CPU, effort, ahead=2)) == 4
+    assert events == [f"{what} {i + j}" for i in (0, 2) for what in ("prepare", "call") for j in (0, 1)]
 
 
 def test_disturbed_passes_are_repeated_until_two_agree(tmp_path, monkeypatch):
