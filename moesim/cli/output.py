@@ -138,14 +138,13 @@ def print_table(table: Table) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    shown = RichTable(
-        title=Text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(table.columns))
     for position, name in enumerate(table.columns):
         justify: Literal["right", "left"] = "right" if name in table.right else "left"
         shown.add_column(name, justify=justify, overflow="fold", no_wrap=position == 0)
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))
+    console.print(Text(table.title, style="bold"))
     console.print(shown)
     if table.note:
         console.print(Text(table.note))
@@ -165,4 +164,4 @@ def working(call: Call, text: str) -> Iterator[None]:
 
 def fields_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """A table of names and values."""
-    return Table(title=title, columns=("", "Value"), rows=rows)
+    return Table(title=title, columns=("", ""), rows=rows)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moesim.cli.call import Call, Verbs, show_version, verb
 from moesim.cli.output import Answer, Table, envelope_of, fields_table, working, write_results
+
+if TYPE_CHECKING:
+    from moesim.metrics.step import StepResult
 
 app = typer.Typer(
     name="moesim",
@@ -197,7 +200,6 @@ SIMULATE_EXAMPLES = _examples(
 def simulate(call: Call, scenario_file: ScenarioFile = None) -> Answer:
     """Simulate one training step: time, throughput, memory, load and drops."""
     from moesim.cli.question import scenario_of
-    from moesim.units import format_bytes, format_seconds
 
     scenario = scenario_of(call, scenario_file)  # before the engine is loaded, so that a refusal comes at once
     from moesim.metrics.summary import summarise
@@ -206,32 +208,14 @@ def simulate(call: Call, scenario_file: ScenarioFile = None) -> Answer:
     with working(call, f"Simulating {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"):
         trace = run_step(scenario)
         step = summarise(trace)
-    parts = [
-        (name.replace("_", " "), format_seconds(seconds), f"{seconds / step.step_s:.1%}")
-        for name, seconds in step.step_parts_s.items()
-        if seconds > 0
-    ]
-    memory = [(name.removesuffix("_bytes"), format_bytes(size)) for name, size in step.memory.items()]
-    sources = [(item.part, item.kind, item.source) for item in step.provenance]
     title = f"{scenario.model.name} on {scenario.cluster.num_gpus:,} x {scenario.cluster.gpu.name}: one training step"
-    tables = [
-        fields_table(title, step.rows()),
-        Table(
-            title="Step time by part, mean over ranks",
-            columns=("Part", "Time", "Share"),
-            rows=parts,
-            right=("Time", "Share"),
-        ),
-        Table(title="Memory of the fullest rank", columns=("Part", "Size"), rows=memory, right=("Size",)),
-        Table(title="Where the numbers come from", columns=("Part", "Kind", "Source"), rows=sources),
-    ]
     reasons = [f"not modelled or not validated: {reason}" for reason in step.envelope.get("reasons", [])]
     answer = Answer(
         inputs={"scenario": scenario.to_dict()},
         result={
             name: value for name, value in step.to_dict().items() if name not in ("scenario", "provenance", "warnings")
         },
-        tables=tables,
+        tables=_step_tables(step, title, call.verbosity > 0),
         provenance=[{"part": item.part, "kind": item.kind, "source": item.source} for item in step.provenance],
         warnings=[*step.warnings, *reasons],
         writes_own_files=True,
@@ -241,6 +225,32 @@ def simulate(call: Call, scenario_file: ScenarioFile = None) -> Answer:
         trace.write_chrome(call.out / "trace.json")
         call.note(f"wrote {call.out / 'results.json'} and {call.out / 'trace.json'}")
     return answer
+
+
+def _step_tables(step: StepResult, title: str, with_sources: bool) -> list[Table]:
+    """A step for a reader: headline, time by part, memory by part, pedigree of the numbers."""
+    from moesim.units import format_bytes, format_seconds
+
+    parts = [
+        (name.replace("_", " "), format_seconds(seconds), f"{seconds / step.step_s:.1%}")
+        for name, seconds in step.step_parts_s.items()
+        if seconds > 0
+    ]
+    memory = [(name.removesuffix("_bytes"), format_bytes(size)) for name, size in step.memory.items()]
+    columns = ("Part", "Time", "Share")
+    if with_sources:
+        told = [(item.part, item.kind, item.source) for item in step.provenance]
+        pedigree = Table(title="Where the numbers come from", columns=("Part", "Kind", "Source"), rows=told)
+    else:
+        kinds = dict.fromkeys(item.kind for item in step.provenance)
+        by_kind = [(kind, ", ".join(item.part for item in step.provenance if item.kind == kind)) for kind in kinds]
+        pedigree = Table(title="What the numbers are (sources: -v)", columns=("Kind", "Parts"), rows=by_kind)
+    return [
+        fields_table(title, step.rows()),
+        Table(title="Step time by part, mean over ranks", columns=columns, rows=parts, right=columns[1:]),
+        Table(title="Memory of the fullest rank", columns=("Part", "Size"), rows=memory, right=("Size",)),
+        pedigree,
+    ]
 
 
 TRACE_EXAMPLES = _examples(
