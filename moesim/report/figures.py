@@ -28,8 +28,10 @@ from moesim.units import GIB, GIGA, format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from moesim.describe.counts import Description
     from moesim.study.links import BreakEven
     from moesim.study.sizes import EpPoint
+    from moesim.study.twins import Twins
 
 TWIN_NAMES = {
     "moe": "this MoE",
@@ -182,7 +184,7 @@ def step_time(result: StepResult) -> Picture:
         rows += [(part, seconds[part], group) for part in kept]
     if result.hidden_comm_s > 0:
         rows.append(("hidden", result.hidden_comm_s, "communicating behind compute (costs no time)"))
-    title = f"One step takes {format_seconds(result.step_s)}; most of it goes to {result.binds}"
+    title = f"One step takes {format_seconds(result.step_s)}; the largest part is {result.binds}"
     with house_style():
         figure = new_figure(9.0, 1.1 + 0.33 * (len(rows) + len({row[2] for row in rows})))
         axes = figure.subplots()
@@ -228,8 +230,9 @@ def step_time(result: StepResult) -> Picture:
     return finish(figure, f"{title}. {alt}.")
 
 
-def twins(moe: StepResult, active: StepResult, total: StepResult) -> Picture:
+def twins(found: Twins) -> Picture:
     """The MoE beside its two dense twins on the same cluster: step time, tokens per second and GPU, memory."""
+    moe, active, total = found.moe, found.active, found.total
     results = {"moe": moe, "dense_active": active, "dense_total": total}
     capacity = capacity_bytes(moe)
     faster = moe.tokens_per_s_per_gpu / total.tokens_per_s_per_gpu
@@ -278,8 +281,9 @@ def twins(moe: StepResult, active: StepResult, total: StepResult) -> Picture:
     return finish(figure, f"{title}. MoE, dense of active size, dense of total size: {alt}.")
 
 
-def parameters(total_by_part: Mapping[str, float], active_by_part: Mapping[str, float], *, name: str) -> Picture:
+def parameters(model: Description) -> Picture:
     """All parameters of a model against those one token uses, by part."""
+    total_by_part, active_by_part, name = model.parameters_by_part, model.active_parameters_by_part, model.name
     total, active = sum(total_by_part.values()), sum(active_by_part.values())
     title = f"A token uses {active / total:.1%} of {name}: {format_count(active)} of {format_count(total)} parameters"
     parts = sorted((p for p, count in total_by_part.items() if count > 0), key=lambda p: -total_by_part[p])
@@ -310,13 +314,14 @@ def break_even(found: BreakEven) -> Picture:
 
     rates, at = found.nic_bytes_per_s, found.total_bytes_per_s
     curves = found.tokens_per_s_per_gpu
-    span = f"from {rates[0] / GIGA:.3g} to {rates[-1] / GIGA:.3g} GB/s"
+    wins_with_speed = curves["moe"][-1] > curves["dense_total"][-1]
     if at is not None:
-        title = f"Below {at / GIGA:.3g} GB/s per GPU, a dense model of equal total size trains faster"
-    elif curves["moe"][0] > curves["dense_total"][0]:
-        title = f"At every network speed {span} the MoE beats the dense model of equal total size"
+        side = "Below" if wins_with_speed else "Above"
+        title = f"{side} {at / GIGA:.3g} GB/s per GPU, a dense model of equal total size trains faster"
     else:
-        title = f"At no network speed {span} does the MoE beat the dense model of equal total size"
+        title = (
+            f"The MoE beats the dense model of equal total size at {'every' if wins_with_speed else 'no'} network speed"
+        )
     with house_style():
         figure = new_figure(9.0, 3.9)
         axes = figure.subplots()

@@ -29,23 +29,12 @@ code { font-size: .9em; background: #f4f4f4; padding: .1em .3em; border-radius: 
 pre { overflow-x: auto; background: #f7f7f7; padding: .8rem 1rem; border-radius: 6px; font-size: .85rem; }
 figure { margin: 1.1rem 0 .4rem; }
 svg { display: block; width: 100%; height: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; margin: .9rem 0; }
-.takeaway { border-left: 4px solid var(--accent); background: #f2f7fb; padding: .6rem .9rem; margin: .9rem 0;
-  max-width: none; }
-.takeaway.alert { border-color: #C0143C; background: #fdf3f5; }
-.verdict { margin: 1.4rem 0 1rem; padding: 0; list-style: none; display: grid; gap: .7rem; }
-.verdict li { max-width: none; padding: .7rem 1rem; background: #f6f6f4; border-radius: 6px;
-  border-left: 5px solid #999; }
-.verdict li.good { border-color: #117733; }
-.verdict li.bad { border-color: #C0143C; }
-.verdict b { display: block; font-size: .82rem; text-transform: uppercase; letter-spacing: .05em;
-  color: var(--quiet); }
-.quiet { color: var(--quiet); font-size: .9rem; }
+.gt_table { font-variant-numeric: tabular-nums; margin-left: 0 !important; font-family: inherit !important; }
+.gt_table * { font-family: inherit !important; }
 @media (max-width: 40rem) { nav { columns: 1; } main { padding: 1.2rem .9rem 3rem; } }
 @media print { main { max-width: none; padding: 0; } body { font-size: 10.5pt; } nav { display: none; }
   h2, h3 { break-after: avoid; }
-  svg, table, .takeaway, .verdict li { break-inside: avoid; } }
+  svg, table, .takeaway { break-inside: avoid; } }
 """
 
 
@@ -57,7 +46,7 @@ def write_page(notebook: Path, target: Path) -> None:
 
 
 def page_of(notebook: Any) -> str:
-    """The HTML page of a notebook node: titled by its first heading, with its second-level headings as contents."""
+    """The HTML page of a notebook node: titled by its subject or first heading; second-level headings as contents."""
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
@@ -69,7 +58,9 @@ def page_of(notebook: Any) -> str:
         exclude_output_prompt=True,
     )
     body = _bare(exporter.from_notebook_node(_for_readers(notebook))[0])
-    title = _text(_first(r"<h1[^>]*>(.*?)</h1>", body) or "moesim report")
+    title = _text(
+        _first(r'<p class="subject"[^>]*>(.*?)</p>', body) or _first(r"<h1[^>]*>(.*?)</h1>", body) or "Report"
+    )
     sections = re.findall(r'<h2[^>]*id="([^"]+)"[^>]*>(.*?)</h2>', body, flags=re.S)
     contents = "".join(f'<a href="#{name}">{_text(words)}</a>' for name, words in sections)
     first = body.find("<h2")

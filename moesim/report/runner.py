@@ -88,6 +88,7 @@ def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any], kernel
             kernel_name=kernel,
             progress_bar=show_progress,
             log_output=False,
+            extra_arguments=["--log-level=ERROR"],  # of the kernel, whose start-up notices are no business of a reader
         )
     except PapermillExecutionError as error:
         if error.ename in _USERS_ERRORS:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, StepResult
-from moesim.report.style import COLOURS, MEMORY_WORDS, WORDS
-from moesim.study.advice import MemoryChange
+from moesim.report.style import COLOURS, MEMORY_WORDS, WORDS, short_count, signed_percent
+from moesim.study.advice import Change
 from moesim.study.planning import PlanningStudy
 from moesim.units import GIGA, format_bytes, format_count, format_seconds
 
@@ -29,6 +29,8 @@ _LEVERS = {
     "recompute": "More memory per GPU, or a cut that needs less, would spare it.",
     "optimizer": "A larger global batch spreads it over more tokens.",
 }
+
+_DENSE = "This model has no experts, so there is nothing to compare here."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,25 +57,29 @@ class Sentence:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """Several sentences shown one below the other."""
+    """What is asked, and sentences about it one below the other."""
 
+    subject: str
     sentences: tuple[Sentence, ...]
 
     def _repr_html_(self) -> str:
-        return "".join(sentence._repr_html_() for sentence in self.sentences)
+        title = f'<p class="subject" style="font-size:1.25em;font-weight:600">{html.escape(self.subject)}</p>'
+        return title + "".join(sentence._repr_html_() for sentence in self.sentences)
 
 
-def first_page(study: PlanningStudy, changes: Sequence[MemoryChange] = ()) -> list[str]:
+def first_page(study: PlanningStudy, changes: Sequence[Change] = ()) -> list[str]:
     """The first page as plain sentences: does it fit, how fast, what binds, what to change, how sure."""
     return [f"{sentence.question} {sentence.text}" for sentence in verdict(study, changes).sentences]
 
 
-def verdict(study: PlanningStudy, changes: Sequence[MemoryChange] = ()) -> Page:
-    """The first page, to be shown. changes: of `moesim.study.advice.memory_changes`, where memory does not suffice."""
+def verdict(study: PlanningStudy, changes: Sequence[Change] = ()) -> Page:
+    """The first page, to be shown. changes: what `moesim.study.advice.changes` found."""
     page = [_fit(study.step), _speed(study), _binding(study.step), _change(study, changes)]
     if study.twins is not None:
         page.insert(3, _against_dense(study))
-    return Page(sentences=(*page, _trust(study.step)))
+    cluster = study.scenario.cluster
+    subject = f"Training {study.scenario.model.name} on {cluster.num_gpus:,} × {cluster.gpu.name}"
+    return Page(subject=subject, sentences=(*page, _trust(study.step)))
 
 
 def _fit(step: StepResult) -> Sentence:
@@ -81,7 +87,7 @@ def _fit(step: StepResult) -> Sentence:
     fullest = max(step.memory_by_rank, key=lambda stage: stage["peak_bytes"])
     largest = max(MEMORY_PARTS, key=lambda part: step.memory[part])
     place = f"pipeline stage {fullest['stage']}" if len(step.memory_by_rank) > 1 else "the model's one stage"
-    most = f"Most of it is {MEMORY_WORDS[largest]} ({format_bytes(step.memory[largest])})."
+    most = f"The largest part is {MEMORY_WORDS[largest]} ({format_bytes(step.memory[largest])})."
     if step.fits:
         text = (
             f"Yes. The fullest GPU (in {place}) needs {format_bytes(peak)} of {format_bytes(capacity)}; "
@@ -99,12 +105,12 @@ def _fit(step: StepResult) -> Sentence:
 def _speed(study: PlanningStudy) -> Sentence:
     step, scenario = study.step, study.scenario
     days_s = study.tokens_to_train / step.tokens_per_s
-    tokens = format_count(scenario.train.global_batch * scenario.train.seq_len)
+    tokens = short_count(scenario.train.global_batch * scenario.train.seq_len)
     text = (
         f"A step of {tokens} tokens takes {format_seconds(step.step_s)}: {step.tokens_per_s_per_gpu:,.0f} "
         f"tokens/s per GPU, "
         f"{format_count(step.tokens_per_s)} tokens/s on {scenario.cluster.num_gpus:,} GPUs. "
-        f"{format_count(study.tokens_to_train)} tokens take {format_seconds(days_s)} without interruptions. "
+        f"{short_count(study.tokens_to_train)} tokens take {format_seconds(days_s)} without interruptions. "
         f"{step.mfu:.1%} of the GPUs' {scenario.train.precision.upper()} peak goes into the model's own "
         f"arithmetic (MFU)."
     )
@@ -113,12 +119,12 @@ def _speed(study: PlanningStudy) -> Sentence:
 
 def _binding(step: StepResult) -> Sentence:
     shares = (
-        f"Of the step, the mean GPU computes {step.compute_s / step.step_s:.0%}, waits for communication "
+        f"Over the step, the mean GPU computes {step.compute_s / step.step_s:.0%}, waits for communication "
         f"{step.exposed_comm_s / step.step_s:.0%}, for the slowest GPU {step.wait_s / step.step_s:.0%}, and for "
         f"the pipeline to "
         f"fill and drain {step.bubble_fraction:.0%}."
     )
-    return Sentence(question="What binds?", text=f"{step.binds[0].upper()}{step.binds[1:]}. {shares}")
+    return Sentence(question="What binds?", text=f"The largest part is {step.binds}. {shares}")
 
 
 def _against_dense(study: PlanningStudy) -> Sentence:
@@ -135,31 +141,43 @@ def _against_dense(study: PlanningStudy) -> Sentence:
     return Sentence(question="Is a mixture of experts worth it here?", text=text)
 
 
-def _change(study: PlanningStudy, changes: Sequence[MemoryChange]) -> Sentence:
+def _change(study: PlanningStudy, changes: Sequence[Change]) -> Sentence:
     step = study.step
     question = "What to change first?"
+    fitting = [change for change in changes if change.fits]
     if not step.fits:
-        fitting = [change for change in changes if change.fits]
-        if fitting:
-            best = fitting[0]
-            others = "".join(
-                f"; or {change.words} ({format_bytes(change.headroom_bytes)} free)" for change in fitting[1:3]
-            )
-            text = f"To fit: {best.words} ({format_bytes(best.headroom_bytes)} free){others}."
-        elif changes:
-            best = min(changes, key=lambda change: change.peak_bytes)
-            text = (
-                f"No single change makes it fit. The nearest: {best.words}, still "
-                f"{format_bytes(-best.headroom_bytes)} short. "
-                "It takes GPUs with more memory, or more of them."
-            )
+        if not fitting:
+            best = max(changes, key=lambda change: change.headroom_bytes, default=None)
+            nearest = f" The nearest, {best.name}, is {format_bytes(-best.headroom_bytes)} short." if best else ""
+            text = f"No setting tried makes it fit.{nearest} It takes GPUs with more memory, or more of them."
         else:
-            text = "It takes GPUs with more memory, or more of them."
+            told = "; or ".join(_told(change, step) for change in fitting[:2])
+            text = f"To make it fit: {told}."
         return Sentence(question=question, text=text, tone="bad")
     part = _binding_part(step)
     words = "the exchange of tokens between GPUs" if part == "all_to_all" else WORDS[part]
     text = f"The largest share of the time goes to {words}. {_LEVERS.get(part, 'A faster device shortens it.')}"
-    return Sentence(question=question, text=text)
+    return Sentence(question=question, text=f"{_best(step, fitting)} {text}".strip())
+
+
+def _best(step: StepResult, fitting: Sequence[Change]) -> str:
+    """The fastest change that fits, if it is worth naming."""
+    simulated = [change for change in fitting if change.tokens_per_s_per_gpu is not None]
+    if not simulated:
+        return ""
+    if _gain(simulated[0], step) < 0.01:
+        return f"None of the {len(simulated)} single changes simulated makes it more than 1% faster."
+    return f"Of {len(simulated)} single changes simulated, the best is {_told(simulated[0], step)}."
+
+
+def _told(change: Change, step: StepResult) -> str:
+    speed = f", {signed_percent(_gain(change, step))} in speed" if change.tokens_per_s_per_gpu is not None else ""
+    return f"{change.name} ({change.words}; {format_bytes(change.headroom_bytes)} free{speed})"
+
+
+def _gain(change: Change, step: StepResult) -> float:
+    assert change.tokens_per_s_per_gpu is not None
+    return change.tokens_per_s_per_gpu / step.tokens_per_s_per_gpu - 1
 
 
 def _binding_part(step: StepResult) -> str:
@@ -170,7 +188,8 @@ def _binding_part(step: StepResult) -> str:
 
 def _trust(step: StepResult) -> Sentence:
     kinds = [item.kind for item in step.provenance]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    words = {"spec": "from data sheets"}
+    counts = ", ".join(f"{kinds.count(kind)} {words.get(kind, kind)}" for kind in sorted(set(kinds)))
     first = "".join(step.envelope["reasons"][:1])
     text = f"Of the {len(kinds)} numbers behind it: {counts}. {first}"
     return Sentence(question="How sure is this?", text=text.strip())
@@ -190,20 +209,22 @@ def about_parameters(study: PlanningStudy) -> Sentence:
 
 def about_twins(study: PlanningStudy) -> Sentence:
     """The MoE against its dense twins, with what to keep in mind about them."""
-    assert study.twins is not None
+    if study.twins is None:
+        return Sentence(text=_DENSE)
     notes = " ".join(study.twins.notes)
     return Sentence(text=f"{_against_dense(study).text} {notes}".strip())
 
 
 def about_break_even(study: PlanningStudy) -> Sentence:
     """The link speed at which the MoE stops being cheaper than a dense twin."""
-    assert study.break_even is not None
+    if study.break_even is None:
+        return Sentence(text=_DENSE)
     asked = f"This cluster has {study.break_even.asked_bytes_per_s / GIGA:.3g} GB/s per GPU."
     return Sentence(text=f"{study.break_even.sentence} {asked}")
 
 
-def about_memory(study: PlanningStudy, changes: Sequence[MemoryChange] = ()) -> Sentence:
-    """Memory over expert-parallel sizes: which fit, and what would help."""
+def about_memory(study: PlanningStudy) -> Sentence:
+    """Memory over expert-parallel sizes: which fit, and how far off the others are."""
     fitting = [point for point in study.memory_over_ep if point.fits]
     asked = next(point for point in study.memory_over_ep if point.ep == study.scenario.parallel.ep)
     smallest = min(study.memory_over_ep, key=lambda point: point.memory["peak_bytes"])
@@ -212,13 +233,16 @@ def about_memory(study: PlanningStudy, changes: Sequence[MemoryChange] = ()) -> 
     else:
         text = (
             f"No expert-parallel size fits: even at {smallest.ep} the fullest GPU is "
-            f"{format_bytes(-smallest.headroom_bytes)} short. "
-            "Spreading experts does not shrink what each GPU's own tokens leave behind."
+            f"{format_bytes(-smallest.headroom_bytes)} short. More expert parallelism shares out the experts' weights, "
+            "but not what a GPU's own tokens leave behind."
         )
-    if not asked.fits:
-        helps = [change for change in changes if change.fits]
-        text += f" What would help: {'; or '.join(change.words for change in helps[:3])}." if helps else ""
     return Sentence(text=text, tone="plain" if asked.fits else "bad")
+
+
+def about_changes(study: PlanningStudy, changes: Sequence[Change]) -> Sentence:
+    """What the best single change is, or that none helps."""
+    answer = _change(study, changes)
+    return Sentence(text=answer.text, tone=answer.tone)
 
 
 def about_step(study: PlanningStudy) -> Sentence:
@@ -228,7 +252,7 @@ def about_step(study: PlanningStudy) -> Sentence:
     hidden = format_seconds(step.hidden_comm_s) if step.hidden_comm_s > 0 else "none"
     text = (
         f"{_binding(step).text} The largest exchange is {WORDS[largest]} "
-        f"({format_seconds(step.step_parts_s[largest])}); "
+        f"with {format_seconds(step.step_parts_s[largest])}; "
         f"communication hidden behind compute: {hidden}."
     )
     return Sentence(text=text)
@@ -237,6 +261,8 @@ def about_step(study: PlanningStudy) -> Sentence:
 def about_load(study: PlanningStudy) -> Sentence:
     """How even the experts' load is, and whether any expert is alarmingly full."""
     step = study.step
+    if study.twins is None:
+        return Sentence(text=_DENSE)
     text = (
         f"Expert load: Gini {step.gini:.2f} (0 is even), entropy {step.entropy:.1%} of the largest possible, "
         f"fullest expert "
@@ -244,7 +270,12 @@ def about_load(study: PlanningStudy) -> Sentence:
     )
     if step.alerts:
         layers = len({alert["layer"] for alert in step.alerts})
-        text += f"Alert: {len(step.alerts)} experts in {layers} layers take over 3 times the mean."
+        worst = max(step.alerts, key=lambda alert: alert["ratio"])
+        text += (
+            f"Alert: {_count(len(step.alerts), 'expert')} in {_count(layers, 'layer')} over 3 times the mean, the "
+            f"fullest "
+            f"being expert {worst['expert']} of layer {worst['layer']} (counted from 0)."
+        )
     else:
         text += "No expert takes over 3 times the mean."
     return Sentence(text=text, tone="bad" if step.alerts else "good")
@@ -252,6 +283,8 @@ def about_load(study: PlanningStudy) -> Sentence:
 
 def about_drops(study: PlanningStudy) -> Sentence:
     """What a capacity limit would drop under this skew."""
+    if not study.drop_curve:
+        return Sentence(text=_DENSE)
     asked = study.scenario.routing.capacity_factor
     enough = next((point for point in study.drop_curve if point.drop_fraction < 0.01), None)
     text = (
@@ -275,7 +308,7 @@ def about_sizes(study: PlanningStudy) -> Sentence:
     points = [point for point in study.cluster_sizes if point.days is not None]
     asked = next(point for point in points if point.num_gpus == study.scenario.cluster.num_gpus)
     larger = next((point for point in points if point.num_gpus == 2 * asked.num_gpus), None)
-    text = f"{asked.num_gpus:,} GPUs need {asked.days:,.1f} days for {format_count(study.tokens_to_train)} tokens."
+    text = f"{asked.num_gpus:,} GPUs need {asked.days:,.1f} days for {short_count(study.tokens_to_train)} tokens."
     if larger is not None and larger.days and asked.days:
         text += (
             f" Twice as many need {larger.days:,.1f} days: {asked.days / larger.days:.2f} times as fast, "
@@ -283,3 +316,7 @@ def about_sizes(study: PlanningStudy) -> Sentence:
         )
     text += " Interruptions and restarts are not counted."
     return Sentence(text=text)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

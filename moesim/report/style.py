@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import html
 import io
+import re
+import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from moesim.units import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,8 +181,9 @@ def new_figure(width_in: float, height_in: float) -> Figure:
 
 
 def headline(figure: Figure, title: str) -> None:
-    """The figure's title: the answer in one line, flush left."""
-    figure.suptitle(title, x=0.005, ha="left", fontsize=12.5, fontweight="bold", color=COLOURS["ink"])
+    """The figure's title: the answer, flush left, over two lines where one is too short."""
+    lines = textwrap.fill(title, round(9.3 * figure.get_figwidth()))
+    figure.suptitle(lines, x=0.005, ha="left", fontsize=12.5, fontweight="bold", color=COLOURS["ink"])
 
 
 def behind(colour: str = "white") -> dict[str, Any]:
@@ -205,6 +210,20 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     for k, i in enumerate(order):
         result[i] = placed[k]
     return result
+
+
+def short_count(count: float) -> str:
+    """A large round count without idle zeros.
+
+    >>> short_count(14.8e12), short_count(4194304)
+    ('14.8T', '4.2M')
+    """
+    return re.sub(r"\.?0+(?=[A-Z]$)", "", format_count(count)) if "." in format_count(count) else format_count(count)
+
+
+def signed_percent(change: float) -> str:
+    """A relative change for a reader: ``"+12%"``, and ``"0%"`` for next to nothing."""
+    return "0%" if abs(change) < 0.005 else f"{change:+.0%}"
 
 
 def light_grid(axes: Axes, axis: str) -> None:

@@ -10,23 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moesim.metrics.step import StepResult
-from moesim.report.style import COLOURS
+from moesim.report.style import COLOURS, short_count, signed_percent
 from moesim.scenario import Scenario
 from moesim.units import GIGA, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from great_tables import GT
 
+    from moesim.study.advice import Change
     from moesim.study.sizes import SizePoint
     from moesim.study.twins import Twins
 
-KINDS: Mapping[str, str] = {
-    "measured": "timed on the device, or published as timed",
-    "interpolated": "between measured points",
-    "extrapolated": "beyond measured points",
-    "spec": "from the maker's data sheet",
-    "assumed": "our choice, for lack of a source",
-}
+KINDS = ("measured", "interpolated", "extrapolated", "spec", "assumed")  # the surest first
 
 
 def question(scenario: Scenario) -> GT:
@@ -63,12 +58,12 @@ def question(scenario: Scenario) -> GT:
         ("Optimizer", f"mixed-precision Adam, ZeRO stage {p.zero}"),
         (
             "Batch",
-            f"{train.global_batch:,} sequences of {train.seq_len:,} tokens, {format_count(tokens)} tokens a step; "
+            f"{train.global_batch:,} sequences of {train.seq_len:,} tokens, {short_count(tokens)} tokens a step; "
             f"{scenario.num_micro_batches} micro-batches of {train.micro_batch} per replica",
         ),
         (
             "Arithmetic",
-            f"{train.precision.upper()} products, {train.schedule} pipeline, "
+            f"{train.precision.upper()} products, {train.schedule.upper()} pipeline, "
             f"recomputation of activations: {train.recompute}, overlap: {train.overlap.replace('_', ' ')}",
         ),
     ]
@@ -108,7 +103,7 @@ def sizes(points: Sequence[SizePoint], tokens_to_train: float, asked_num_gpus: i
         for name in (
             "GPUs",
             "Fits?",
-            f"Days to {format_count(tokens_to_train)} tokens",
+            f"Days to {short_count(tokens_to_train)} tokens",
             "Step",
             "Tokens/s per GPU",
             "Note",
@@ -132,25 +127,36 @@ def sizes(points: Sequence[SizePoint], tokens_to_train: float, asked_num_gpus: i
     return _table("sizes", frame, right=right, alert=("Fits?", ("no", "impossible")))
 
 
-def alerts(result: StepResult, limit: int = 8) -> GT:
-    """The most crowded experts: those over three times the mean, the fullest first."""
-    worst = sorted(result.alerts, key=lambda alert: -alert["ratio"])[:limit]
-    frame = {
-        "Layer": [str(alert["layer"]) for alert in worst],
-        "Expert": [str(alert["expert"]) for alert in worst],
-        "Load over the mean": [f"{alert['ratio']:.2f}×" for alert in worst],
+def changes(options: Sequence[Change], step: StepResult) -> GT:
+    """Single changes of the scenario: does it fit then, what stays free, how fast."""
+    frame: dict[str, list[str]] = {
+        name: [] for name in ("Change", "Fits?", "Free per GPU", "Tokens/s per GPU", "Against asked", "What it means")
     }
-    return _table("alerts", frame, right=list(frame))
+    for option in (None, *options):
+        headroom = step.headroom_bytes if option is None else option.headroom_bytes
+        speed = step.tokens_per_s_per_gpu if option is None else option.tokens_per_s_per_gpu
+        row = (
+            "as asked" if option is None else option.name,
+            "yes" if headroom >= 0 else "no",
+            format_bytes(headroom),
+            "–" if speed is None else f"{speed:,.0f}",
+            "–" if speed is None or option is None else signed_percent(speed / step.tokens_per_s_per_gpu - 1),
+            "" if option is None else option.words,
+        )
+        for column, value in zip(frame.values(), row, strict=True):
+            column.append(value)
+    right = ["Free per GPU", "Tokens/s per GPU", "Against asked"]
+    return _table("changes", frame, right=right, alert=("Fits?", ("no",)))
 
 
 def provenance(result: StepResult) -> GT:
     """Where each number came from, the measured first."""
-    order = list(KINDS)
+    order = KINDS
     items = sorted(
         result.provenance, key=lambda item: (order.index(item.kind) if item.kind in order else len(order), item.part)
     )
     frame = {
-        "Number": [item.part for item in items],
+        "Number": [_number_in_words(item.part) for item in items],
         "Kind": [item.kind for item in items],
         "Source": [_without_scheme(item.source) for item in items],
     }
@@ -160,6 +166,14 @@ def provenance(result: StepResult) -> GT:
 def not_modelled(result: StepResult) -> GT:
     """What the simulation leaves out, each a reason for care with its times."""
     return _table("limits", {"What these numbers leave out": list(result.envelope["reasons"])}, right=[])
+
+
+def _number_in_words(part: str) -> str:
+    """A number's name for a reader: a derate is the share of a line's rate that a collective reaches."""
+    if not part.startswith("derate "):
+        return part
+    link, _, collective = part.removeprefix("derate ").partition("_")
+    return f"share of the {link.upper().replace('NVLINK', 'NVLink')} rate reached, {collective.replace('_', ' ')}"
 
 
 def _two_columns(name: str, rows: Sequence[tuple[str, str]]) -> GT:
@@ -186,10 +200,12 @@ def _table(name: str, frame: Mapping[str, Sequence[str]], *, right: Sequence[str
 
     table = GT(pd.DataFrame({key or " ": list(values) for key, values in frame.items()}), id=f"moesim-{name}")
     first = next(iter(frame)) or " "
+    short = [key or " " for key, values in frame.items() if max((len(value) for value in values), default=0) < 26]
     table = (
         table.cols_align("left", columns=[key or " " for key in frame if key not in right])
         .cols_align("right", columns=list(right))
-        .tab_style(style.text(weight="bold"), locations=loc.body(columns=[first]))
+        .tab_style(style.text(weight="bold" if len(frame) > 1 else "normal"), locations=loc.body(columns=[first]))
+        .tab_style(style.css("white-space: nowrap;"), locations=loc.body(columns=short))
         .tab_options(
             table_font_size="14px",
             table_width="100%" if len(frame) <= 3 else "auto",
@@ -199,6 +215,8 @@ def _table(name: str, frame: Mapping[str, Sequence[str]], *, right: Sequence[str
             column_labels_font_weight="bold",
             column_labels_font_size="13px",
             data_row_padding="6px",
+            data_row_padding_horizontal="10px",
+            column_labels_padding_horizontal="10px",
         )
     )
     if alert is not None:

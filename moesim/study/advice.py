@@ -1,85 +1,111 @@
-"""What to change: settings of a scenario changed one at a time, with what each does to the fullest GPU's memory.
-
-No clock runs here; a change's price in time is only in words.
-"""
+"""What to change: settings of a scenario changed one at a time, with what each does to memory and to speed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moesim.errors import MoesimError
 from moesim.scenario import Scenario
+from moesim.study.simulate import simulate
 from moesim.study.sizes import rank_memories
 
-MAX_CHANGES = 8
+MAX_SIMULATED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryChange:
-    """One changed setting, and the fullest GPU's memory with it [bytes]. ``words`` says what it is and what it "
-    "costs."""
+class Change:
+    """Changed settings, the fullest GPU's memory with them [bytes] and, where that fits, the speed."""
 
     leaves: Mapping[str, Any]  # flat names, as Scenario.with_ takes them
-    words: str
+    words: str  # what the change means
     peak_bytes: float
     headroom_bytes: float
+    tokens_per_s_per_gpu: float | None  # None where memory does not suffice
 
     @property
     def fits(self) -> bool:
         return self.headroom_bytes >= 0
 
+    @property
+    def name(self) -> str:
+        """The settings as they are typed: ``ep=32, recompute=full``."""
+        return ", ".join(f"{leaf}={value}" for leaf, value in self.leaves.items())
 
-def memory_changes(scenario: Scenario) -> list[MemoryChange]:
-    """Changes that lower the fullest GPU's memory, the gentlest on speed first; impossible ones are left out.
 
-    Where no single change fits, full recomputation is combined with the others too.
+def changes(scenario: Scenario, progress: Callable[[str], None] | None = None) -> list[Change]:
+    """Single changes of the scenario; those that fit come first, the fastest leading, then the others by memory.
 
-    >>> memory_changes(scenario)[0].words  # doctest: +SKIP
-    'ep=16: more GPUs share the experts'
+    Where no single change fits, each is combined with full recomputation as well. Impossible ones are left out; at most
+    MAX_SIMULATED steps are simulated, the ones that leave most memory free.
+
+    >>> changes(scenario)[0].name  # doctest: +SKIP
+    'recompute=full'
     """
     singles = _candidates(scenario)
-    found = _tried(scenario, singles)
-    if not any(change.fits for change in found):
+    tried = _with_memory(scenario, singles)
+    if not any(headroom >= 0 for _, _, headroom in tried) and scenario.train.recompute == "none":
         recompute = {"recompute": "full"}
-        pairs = [
-            (leaves | recompute, f"{words}, together with recompute=full")
-            for leaves, words in singles
-            if leaves != recompute and scenario.train.recompute == "none"
-        ]
-        found += _tried(scenario, pairs)
-    return found
+        pairs = [(leaves | recompute, f"{words}; recomputing too") for leaves, words in singles if leaves != recompute]
+        tried += _with_memory(scenario, pairs)
+    tried.sort(key=lambda item: -item[2])
+    capacity_bytes = scenario.cluster.gpu.memory_bytes.value
+    found = []
+    for i, (leaves, words, headroom) in enumerate(tried):
+        speed = None
+        if headroom >= 0 and i < MAX_SIMULATED:
+            if progress is not None:
+                progress(f"what if {', '.join(f'{leaf}={value}' for leaf, value in leaves.items())}")
+            speed = simulate(scenario.with_(**leaves)).tokens_per_s_per_gpu
+        found.append(
+            Change(
+                leaves=leaves,
+                words=words,
+                peak_bytes=capacity_bytes - headroom,
+                headroom_bytes=headroom,
+                tokens_per_s_per_gpu=speed,
+            )
+        )
+    return sorted(found, key=lambda change: (change.tokens_per_s_per_gpu is None, -(change.tokens_per_s_per_gpu or 0)))
 
 
 def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
+    """Settings worth trying, with what each means."""
     p, train = scenario.parallel, scenario.train
-    per_stage = scenario.layout.ranks_per_stage
     found: list[tuple[dict[str, Any], str]] = []
-    if p.zero == 0:
-        found.append(({"zero": 1}, "zero=1: optimizer states shared out over the replicas"))
-    if train.micro_batch > 1:
-        half = train.micro_batch // 2
-        found.append(({"micro_batch": half}, f"micro_batch={half}: fewer tokens in flight, smaller matrix products"))
-    if scenario.model.is_moe and p.ep * 2 <= per_stage:
-        found.append(({"ep": p.ep * 2}, f"ep={p.ep * 2}: more GPUs share the experts, tokens travel further"))
-    if p.zero == 1:
-        found.append(({"zero": 2}, "zero=2: gradients shared out too, at the price of more traffic"))
-    found.append(({"pp": p.pp * 2}, f"pp={p.pp * 2}: fewer layers per GPU, a longer pipeline to fill and drain"))
-    found.append(({"tp": p.tp * 2}, f"tp={p.tp * 2}: layers cut over more GPUs, which then exchange activations"))
     if train.recompute == "none":
-        found.append(({"recompute": "full"}, "recompute=full: activations made again in the backward pass"))
-    return found[:MAX_CHANGES]
+        found.append(({"recompute": "full"}, "activations are made again in the backward pass instead of kept"))
+    else:
+        found.append(({"recompute": "none"}, "activations are kept instead of made again"))
+    if scenario.model.is_moe:
+        found.append(({"ep": p.ep * 2}, "more GPUs share the experts, so each holds fewer and tokens travel further"))
+        if p.ep % 2 == 0:
+            found.append(({"ep": p.ep // 2}, "fewer GPUs share the experts, so tokens travel less and each holds more"))
+    found.append(({"tp": p.tp * 2}, "layers are cut over more GPUs, which then exchange activations"))
+    found.append(({"pp": p.pp * 2}, "more pipeline stages with fewer layers each, and a longer fill and drain"))
+    if p.pp % 2 == 0:
+        found.append(({"pp": p.pp // 2}, "fewer pipeline stages with more layers each, and a shorter fill and drain"))
+    if p.pp > 1 and p.vpp == 1:
+        found.append(({"vpp": 2}, "each GPU holds two smaller pieces of the model, which shortens fill and drain"))
+    found.append(({"micro_batch": train.micro_batch * 2}, "more tokens at a time: fuller products, more memory"))
+    if p.zero == 0:
+        found.append(({"zero": 1}, "optimizer states are shared out over the replicas"))
+    if train.overlap == "none":
+        found.append(({"overlap": "grad_reduce"}, "gradients are reduced behind the last backward pass"))
+    return found
 
 
-def _tried(scenario: Scenario, candidates: list[tuple[dict[str, Any], str]]) -> list[MemoryChange]:
+def _with_memory(
+    scenario: Scenario, candidates: list[tuple[dict[str, Any], str]]
+) -> list[tuple[dict[str, Any], str, float]]:
+    """Each candidate that is possible with the fullest GPU's free memory [bytes], negative where it does not fit."""
     capacity_bytes = scenario.cluster.gpu.memory_bytes.value
     found = []
     for leaves, words in candidates:
         try:
-            peak = max(memory.peak_bytes for memory in rank_memories(scenario.with_(**leaves)))
+            peak_bytes = max(memory.peak_bytes for memory in rank_memories(scenario.with_(**leaves)))
         except MoesimError:  # does not divide, or is not modelled
             continue
-        change = MemoryChange(leaves=leaves, words=words, peak_bytes=peak, headroom_bytes=capacity_bytes - peak)
-        found.append(change)
+        found.append((leaves, words, capacity_bytes - peak_bytes))
     return found
