@@ -78,15 +78,15 @@ def main() -> int:
         for case in cases(str(Path(out) / "report")):
             walls, peak = measure(case)
             median = statistics.median(walls)
-            rows.append(
-                f"| {case.name} | {median:.2f} | {min(walls):.2f}-{max(walls):.2f} | {case.limit_s:g} | {peak / GIB:.2f} |"
-            )
+            spread = f"{min(walls):.2f}-{max(walls):.2f}"
+            rows.append(f"| {case.name} | {median:.2f} | {spread} | {case.limit_s:g} | {peak / GIB:.2f} |")
             print(rows[-1], flush=True)
             if median > case.limit_s or (case.limit_bytes is not None and peak > case.limit_bytes):
                 broken.append(case.name)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     text = f"""# Speed
 
-Made by `make bench` on {datetime.date.today()}: {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}.
+Made by `make bench` on {datetime.date.today()}: {machine}.
 Median wall seconds of whole processes after one warm-up; the largest process's memory so far stands beside it.
 
 | what | median [s] | fastest-slowest [s] | limit [s] | peak memory [GiB] |
