@@ -84,6 +84,16 @@ def test_a_users_cluster_file_with_its_own_gpu_is_read(tmp_path: Path) -> None:
     assert cluster.derates["nic_alltoall"].kind == "assumed"
 
 
+def test_a_clusters_own_links_and_derates_replace_those_of_its_gpu_and_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "lab.yaml"
+    path.write_text(CLUSTER + "nvlink: 250 GB/s\nderates: {nic_alltoall: 0.5}\nname: my lab\n")
+    cluster = load_cluster(path)
+    assert cluster.nvlink_bytes_per_s.value == 250 * GIGA
+    assert cluster.gpu.nvlink_bytes_per_s.value == 400 * GIGA
+    assert (cluster.derates["nic_alltoall"].value, cluster.derates["nic_alltoall"].source) == (0.5, str(path))
+    assert cluster.name == "my lab"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

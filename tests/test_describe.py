@@ -69,6 +69,9 @@ def test_groups_follow_megatrons_order() -> None:
     assert layout.groups("ep")[:2].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert layout.groups("edp")[:2].tolist() == [[0, 4], [1, 5]]
     assert layout.groups("pp")[:2].tolist() == [[0, 8], [1, 9]]
+    with_context = Parallelism(tp=2, cp=2).layout(8)
+    assert with_context.groups("cp").tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert with_context.groups("dpcp").tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,9 @@ def test_moesim_never_imports_torch_and_only_the_cli_knows_the_reference_model()
 
 
 def test_only_the_door_opens_user_files() -> None:
-    opens = re.compile(r"(?<![\w.])open\(|json\.load\(|yaml\.(safe_)?load\(|np\.load\(|(?<!os)\.open\(|read_csv\(|fromfile\(")
+    opens = re.compile(
+        r"(?<![\w.])open\(|json\.load\(|yaml\.(safe_)?load\(|np\.load\(|(?<!os)\.open\(|read_csv\(|fromfile\("
+    )
     own = {"door", "_notebooks"}
     found = [str(path) for path in SOURCES if not own & set(path.parts) and opens.search(path.read_text())]
     assert found == []
