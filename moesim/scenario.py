@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moesim.catalog.hardware import load_cluster
-from moesim.catalog.models import load_model
+from moesim.catalog.hardware import CLUSTER_NAMES, load_cluster
+from moesim.catalog.models import MODEL_NAMES, load_model
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism, RankLayout
@@ -180,6 +180,9 @@ class Scenario:
     @classmethod
     def from_mapping(cls, raw: Mapping[str, Any], owner: str = "scenario", folder: Path | None = None) -> Scenario:
         """A scenario from the file's mapping. Relative model and cluster paths are looked up beside the file first."""
+        for name, presets in (("model", MODEL_NAMES), ("cluster", CLUSTER_NAMES)):
+            known = "Presets: " + ", ".join(presets)
+            check(name in raw, owner, name, "is required: a preset's name or a file's path", sorted(raw), known)
         asked = parse_as(_File, dict(raw), owner=owner)
         model = load_model(_beside(asked.model, folder))
         cluster = load_cluster(_beside(asked.cluster, folder), asked.num_gpus)
