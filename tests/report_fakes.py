@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from moesim.metrics.step import STEP_PARTS, Provenance, StepResult
+from moesim.study.sizes import DropPoint, EpPoint
+from moesim.study.twins import Twins
 from moesim.units import GIB
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpPoint:
-    ep: int
-    memory: dict[str, float]
-    fits: bool
-    result: StepResult | None = None
 
 
 def memory(scale: float = 1.0) -> dict[str, float]:
@@ -70,8 +63,20 @@ def step_result(*, scale: float = 1.0, num_layers: int = 4, num_experts: int = 1
     return dataclasses.replace(result, **changes)
 
 
+def twins(moe: StepResult, active: StepResult, total: StepResult) -> Twins:
+    counts = {"moe": 47, "active": 13, "total": 47}
+    return Twins(moe=moe, active=active, total=total, parameters=counts, widths={}, notes=())
+
+
+def drops() -> list[DropPoint]:
+    shares = ((1.0, 0.11, 0.11), (2.0, 0.004, 0.5))
+    return [DropPoint(capacity_factor=f, drop_fraction=d, padding_fraction=p) for f, d, p in shares]
+
+
 def ep_points() -> list[EpPoint]:
-    return [
-        EpPoint(ep=ep, memory={k: v * (0.6 + 3 / ep) for k, v in memory().items()}, fits=ep >= 8, result=None)
-        for ep in (1, 2, 4, 8, 16, 32)
-    ]
+    points = []
+    for ep in (1, 2, 4, 8, 16, 32):
+        held = {part: size * (0.6 + 3 / ep) for part, size in memory().items()}
+        headroom = 80 * GIB - held["peak_bytes"]
+        points.append(EpPoint(ep=ep, memory=held, fits=headroom >= 0, headroom_bytes=headroom))
+    return points

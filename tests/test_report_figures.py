@@ -7,23 +7,34 @@ import subprocess
 import sys
 
 import pytest
-from report_fakes import ep_points, memory, step_result
+from report_fakes import drops, ep_points, memory, step_result, twins
 
+from moesim.catalog.models import load_model
+from moesim.describe.counts import describe
 from moesim.metrics.step import MEMORY_PARTS, STEP_PARTS
 from moesim.report import figures, load_figures
 from moesim.report.style import COLOURS, MEMORY_WORDS, WORDS, Picture, spread
+from moesim.study.links import BreakEven
 from moesim.units import GIB
 
-PARTS = {"experts": 45e9, "attention": 1.3e9, "router": 1e6}
 UNIT = re.compile(r"\[(s|GiB|GB/s|tokens/s per GPU|billions|%|×|rank, .*)\]$")
 COUNTED = re.compile(r"(Expert|Pipeline|MoE layer)")  # positions and sizes, which have no unit
 
 
 def break_even(at: float | None = 90e9) -> Picture:
-    curves = {"moe": [400.0, 1500.0, 2000.0], "dense_active": [1700.0, 1800.0, 1810.0], "dense_total": [150.0] * 3}
-    return figures.break_even(
-        [12.5e9, 50e9, 100e9], curves, asked_bytes_per_s=50e9, break_even_bytes_per_s=at, title="Answer"
+    found = BreakEven(
+        nic_bytes_per_s=(12.5e9, 50e9, 100e9),
+        tokens_per_s_per_gpu={
+            "moe": (100.0, 1500.0, 2000.0),
+            "dense_active": (1700.0, 1800.0, 1810.0),
+            "dense_total": (150.0,) * 3,
+        },
+        asked_bytes_per_s=50e9,
+        total_bytes_per_s=at,
+        active_bytes_per_s=None,
+        sentence="",
     )
+    return figures.break_even(found)
 
 
 def all_pictures() -> dict[str, Picture]:
@@ -33,12 +44,12 @@ def all_pictures() -> dict[str, Picture]:
         "memory_over_ep": figures.memory_over_ep(ep_points(), capacity=80 * GIB, asked_ep=8),
         "memory_by_stage": figures.memory_by_stage(result),
         "step_time": figures.step_time(result),
-        "twins": figures.twins(result, step_result(tokens_per_s_per_gpu=1800.0), slow),
-        "parameters": figures.parameters(PARTS, PARTS | {"experts": 11e9}, name="fake"),
+        "twins": figures.twins(twins(result, step_result(tokens_per_s_per_gpu=1800.0), slow)),
+        "parameters": figures.parameters(describe(load_model("mixtral-8x7b"))),
         "break_even": break_even(),
-        "load_map": load_figures.load_map(result),
+        "load_map": load_figures.load_map(result, range(4)),
         "load_curve": load_figures.load_curve(result),
-        "drop_curve": load_figures.drop_curve([(1.0, 0.11, 0.11), (2.0, 0.004, 0.5)], asked=1.25),
+        "drop_curve": load_figures.drop_curve(drops(), asked=1.25),
     }
 
 
@@ -117,8 +128,15 @@ def test_no_break_even_draws_only_this_clusters_line() -> None:
 
 def test_a_balanced_load_needs_no_alert() -> None:
     even = step_result(load_LE=step_result().load_LE * 0 + 1 / 16, alerts=[])
-    assert load_figures.load_map(even).alt.startswith("Every expert gets about the mean load")
+    assert load_figures.load_map(even, range(4)).alt.startswith("Every expert gets about the mean load")
     assert "no expert reaches the alert line" in load_figures.load_curve(even).alt
+
+
+def test_a_long_title_takes_two_lines() -> None:
+    wordy = step_result(
+        binds="the all-to-alls of dispatch and combine, which is a long way to say it (37% of the step)"
+    )
+    assert "\n" in figures.step_time(wordy).figure.get_suptitle()
 
 
 def test_labels_keep_their_order_and_their_distance() -> None:

@@ -11,7 +11,7 @@ from moesim.scenario import Scenario
 from moesim.study.simulate import simulate
 from moesim.study.sizes import rank_memories
 
-MAX_SIMULATED = 8
+MAX_SIMULATED = 6
 
 
 @dataclass(frozen=True, kw_only=True)
