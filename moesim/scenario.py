@@ -71,8 +71,8 @@ class _File:
     """The scenario file's shape, before names are looked up."""
 
     schema: Literal[1] = 1
-    model: str
-    cluster: str
+    model: str = ""
+    cluster: str = ""
     num_gpus: int | None = None
     parallel: Parallelism = field(default_factory=Parallelism)
     train: Training = field(default_factory=Training)
@@ -180,10 +180,11 @@ class Scenario:
     @classmethod
     def from_mapping(cls, raw: Mapping[str, Any], owner: str = "scenario", folder: Path | None = None) -> Scenario:
         """A scenario from the file's mapping. Relative model and cluster paths are looked up beside the file first."""
-        for name, presets in (("model", MODEL_NAMES), ("cluster", CLUSTER_NAMES)):
-            known = "Presets: " + ", ".join(presets)
-            check(name in raw, owner, name, "is required: a preset's name or a file's path", sorted(raw), known)
         asked = parse_as(_File, dict(raw), owner=owner)
+        for name, presets in (("model", MODEL_NAMES), ("cluster", CLUSTER_NAMES)):
+            hint = "Presets: " + ", ".join(presets)
+            rule = "is required: a preset's name or a file's path"
+            check(getattr(asked, name) != "", owner, name, rule, "nothing", hint)
         model = load_model(_beside(asked.model, folder))
         cluster = load_cluster(_beside(asked.cluster, folder), asked.num_gpus)
         kept = {
