@@ -38,6 +38,7 @@ QUICK = Effort(num_passes=2, min_samples=3, max_samples=50, budget_s=0.015, num_
 FULL_GPU = Effort(num_passes=3, min_samples=10, max_samples=30, budget_s=0.01)
 _LAUNCH = Case(kind="launch", direction="forward", size=1)
 _HOST_KEY = "host"
+_BUSY_FRACTION = 0.2  # disagreement of passes at the 90th percentile, above which a profile says so
 _MOST_CPU_FLOPS = 1e11  # a second per product on two slow cores; a whole calibration would take hours beyond
 _AGREEMENT_FRACTION = 0.05  # between the two least disturbed passes over a case
 
@@ -227,6 +228,8 @@ def _notes(device: torch.device, shapes: Iterable[LayerShapes], points: Iterable
         f"The two best passes over a case disagree by {spread}.",
         "Held-out points and whole layers were never part of the fit.",
     ]
+    if np.quantile(noise, 0.9) > _BUSY_FRACTION:
+        notes.append("The machine was busy with other work: calibrate again when it is idle.")
     if device.type == "cpu":
         notes.append("Measured on a CPU: it says nothing about any GPU, and moesim refuses to use it for one.")
     return notes

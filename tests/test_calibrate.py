@@ -168,6 +168,12 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("again", "busy"), [(1.02, False), (1.5, True)])
+def test_a_profile_timed_on_a_busy_machine_says_so(again, busy):
+    notes = calibration._notes(CPU, (TINY,), [{"pass_medians_s": [1.0, again]}] * 5)
+    assert any("calibrate again when it is idle" in note for note in notes) == busy
+
+
 def test_a_large_models_sizes_are_refused_on_a_cpu(tmp_path):
     with pytest.raises(ValueError, match="shapes deepseek-v3: a CPU times small models"):
         calibrate("cpu", NAMED_SHAPES["deepseek-v3"], out_path=tmp_path / "p.json")
