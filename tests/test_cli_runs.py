@@ -210,6 +210,50 @@ def test_calibrate_refuses_an_unknown_device_without_loading_torch():
     assert "must be auto, cuda or cpu; got 'tpu'" in done.stderr
 
 
+def test_calibrate_shows_what_it_wrote_and_how_well_the_fit_predicts(tmp_path, monkeypatch):
+    """The timing itself is the reference model's business; here a stand-in for it."""
+    import reference_model.calibrate
+
+    error = {"kind": "grouped", "direction": "forward", "num_points": 4, "median_fraction": 0.03, "p90_fraction": 0.1}
+    profile = {
+        "device": {"name": "A CPU", "torch_version": "2.13"},
+        "named_model": ["cpu-small"],
+        "date": "2026-01-01",
+        "points": [{}] * 12,
+        "errors": [error | {"bias_fraction": -0.01, "noise_fraction": 0.24}],
+        "notes": ["Measured on a CPU."],
+    }
+
+    def stand_in(device, shapes, quick, out_path, progress):
+        assert (device, shapes, quick, out_path) == ("cpu", None, True, tmp_path / "p.json")
+        progress(12, 12, "done")
+        return profile
+
+    monkeypatch.setattr(reference_model.calibrate, "calibrate", stand_in)
+    status, out, err = moesim("calibrate", "--device", "cpu", "--quick", "--out", str(tmp_path / "p.json"))
+    assert status == 0, err
+    assert "A CPU" in out
+    assert "3.0%" in out
+    assert "24.0%" in out, "the noise stands beside the error, so that neither is read alone"
+    assert "moesim: timed 12 of 12 cases" in err
+    assert "moesim: note: Measured on a CPU." in err
+    found = answer("calibrate", "--device", "cpu", "--quick", "--out", str(tmp_path / "p.json"))
+    assert found["provenance"] == [{"part": "profile", "kind": "measured", "source": "A CPU, 2026-01-01"}]
+    assert "points" not in found["result"]
+
+
+def test_calibrate_says_in_one_line_that_a_device_is_not_there(monkeypatch):
+    import reference_model.calibrate
+
+    def refuse(*_):
+        raise ValueError("device: must be one that is there; got 'cuda'")
+
+    monkeypatch.setattr(reference_model.calibrate, "calibrate", refuse)
+    status, out, err = moesim("calibrate", "--device", "cuda")
+    assert (status, out) == (2, "")
+    assert err == "moesim: error: calibrate: device: must be one that is there; got 'cuda'\n"
+
+
 def test_calibrate_refuses_a_dense_model():
     status, _, err = moesim("calibrate", "--model", "llama-3-8b")
     assert status == 2

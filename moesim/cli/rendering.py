@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesim.cli.call import Call
 from moesim.cli.output import Answer, Table, fields_table
-from moesim.errors import InputError, check
+from moesim.errors import MoesimError, check
 
 if TYPE_CHECKING:
     from reference_model.shapes import LayerShapes
@@ -64,7 +64,7 @@ def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> 
         try:
             profile = calibrate(device, shapes, quick, path, progress)
         except ValueError as error:  # the reference model knows no moesim errors
-            raise InputError("calibrate", "", str(error), {"device": device, "model": model}) from None
+            raise MoesimError(f"calibrate: {error}") from None
     about = profile["device"]
     headline = [
         ("Device", str(about["name"])),
@@ -73,12 +73,12 @@ def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> 
         ("Points", f"{len(profile['points']):,}"),
         ("Profile", str(path)),
     ]
-    columns = ("Held-out error of", "Points", "Median", "90 %", "Bias")
+    columns = ("Held-out error of", "Points", "Median", "90 %", "Bias", "Noise")
     errors = [
         (
             f"{row['kind']} {row['direction']}",
             str(row["num_points"]),
-            *(f"{row[name]:.1%}" for name in ("median_fraction", "p90_fraction", "bias_fraction")),
+            *(f"{row[name]:.1%}" for name in ("median_fraction", "p90_fraction", "bias_fraction", "noise_fraction")),
         )
         for row in profile["errors"]
     ]
@@ -87,7 +87,13 @@ def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> 
         result={name: profile[name] for name in profile if name != "points"} | {"file": str(path)},
         tables=[
             fields_table("Calibration", headline),
-            Table(title="How well the fit predicts", columns=columns, rows=errors, right=columns[1:]),
+            Table(
+                title="How well the fit predicts",
+                columns=columns,
+                rows=errors,
+                right=columns[1:],
+                note="Noise: how far repeats of one case disagree. An error that is not above it says nothing of the fit.",
+            ),
         ],
         provenance=[{"part": "profile", "kind": "measured", "source": f"{about['name']}, {profile['date']}"}],
         warnings=profile["notes"],
@@ -115,15 +121,21 @@ def _shapes(name: str) -> LayerShapes:
 
 @contextmanager
 def _progress(call: Call) -> Iterator[Callable[[int, int, str], None]]:
-    """What the reference model reports its progress to: a bar on a terminal, else nothing."""
+    """What the reference model reports its progress to: a bar on a terminal, elsewhere a message per tenth."""
     import sys
 
-    if call.verbosity < 0 or not sys.stderr.isatty():
-        yield lambda *_: None
+    if not sys.stderr.isatty():
+        yield lambda done, total, _: _note_tenths(call, done, total)
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True), transient=True, disable=call.verbosity < 0) as bar:
         task = bar.add_task("Timing", total=None)
         yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text[:40])
+
+
+def _note_tenths(call: Call, done: int, total: int) -> None:
+    """total may be 0: a calibration that goes on where it stopped has passes with nothing left to do."""
+    if total and done * 10 // total != (done - 1) * 10 // total:
+        call.note(f"timed {done} of {total} cases")
