@@ -64,7 +64,7 @@ def test_plain_choices_follow_the_enumerated_law_of_ordered_choices(
         (8, Router(top_k=4, num_groups=4, top_groups=2)),
     ],
 )
-@pytest.mark.parametrize("skew", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("skew", [0.0, 1.0, 3.0, 8.0])
 def test_group_limited_kernel_and_numpy_oracle_draw_the_same_law(num_experts: int, router: Router, skew: float) -> None:
     num_tokens = 40_000
     log_weights = skew * np.random.default_rng(num_experts).standard_normal(num_experts)
