@@ -92,7 +92,7 @@ def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> 
                 columns=columns,
                 rows=errors,
                 right=columns[1:],
-                note="Noise: how far repeats of one case disagree. An error that is not above it says nothing of the fit.",
+                note="Noise: how far repeats of one case disagree. An error below it says nothing of the fit.",
             ),
         ],
         provenance=[{"part": "profile", "kind": "measured", "source": f"{about['name']}, {profile['date']}"}],
