@@ -41,7 +41,7 @@ overlap: str = "none"  # none or grad_reduce
 mtp: bool = False  # train the multi-token-prediction layers too
 popularity: str = "lognormal"  # how uneven the experts are: balanced, multinomial or lognormal
 gini: float = 0.25  # of a lognormal popularity; real text: 0.10 to 0.38
-capacity_factor: float | None = None  # most an expert takes, over its mean load; None drops nothing
+capacity_factor = None  # type: float|None most an expert takes, over its mean load; None drops nothing
 drop_policy: str = "probability"  # what a full expert keeps: probability or position
 dispatcher: str = "alltoall"
 policy: str = "contiguous"  # placement of the experts
@@ -206,8 +206,9 @@ tables.not_modelled(study.step)
 #
 # - **Step**: one update of the weights, from one global batch of sequences.
 # - **Micro-batch**: the sequences that one replica pushes through the pipeline at a time.
+# - **Rank**: one GPU and the process that drives it.
 # - **Pipeline stage**: the GPUs that hold the same consecutive layers. While the pipeline fills and drains, stages
-#   idle.
+#   idle; that idle time is the pipeline *bubble*.
 # - **Expert-parallel size (ep)**: how many GPUs share one set of experts. Tokens travel among them twice in each MoE
 #   layer: *dispatch* sends them to their experts, *combine* brings the results back. Both are all-to-all exchanges.
 # - **1F1B**: each pipeline stage alternates one micro-batch forward and one backward.

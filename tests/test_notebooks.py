@@ -75,6 +75,10 @@ def test_the_default_question_is_the_scenarios() -> None:
     assert {name: known[name].default for name in DEFAULTS} == dict(DEFAULTS)
 
 
+def test_papermill_knows_every_parameter_too() -> None:
+    assert set(papermill.inspect_notebook(PLANNING)) == set(parameters_of(PLANNING))
+
+
 @pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)
 def test_every_parameter_file_asks_a_valid_question(path: Path) -> None:
     given = read_yaml(path)

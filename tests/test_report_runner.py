@@ -20,7 +20,7 @@ num_gpus: int = 64
 ep: int = 8
 gini: float = 0.25
 popularity: str = "lognormal"
-capacity_factor: float | None = None
+capacity_factor = None  # type: float|None room per expert
 tokens_to_train: float = 1e12
 out_dir: str = ""
 """
@@ -96,7 +96,16 @@ def test_a_default_gini_does_not_contradict_a_popularity_without_one(notebook: P
 
 
 @pytest.mark.parametrize(
-    "line", ["ep = 64", "ep: int = 8 * 8", "ep: list = []", "import os", "ep: int | str = 3", "ep: int"]
+    "line",
+    [
+        "ep = 64",
+        "ep: int = 8 * 8",
+        "ep: list = []",
+        "import os",
+        "ep: int | str = 3",
+        "ep: int",
+        "ep = 3  # type: list",
+    ],
 )
 def test_a_parameters_cell_holds_only_annotated_literals(line: str) -> None:
     with pytest.raises(InputError):

@@ -116,3 +116,10 @@ def test_tables_are_whole_and_the_same_each_time(study: PlanningStudy, options: 
     assert all(f"{point.num_gpus:,}" in shown["sizes"] for point in study.cluster_sizes)
     assert all(option.name in shown["changes"] for option in options)
     assert not any(re.search(r"https?://|@import", text) for text in shown.values())
+
+
+def test_keeping_activations_is_simulated_even_where_it_leaves_least_memory(study: PlanningStudy) -> None:
+    options = changes(study.scenario.with_(recompute="full"))
+    kept = next(option for option in options if option.leaves == {"recompute": "none"})
+    assert kept.tokens_per_s_per_gpu is not None
+    assert kept.tokens_per_s_per_gpu > study.step.tokens_per_s_per_gpu * 0.99

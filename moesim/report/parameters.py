@@ -75,35 +75,37 @@ def parameters_of(notebook: Path) -> dict[str, Parameter]:
 
 
 def parse_cell(source: str, owner: str = OWNER) -> dict[str, Parameter]:
-    """The annotated literals of a parameters cell, in order.
+    """The typed literals of a parameters cell, in order: ``ep: int = 64``, or ``gini = None  # type: float|None``.
+
+    The second form is for a type with None, which papermill reads in a comment only.
 
     >>> parse_cell("ep: int = 64")["ep"].default
     64
     """
     found: dict[str, Parameter] = {}
     try:
-        statements = ast.parse(source).body
+        statements = ast.parse(source, type_comments=True).body
     except SyntaxError as error:
         raise InputError(owner, f"line {error.lineno}", "must be Python", error.msg) from None
     for statement in statements:
-        readable = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value
-        check(
-            bool(readable),
-            owner,
-            "parameters cell",
-            "must hold only lines such as ep: int = 64",
-            ast.unparse(statement),
-        )
-        assert isinstance(statement, ast.AnnAssign)
-        assert isinstance(statement.target, ast.Name)
-        assert statement.value is not None
-        name = statement.target.id
+        name, kind, value = _typed_line(statement, owner)
         try:
-            default = ast.literal_eval(statement.value)
+            default = ast.literal_eval(value)
         except ValueError:
-            raise InputError(owner, name, "must be a literal", ast.unparse(statement.value)) from None
-        found[name] = Parameter(name=name, kind=_kind(statement.annotation, owner, name), default=default)
+            raise InputError(owner, name, "must be a literal", ast.unparse(value)) from None
+        found[name] = Parameter(name=name, kind=_kind(kind, owner, name), default=default)
     return found
+
+
+def _typed_line(statement: ast.stmt, owner: str) -> tuple[str, str, ast.expr]:
+    """(name, type in words, value) of one line of a parameters cell."""
+    match statement:
+        case ast.AnnAssign(target=ast.Name(id=name), annotation=kind, value=ast.expr() as value):
+            return name, ast.unparse(kind), value
+        case ast.Assign(targets=[ast.Name(id=name)], value=value, type_comment=str(comment)):
+            return name, comment.split()[0], value
+    rule = "must hold only lines such as ep: int = 64"
+    raise InputError(owner, "parameters cell", rule, ast.unparse(statement))
 
 
 def check_parameters(given: Mapping[str, Any], known: Mapping[str, Parameter]) -> dict[str, Any]:
@@ -163,13 +165,13 @@ def _assigned(source: str) -> list[str]:
     ]
 
 
-def _kind(annotation: ast.expr, owner: str, name: str) -> Any:
-    """The type that an annotation such as ``float | None`` names."""
-    words = [word.strip() for word in ast.unparse(annotation).split("|")]
-    kinds = [_KINDS[word] for word in words if word in _KINDS]
-    known = len(kinds) == 1 and set(words) <= {*_KINDS, "None"}
-    check(known, owner, name, "must be annotated as str, int, float or bool, perhaps | None", ast.unparse(annotation))
-    return kinds[0] | None if "None" in words else kinds[0]
+def _kind(words: str, owner: str, name: str) -> Any:
+    """The type that words such as ``float|None`` name."""
+    parts = [part.strip() for part in words.split("|")]
+    kinds = [_KINDS[part] for part in parts if part in _KINDS]
+    known = len(kinds) == 1 and set(parts) <= {*_KINDS, "None"}
+    check(known, owner, name, "must be typed as str, int, float or bool, perhaps |None", words)
+    return kinds[0] | None if "None" in parts else kinds[0]
 
 
 def _locate(name: Any) -> Any:

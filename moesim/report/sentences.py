@@ -16,20 +16,17 @@ from moesim.study.planning import PlanningStudy
 from moesim.units import GIGA, format_bytes, format_count, format_seconds
 
 _LEVERS = {
-    "experts": "This is the work the model is for: faster GPUs, FP8, or larger micro-batches (fuller products) "
-    "shorten it.",
-    "attention": "Shorter sequences, FP8 or faster GPUs shorten it.",
-    "dense_ffn": "FP8, larger micro-batches or faster GPUs shorten it.",
-    "all_to_all": "A faster network, a smaller expert-parallel size, or overlapping it with compute (not "
-    "modelled yet) shorten it.",
+    "experts": "This is the work the model is for: faster GPUs or larger micro-batches (fuller products) shorten it.",
+    "attention": "Shorter sequences or faster GPUs shorten it.",
+    "dense_ffn": "Larger micro-batches or faster GPUs shorten it.",
+    "all_to_all": "A faster network, a smaller expert-parallel size, or overlap (not modelled yet) shorten it.",
     "wait_for_slowest": "More even expert load (a balancing loss, expert replicas) shortens it.",
     "pipeline_bubble": "More micro-batches per step (a larger global batch) or fewer pipeline stages shorten it.",
-    "gradient_reduction": "Overlapping it with the backward pass (overlap=grad_reduce) or a larger batch shortens it.",
+    "gradient_reduction": "Overlap with the backward pass (overlap=grad_reduce) or a larger batch shortens it.",
     "tensor_parallel_comm": "A smaller tensor-parallel size shortens it.",
     "recompute": "More memory per GPU, or a cut that needs less, would spare it.",
     "optimizer": "A larger global batch spreads it over more tokens.",
 }
-
 _DENSE = "This model has no experts, so there is nothing to compare here."
 
 

@@ -123,6 +123,8 @@ def sizes(points: Sequence[SizePoint], tokens_to_train: float, asked_num_gpus: i
         )
         for column, value in zip(frame.values(), row, strict=True):
             column.append(value)
+    if not any(frame["Note"]):
+        del frame["Note"]
     right = [name for name in frame if name not in ("Fits?", "Note")]
     return _table("sizes", frame, right=right, alert=("Fits?", ("no", "impossible")))
 

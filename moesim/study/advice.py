@@ -11,7 +11,7 @@ from moesim.scenario import Scenario
 from moesim.study.simulate import simulate
 from moesim.study.sizes import rank_memories
 
-MAX_SIMULATED = 6
+MAX_SIMULATED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class Change:
 def changes(scenario: Scenario, progress: Callable[[str], None] | None = None) -> list[Change]:
     """Single changes of the scenario; those that fit come first, the fastest leading, then the others by memory.
 
-    Where no single change fits, each is combined with full recomputation as well. Impossible ones are left out; at most
-    MAX_SIMULATED steps are simulated, the ones that leave most memory free.
+    Where no single change fits, each is combined with full recomputation as well. Impossible ones are left out; of
+    those that fit, at most MAX_SIMULATED are simulated.
 
     >>> changes(scenario)[0].name  # doctest: +SKIP
     'recompute=full'
@@ -49,12 +49,13 @@ def changes(scenario: Scenario, progress: Callable[[str], None] | None = None) -
         recompute = {"recompute": "full"}
         pairs = [(leaves | recompute, f"{words}; recomputing too") for leaves, words in singles if leaves != recompute]
         tried += _with_memory(scenario, pairs)
-    tried.sort(key=lambda item: -item[2])
     capacity_bytes = scenario.cluster.gpu.memory_bytes.value
     found = []
-    for i, (leaves, words, headroom) in enumerate(tried):
+    num_simulated = 0
+    for leaves, words, headroom in tried:
         speed = None
-        if headroom >= 0 and i < MAX_SIMULATED:
+        if headroom >= 0 and num_simulated < MAX_SIMULATED:
+            num_simulated += 1
             if progress is not None:
                 progress(f"what if {', '.join(f'{leaf}={value}' for leaf, value in leaves.items())}")
             speed = simulate(scenario.with_(**leaves)).tokens_per_s_per_gpu
@@ -67,11 +68,11 @@ def changes(scenario: Scenario, progress: Callable[[str], None] | None = None) -
                 tokens_per_s_per_gpu=speed,
             )
         )
-    return sorted(found, key=lambda change: (change.tokens_per_s_per_gpu is None, -(change.tokens_per_s_per_gpu or 0)))
+    return sorted(found, key=lambda change: (-(change.tokens_per_s_per_gpu or 0), -change.headroom_bytes))
 
 
 def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
-    """Settings worth trying, with what each means."""
+    """Settings worth trying, the likeliest to help first, with what each means."""
     p, train = scenario.parallel, scenario.train
     found: list[tuple[dict[str, Any], str]] = []
     if train.recompute == "none":
@@ -79,20 +80,20 @@ def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
     else:
         found.append(({"recompute": "none"}, "activations are kept instead of made again"))
     if scenario.model.is_moe:
-        found.append(({"ep": p.ep * 2}, "more GPUs share the experts, so each holds fewer and tokens travel further"))
         if p.ep % 2 == 0:
             found.append(({"ep": p.ep // 2}, "fewer GPUs share the experts, so tokens travel less and each holds more"))
-    found.append(({"tp": p.tp * 2}, "layers are cut over more GPUs, which then exchange activations"))
-    found.append(({"pp": p.pp * 2}, "more pipeline stages with fewer layers each, and a longer fill and drain"))
+        found.append(({"ep": p.ep * 2}, "more GPUs share the experts, so each holds fewer and tokens travel further"))
+    if p.zero == 0:
+        found.append(({"zero": 1}, "optimizer states are shared out over the replicas"))
     if p.pp % 2 == 0:
         found.append(({"pp": p.pp // 2}, "fewer pipeline stages with more layers each, and a shorter fill and drain"))
     if p.pp > 1 and p.vpp == 1:
         found.append(({"vpp": 2}, "each GPU holds two smaller pieces of the model, which shortens fill and drain"))
+    found.append(({"tp": p.tp * 2}, "layers are cut over more GPUs, which then exchange activations"))
     found.append(({"micro_batch": train.micro_batch * 2}, "more tokens at a time: fuller products, more memory"))
-    if p.zero == 0:
-        found.append(({"zero": 1}, "optimizer states are shared out over the replicas"))
     if train.overlap == "none":
         found.append(({"overlap": "grad_reduce"}, "gradients are reduced behind the last backward pass"))
+    found.append(({"pp": p.pp * 2}, "more pipeline stages with fewer layers each, and a longer fill and drain"))
     return found
 
 
