@@ -34,6 +34,8 @@ DEFAULTS: Mapping[str, Any] = {
     "tp": 1,
     "pp": 16,
     "ep": 64,
+    "global_batch": 15360,
+    "precision": "fp8",
 }
 
 # Flat names, as notebooks and --set use them, and where each lives in the scenario file.

@@ -190,3 +190,11 @@ def test_spans_of_a_rank_sum_to_its_parts():
 def test_an_impossible_scenario_is_refused_by_name(changes, message):
     with pytest.raises(InputError, match=message):
         scenario(**changes)
+
+
+def test_ranks_asked_for_are_traced_beside_the_default_ones(tmp_path):
+    trace = run_step(scenario(), trace_ranks=[3, 20])
+    assert trace.write_chrome(tmp_path / "trace.json", ranks=[3, 20]) == [3, 20]
+    assert run_step(scenario()).representative_ranks() == trace.representative_ranks()
+    with pytest.raises(InputError, match=r"trace: ranks: must lie in 0\.\.31"):
+        run_step(scenario(), trace_ranks=[32])

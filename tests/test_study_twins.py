@@ -8,6 +8,7 @@ from moesim.catalog.models import MODEL_NAMES, load_model
 from moesim.describe.parameters import active_parameters, total_parameters
 from moesim.errors import InputError
 from moesim.scenario import Scenario
+from moesim.study.sizes import rank_memories
 from moesim.study.twins import WIDTH_MULTIPLE, dense_twin, dense_twins
 
 MOE_NAMES = [name for name in MODEL_NAMES if load_model(name).is_moe]
@@ -45,14 +46,25 @@ def test_a_twin_keeps_all_but_the_experts(name):
                 assert now == was
 
 
-def test_a_twin_runs_in_the_same_layout_with_the_same_batch():
+def test_a_twin_that_fits_runs_in_the_same_layout_with_the_same_batch():
     scenario = asked("mixtral-8x7b", num_gpus=64, tp=2, pp=4, ep=8, global_batch=256)
-    for twin in dense_twins(scenario).values():
-        assert twin.parallel == dataclasses.replace(scenario.parallel, ep=1, etp=1)
-        assert twin.train == scenario.train
-        assert twin.num_micro_batches == scenario.num_micro_batches
-        assert twin.cluster == scenario.cluster
-        assert twin.point_id != scenario.point_id
+    twin = dense_twins(scenario)["active"]
+    assert twin.parallel == dataclasses.replace(scenario.parallel, ep=1, etp=1)
+    assert twin.train == scenario.train
+    assert twin.cluster == scenario.cluster
+    assert twin.point_id != scenario.point_id
+
+
+def test_a_twin_that_does_not_fit_is_cut_over_more_ranks_until_it_does():
+    scenario = asked("mixtral-8x7b", num_gpus=64, tp=1, pp=2, ep=8, global_batch=256)
+    twin = dense_twins(scenario)["total"]
+    capacity = scenario.cluster.gpu.memory_bytes.value
+    unchanged = scenario.with_(model=twin.model, ep=1)
+    assert max(memory.peak_bytes for memory in rank_memories(unchanged)) > capacity
+    assert max(memory.peak_bytes for memory in rank_memories(twin)) <= capacity
+    assert twin.parallel.tp > 1
+    assert (twin.parallel.pp, twin.train.global_batch) == (scenario.parallel.pp, scenario.train.global_batch)
+    assert any(f"tp={twin.parallel.tp}" in note for note in compare_twins(scenario).notes)
 
 
 def test_a_dense_model_has_no_twins():

@@ -283,7 +283,7 @@ def trace(
 
     path = call.out or Path("trace.json")
     with working(call, f"Simulating {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"):
-        step = run_step(scenario)
+        step = run_step(scenario, ranks or ())
         written = step.write_chrome(path, ranks=ranks, max_bytes=int(max_mb * MEGA))
     size_bytes = path.stat().st_size
     left_out = [rank for rank in ranks or step.representative_ranks() if rank not in written]

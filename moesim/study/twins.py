@@ -7,16 +7,18 @@ less), one of equal total size holds as many parameters (and does far more arith
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from moesim.describe.model import Ffn, Layer, Model, MoeFfn
 from moesim.describe.parameters import ffn_parameters, layer_parameters, total_parameters
-from moesim.errors import check
+from moesim.errors import InputError, check
 from moesim.metrics.step import StepResult
 from moesim.scenario import Scenario
 from moesim.study.simulate import simulate
+from moesim.study.sizes import rank_memories
 from moesim.units import format_bytes
 
 TwinKind = Literal["active", "total"]
@@ -48,14 +50,30 @@ class Twins:
 def dense_twins(scenario: Scenario) -> dict[TwinKind, Scenario]:
     """The scenario with its dense twins instead of the MoE: ``{"active": ..., "total": ...}``.
 
-    Expert parallelism becomes 1; cluster, tp, pp, cp, ZeRO stage and batch stay, so the twin has the same data-parallel
-    size and runs the same micro-batches. Raises InputError for a model that is dense already.
+    Expert parallelism becomes 1; cluster, pp, cp, ZeRO stage and batch stay. Where the twin does not fit in the asked
+    layout it is cut over more tensor-parallel ranks, up to a node, and as a last resort recomputes: the first of these
+    that fits. If none does it keeps the asked layout. Raises InputError for a model that is dense already.
 
     >>> dense_twins(scenario)["total"].model.is_moe  # doctest: +SKIP
     False
     """
     kinds: tuple[TwinKind, ...] = ("active", "total")
-    return {kind: scenario.with_(model=dense_twin(scenario, kind), ep=1, etp=1) for kind in kinds}
+    return {kind: _cut_to_fit(scenario.with_(model=dense_twin(scenario, kind), ep=1, etp=1)) for kind in kinds}
+
+
+def _cut_to_fit(twin: Scenario) -> Scenario:
+    """The twin, or the first layout of more tensor parallelism (then with recomputation) that fits its GPUs."""
+    most = twin.cluster.ranks_per_node
+    sizes = [tp for tp in (1, 2, 4, 8, 16, 32, 64) if twin.parallel.tp <= tp <= most]
+    recomputes = dict.fromkeys((twin.train.recompute, "full"))
+    for recompute, tp in itertools.product(recomputes, sizes):
+        try:
+            cut = twin.with_(tp=tp, recompute=recompute)
+        except InputError:  # does not divide heads, sequence or batch
+            continue
+        if max(memory.peak_bytes for memory in rank_memories(cut)) <= cut.cluster.gpu.memory_bytes.value:
+            return cut
+    return twin
 
 
 def dense_twin(scenario: Scenario, kind: TwinKind) -> Model:
@@ -96,13 +114,19 @@ def compare_twins(scenario: Scenario, moe: StepResult | None = None) -> Twins:
         total=results["total"],
         parameters={name: total_parameters(model) for name, model in models.items()},
         widths={kind: block.width for kind, block in blocks.items() if isinstance(block, Ffn)},
-        notes=tuple(note for kind, result in results.items() for note in _notes(kind, result)),
+        notes=tuple(note for kind, result in results.items() for note in _notes(kind, result, scenario, asked[kind])),
     )
 
 
-def _notes(kind: str, result: StepResult) -> list[str]:
+def _notes(kind: str, result: StepResult, scenario: Scenario, twin: Scenario) -> list[str]:
     if result.fits:
-        return []
+        changed = [f"tp={twin.parallel.tp}"] if twin.parallel.tp != scenario.parallel.tp else []
+        changed += ["full recomputation"] if twin.train.recompute != scenario.train.recompute else []
+        return (
+            [f"The dense twin of equal {kind} size runs with {' and '.join(changed)}, so that it fits."]
+            if changed
+            else []
+        )
     excess = format_bytes(-result.headroom_bytes)
     return [
         f"The dense twin of equal {kind} size needs {excess} more than a GPU has in this layout; "

@@ -15,13 +15,14 @@ from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.memory import outer_parameters, rank_parameters
 from moesim.describe.pipeline import Placed, stage_chunks, stage_layers
+from moesim.errors import check
 from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s, send_s
 from moesim.scenario import Scenario
 from moesim.timeline.load import StepLoad, step_load
 from moesim.timeline.phases import Floats, OperationTimes, lay_out
 from moesim.timeline.pipeline import StageClock, StageWork, run_pipeline
 from moesim.timeline.schedule import OneForwardOneBackward
-from moesim.timeline.stage import StagePlan
+from moesim.timeline.stage import StageLoad, StagePlan
 from moesim.timeline.trace import OperationRun, StageRun, Trace
 from moesim.units import BYTES_PER_ELEMENT
 
@@ -41,15 +42,21 @@ class _Stage:
     gather_s: float
 
 
-def run_step(scenario: Scenario) -> Trace:
+def run_step(scenario: Scenario, trace_ranks: Sequence[int] = ()) -> Trace:
     """Simulate one training step. Same scenario, same trace, on any number of threads.
+
+    trace_ranks: global ranks whose spans are kept, besides the median and the hottest rank of each stage.
 
     Raises InputError where the scenario breaks a rule that only shows here, NotModelledError for what is not modelled.
     """
     parallel, layout = scenario.parallel, scenario.layout
+    known = range(layout.num_gpus)
+    check(
+        all(rank in known for rank in trace_ranks), "trace", "ranks", f"must lie in 0..{known[-1]}", list(trace_ranks)
+    )
     device = device_cost(scenario.cluster.gpu, scenario.train.precision, scenario.profile)
     load = step_load(scenario)
-    stages = [_lay_out_stage(scenario, device, load, stage) for stage in range(parallel.pp)]
+    stages = [_lay_out_stage(scenario, device, load, stage, trace_ranks) for stage in range(parallel.pp)]
     times = [op for stage in stages for op in (*stage.forward, *stage.backward)]
     num_blocks = 1 if _all_blocks_same(times) else layout.num_blocks
     send = _send_s(scenario)
@@ -68,7 +75,9 @@ def run_step(scenario: Scenario) -> Trace:
     )
 
 
-def _lay_out_stage(scenario: Scenario, device: DeviceCost, load: StepLoad | None, stage: int) -> _Stage:
+def _lay_out_stage(
+    scenario: Scenario, device: DeviceCost, load: StepLoad | None, stage: int, trace_ranks: Sequence[int]
+) -> _Stage:
     parallel, layout, model = scenario.parallel, scenario.layout, scenario.model
     chunks = stage_chunks(model, parallel, scenario.train, stage)
     ranges = stage_layers(len(model.layers), parallel.pp, parallel.vpp)[stage]
@@ -85,7 +94,8 @@ def _lay_out_stage(scenario: Scenario, device: DeviceCost, load: StepLoad | None
         weight_gather_C=gathers,
         gradient_scatter_C=scatters,
     )
-    traced_R = _traced_ranks(here, layout.ranks_per_stage)
+    asked = [rank - int(layout.stage_ranks(stage)[0]) for rank in trace_ranks if rank in layout.stage_ranks(stage)]
+    traced_R = _traced_ranks(here, layout.ranks_per_stage, asked)
 
     def times(phases: list) -> OperationTimes:
         return lay_out(
@@ -118,14 +128,13 @@ def _all_blocks_same(times: Sequence[OperationTimes]) -> bool:
     return all(bool((op.duration_MB == op.duration_MB[:, :1]).all()) for op in times)
 
 
-def _traced_ranks(load: object, num_ranks: int) -> NDArray[np.int64]:
-    """The rank of median load, and the hottest, of a stage."""
-    rows = getattr(load, "rows_MLRE", None)
-    if rows is None or rows.shape[1] == 0:
-        return np.zeros(1, dtype=np.int64)
-    received_R = rows.sum(axis=(0, 1, 3))
-    order = np.argsort(received_R, kind="stable")
-    return np.array(list(dict.fromkeys((int(order[num_ranks // 2]), int(order[-1])))), dtype=np.int64)
+def _traced_ranks(load: StageLoad | None, num_ranks: int, asked: Sequence[int]) -> NDArray[np.int64]:
+    """The rank of median load, the hottest, and those asked for, each once."""
+    chosen = [0]
+    if load is not None:
+        order = np.argsort(load.rows_MLRE.sum(axis=(0, 1, 3)), kind="stable")
+        chosen = [int(order[num_ranks // 2]), int(order[-1])]
+    return np.array(list(dict.fromkeys((*chosen, *asked))), dtype=np.int64)
 
 
 def _work(stage: _Stage, num_blocks: int, send: tuple[float, float], s: int, pp: int) -> StageWork:

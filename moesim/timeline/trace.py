@@ -103,15 +103,9 @@ class Trace:
         )  # fmt: skip
 
     def representative_ranks(self) -> list[int]:
-        """Global ranks traced: of each stage the one with the median load, then of each stage the hottest."""
-        kept = max((len(run.traced_R) for run in self.stages), default=0)
-        ranks = [
-            int(run.traced_R[i]) + run.stage * self.ranks_per_stage
-            for i in range(kept)
-            for run in self.stages
-            if i < len(run.traced_R)
-        ]
-        return list(dict.fromkeys(ranks))
+        """Global ranks traced by default: of each stage the one of median load, then of each stage the hottest."""
+        kept = [[int(rank) + run.stage * self.ranks_per_stage for rank in run.traced_R[:2]] for run in self.stages]
+        return list(dict.fromkeys([ranks[0] for ranks in kept] + [ranks[-1] for ranks in kept]))
 
     def write_chrome(self, path: Path, *, ranks: Sequence[int] | None = None, max_bytes: int = MAX_BYTES) -> list[int]:
         """Write Chrome trace JSON of the given traced ranks, as many as fit into max_bytes in the order given;
