@@ -136,7 +136,8 @@ def test_a_profile_of_this_very_gpu_replaces_the_datasheet_and_says_so(tmp_path)
     (tmp_path / "own.json").write_text(json.dumps(raw))
     device = device_cost(load_gpu("h200"), "bf16", str(tmp_path / "own.json"))
     told = {item.part: item for item in device.provenance}
-    assert told["products"].kind == "measured"
+    assert told["products"].kind == "interpolated"
+    assert told["memory bandwidth"].kind == "measured"
     shape = raw["shapes"][0]
     rows = np.full(2, 64.0)
     expected = device.profile.grouped_product_s(rows, shape["hidden"], shape["expert_width"]).seconds

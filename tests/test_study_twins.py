@@ -9,7 +9,7 @@ from moesim.describe.parameters import active_parameters, total_parameters
 from moesim.errors import InputError
 from moesim.scenario import Scenario
 from moesim.study.sizes import rank_memories
-from moesim.study.twins import WIDTH_MULTIPLE, dense_twin, dense_twins
+from moesim.study.twins import WIDTH_MULTIPLE, compare_twins, dense_twin, dense_twins
 
 MOE_NAMES = [name for name in MODEL_NAMES if load_model(name).is_moe]
 

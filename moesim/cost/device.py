@@ -65,7 +65,7 @@ class DeviceCost:
         """
         rows = np.asarray(rows_E, dtype=np.float64)
         if self.profile is not None:
-            return self.profile.grouped_product_s(rows, reduced, columns).seconds
+            return self._profiled_s(self.profile, rows, reduced, columns, backward=False)
         padded = np.ceil(rows / self.tile_rows) * self.tile_rows
         overhead = 1.0 + self.reduce_overhead / reduced
         flops = 2.0 * padded.sum(axis=-1) * reduced * columns * overhead
@@ -87,7 +87,8 @@ class DeviceCost:
     def backward_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
         """Seconds of the backward of grouped_s: the gradient of the rows, then of the weights."""
         if self.profile is not None:
-            return self.profile.grouped_product_s(rows_E, reduced, columns, backward=True).seconds
+            rows = np.asarray(rows_E, dtype=np.float64)
+            return self._profiled_s(self.profile, rows, reduced, columns, backward=True)
         return self.grouped_s(rows_E, columns, reduced) + self._weight_gradient_s(rows_E, reduced, columns)
 
     def stream_s(self, num_bytes: ArrayLike) -> Floats:
@@ -99,6 +100,14 @@ class DeviceCost:
         """Seconds of the attention kernel alone (scores, softmax, values) for a count of useful FLOPs."""
         rate = self.attention_backward_flops_per_s if backward else self.attention_forward_flops_per_s
         return self.product_start_s + flops / rate if flops else 0.0
+
+    def _profiled_s(
+        self, profile: Profile, rows_E: Floats, reduced: float, columns: float, *, backward: bool
+    ) -> Floats:
+        """A product as the device was timed doing it: one weight is a dense product, several a grouped one."""
+        if rows_E.shape[-1] == 1:
+            return profile.dense_product_s(rows_E[..., 0], columns, reduced, backward=backward).seconds
+        return profile.grouped_product_s(rows_E, reduced, columns, backward=backward).seconds
 
     def _kernel_s(self, flops: Floats, num_bytes: Floats, any_work: ArrayLike) -> Floats:
         compute = flops / (self.peak_flops_per_s * self.product_utilisation)
@@ -156,10 +165,14 @@ def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> Dev
     if calibrated is not None:
         memory_rate, start_s = calibrated.memory_bytes_per_s, calibrated.launch_s
         source = f"calibration profile {calibrated.name} of {calibrated.device}"
+        shapes = ", ".join(shape.name for shape in calibrated.shapes)
+        curves = f"{source}; utilisation between and beyond its timed shapes ({shapes}) is interpolated"
         told = [
-            Provenance(part=part, kind="measured", source=source)
-            for part in ("products", "memory bandwidth", "kernel start")
-        ] + told[-1:]
+            Provenance(part="products", kind="interpolated", source=curves),
+            Provenance(part="memory bandwidth", kind="measured", source=source),
+            Provenance(part="kernel start", kind="measured", source=source),
+            *told[-1:],
+        ]
     return DeviceCost(
         peak_flops_per_s=peak.value,
         product_utilisation=best["value"],
