@@ -1,4 +1,4 @@
-"""Says what a long study is doing, in one line that is gone when it is done."""
+"""Says in a notebook what a long study is doing, in one line that is gone when it is done."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ def working(title: str = "Simulating") -> Iterator[Callable[[str], None]]:
     >>> with working() as say:  # doctest: +SKIP
     ...     planning_study(scenario, 15e12, say)
     """
+    import sys
+
     from tqdm import tqdm
 
-    with tqdm(desc=title, unit=" steps", leave=False, bar_format="{desc}: {n} done, {elapsed}{postfix}") as bar:
+    words = "{desc}: {n} done, {elapsed}{postfix}"
+    # On stdout: what a notebook prints on stderr stays behind as a red stripe, even when it is empty.
+    with tqdm(desc=title, leave=False, bar_format=words, file=sys.stdout) as bar:
 
         def say(text: str) -> None:
             bar.set_postfix_str(text, refresh=False)

@@ -168,7 +168,10 @@ def _best(step: StepResult, fitting: Sequence[Change]) -> str:
 
 
 def _told(change: Change, step: StepResult) -> str:
-    speed = f", {signed_percent(_gain(change, step))} in speed" if change.tokens_per_s_per_gpu is not None else ""
+    speed = ""
+    if change.tokens_per_s_per_gpu is not None:
+        gain = signed_percent(_gain(change, step))
+        speed = ", the same speed" if gain == "0%" else f", {gain} in speed"
     return f"{change.name} ({change.words}; {format_bytes(change.headroom_bytes)} free{speed})"
 
 

@@ -220,6 +220,7 @@ def _table(name: str, frame: Mapping[str, Sequence[str]], *, right: Sequence[str
             data_row_padding_horizontal="10px",
             column_labels_padding_horizontal="10px",
         )
+        .opt_css(f"#moesim-{name} .gt_table {{ table-layout: auto; }}")  # JupyterLab makes all columns equal otherwise
     )
     if alert is not None:
         column, values = alert
