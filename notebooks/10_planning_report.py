@@ -79,10 +79,10 @@ tables.question(scenario)
 # %% [markdown]
 # ## The numbers in one table
 #
-# Beside the model stand its *dense twins*: the same attention, depth and width, with one feed-forward block in place of
-# each layer's experts. One twin is as large as the part of the model that a token uses, the other as large as all of it.
-# They are simulated on the same cluster with the same batch; a twin that would not fit is cut further, and the report
-# says how.
+# Beside the model stand its *dense twins*: the same attention, depth and width, with one feed-forward block in place
+# of each layer's experts. One twin is as large as the part of the model that a token uses, the other as large as all
+# of it. They are simulated on the same cluster with the same batch; a twin that would not fit is cut further, and the
+# report says how.
 
 # %%
 tables.headline(study.step, study.twins)
