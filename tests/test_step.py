@@ -198,3 +198,27 @@ def test_ranks_asked_for_are_traced_beside_the_default_ones(tmp_path):
     assert run_step(scenario()).representative_ranks() == trace.representative_ranks()
     with pytest.raises(InputError, match=r"trace: ranks: must lie in 0\.\.31"):
         run_step(scenario(), trace_ranks=[32])
+
+
+def test_a_group_that_straddles_two_nvlink_domains_is_not_taken_for_one_that_does_not():
+    straddling = run_step(
+        scenario(
+            model="qwen3-30b-a3b",
+            cluster="gb200-nvl72",
+            pp=1,
+            ep=64,
+            num_gpus=576,
+            popularity="balanced",
+            global_batch=576,
+        )
+    )
+    exchange = straddling.load.exchange_by_stage[0]
+    first, second = exchange.dispatch_s_GMLR[0].max(), exchange.dispatch_s_GMLR[1].max()
+    assert second > 2 * first  # ranks 64 to 127 lie in two domains of 72, ranks 0 to 63 in one
+
+
+def test_deduplicating_by_node_sends_less_over_the_network_where_tokens_visit_several_ranks_of_a_node():
+    at = {"model": "qwen3-30b-a3b", "ep": 32, "pp": 1, "num_gpus": 32}
+    by_rank, by_node = result(**at), result(**at, dispatcher="deepep")
+    assert by_node.step_parts_s["dispatch"] < 0.8 * by_rank.step_parts_s["dispatch"]
+    assert by_node.step_s < by_rank.step_s

@@ -58,7 +58,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "gini": ("0..0.95", "Gini coefficient of the lognormal popularity."),
         "capacity_factor": ("X|null", "Expert capacity over the mean load; null drops nothing."),
         "drop_policy": ("KIND", "What a full expert keeps: probability or position."),
-        "dispatcher": ("alltoall", "How tokens travel."),
+        "dispatcher": ("alltoall|deepep", "How tokens travel."),
     },
 }
 LEAF_NAMES = tuple(name for group in SCENARIO_OPTIONS.values() for name in group)

@@ -11,6 +11,7 @@ from moesim.errors import check
 Precision = Literal["bf16", "fp8"]
 Recompute = Literal["none", "full"]
 Overlap = Literal["none", "grad_reduce"]
+Dispatcher = Literal["alltoall", "deepep"]  # deepep: once over the network to each node, then NVLink
 DropPolicy = Literal["probability", "position"]
 
 
@@ -79,7 +80,7 @@ class Routing:
     popularity: Popularity = field(default_factory=Lognormal)
     capacity_factor: float | None = None
     drop_policy: DropPolicy = "probability"
-    dispatcher: Literal["alltoall"] = "alltoall"
+    dispatcher: Dispatcher = "alltoall"
 
     def __post_init__(self) -> None:
         if self.capacity_factor is not None:

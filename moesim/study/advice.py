@@ -80,6 +80,8 @@ def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
     else:
         found.append(({"recompute": "none"}, "activations are kept instead of made again"))
     if scenario.model.is_moe:
+        if scenario.routing.dispatcher == "alltoall" and p.ep > scenario.cluster.ranks_per_node:
+            found.append(({"dispatcher": "deepep"}, "a token crosses the network once for each node, not for each GPU"))
         if p.ep % 2 == 0:
             found.append(({"ep": p.ep // 2}, "fewer GPUs share the experts, so tokens travel less and each holds more"))
         found.append(({"ep": p.ep * 2}, "more GPUs share the experts, so each holds fewer and tokens travel further"))

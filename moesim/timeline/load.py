@@ -6,7 +6,8 @@ ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +20,7 @@ from moesim.describe.workload import Popularity
 from moesim.errors import NotModelledError
 from moesim.fabric.collectives import allgather_s, alltoall_finish_s
 from moesim.fabric.ports import ports_of
-from moesim.fabric.traffic import PortBytes, combine_ports, dispatch_ports, expected_copies
+from moesim.fabric.traffic import Dedup, PortBytes, combine_ports, dispatch_ports, expected_copies
 from moesim.placement import Placement, contiguous
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
@@ -31,8 +32,11 @@ from moesim.units import BYTES_PER_ELEMENT
 
 Floats = NDArray[np.floating]
 Ranks = NDArray[np.int64]
+Nodes = tuple[tuple[int, ...], ...]  # of each group, of each of its ranks
 # FP8 rows travel with one float32 scale for each 128 elements. arXiv 2412.19437, section 3.3.
 FP8_SCALE_BYTES = BYTES_PER_ELEMENT["float32"] / 128
+# alltoall sends a token once to each rank, deepep once over the network to each node and on from there.
+DEDUP: Mapping[str, Dedup] = {"alltoall": "rank", "deepep": "node"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,11 +112,10 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         num_micro_batches=scenario.num_micro_batches,
         rng=stream(scenario.seed, "load"),
     )
-    exchanges: dict[tuple[int, ...], Exchange] = {}
-    for stage in range(parallel.pp):
-        nodes = _nodes_of_group(scenario, stage)
+    exchanges: dict[Nodes, Exchange] = {}
+    for nodes in (_nodes_of_groups(scenario, stage) for stage in range(parallel.pp)):
         if nodes not in exchanges:
-            exchanges[nodes] = _exchange(scenario, popularities, placement, load, np.array(nodes))
+            exchanges[nodes] = _exchange(scenario, popularities, placement, load.kept_GMLE, nodes)
     return StepLoad(
         moe=moe,
         layers=layers,
@@ -120,7 +123,7 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         popularities=popularities,
         placement=placement,
         load=load,
-        exchange_by_stage=tuple(exchanges[_nodes_of_group(scenario, stage)] for stage in range(parallel.pp)),
+        exchange_by_stage=tuple(exchanges[_nodes_of_groups(scenario, stage)] for stage in range(parallel.pp)),
         etp=parallel.etp,
     )
 
@@ -134,20 +137,35 @@ def _positions_by_stage(scenario: Scenario, layers: tuple[int, ...]) -> tuple[tu
     return tuple(tuple(position[i] for i in held if i in position) for held in stages)
 
 
-def _nodes_of_group(scenario: Scenario, stage: int) -> tuple[int, ...]:
-    """Which ranks of a stage's first expert-parallel group share a node, nodes numbered from 0."""
-    ranks = scenario.layout.stage_ranks(stage)[: scenario.parallel.ep * scenario.parallel.etp : scenario.parallel.etp]
-    nodes = ranks // scenario.cluster.ranks_per_node
-    return tuple(int(node) for node in nodes - nodes.min())
+def _nodes_of_groups(scenario: Scenario, stage: int) -> Nodes:
+    """For each expert-parallel group of a stage, which of its ranks share a node (the first rank's is 0)."""
+    parallel = scenario.parallel
+    ranks_GR = scenario.layout.stage_ranks(stage).reshape(-1, parallel.ep, parallel.etp)[:, :, 0]
+    nodes_GR = ranks_GR // scenario.cluster.ranks_per_node
+    return tuple(tuple((nodes_R - nodes_R[0]).tolist()) for nodes_R in nodes_GR)
 
 
 def _exchange(
-    scenario: Scenario, popularities: Popularities, placement: Placement, load: ExpertLoad, node_of_rank_R: Ranks
+    scenario: Scenario, popularities: Popularities, placement: Placement, kept_GMLE: Floats, nodes: Nodes
+) -> Exchange:
+    """Every group's seconds in its all-to-alls; groups that lie on nodes alike are done together."""
+    shape = (*kept_GMLE.shape[:-1], placement.num_ranks)
+    whole = Exchange(**{field.name: np.empty(shape) for field in fields(Exchange)})
+    for pattern in dict.fromkeys(nodes):
+        groups = [g for g, own in enumerate(nodes) if own == pattern]
+        part = _exchange_of_alike(scenario, popularities, placement, kept_GMLE[groups], np.array(pattern))
+        for field in fields(Exchange):
+            getattr(whole, field.name)[groups] = getattr(part, field.name)
+    return whole
+
+
+def _exchange_of_alike(
+    scenario: Scenario, popularities: Popularities, placement: Placement, kept_GMLE: Floats, node_of_rank_R: Ranks
 ) -> Exchange:
     """Bytes between ranks, then the busiest port's time, for all micro-batches and layers at once."""
     parallel, train, cluster = scenario.parallel, scenario.train, scenario.cluster
     copies = expected_copies(
-        load.kept_GMLE,
+        kept_GMLE,
         popularities=popularities,
         visits=visit_probabilities(popularities, placement, node_of_rank_R),
         placement=placement,
@@ -155,23 +173,22 @@ def _exchange(
         num_source_ranks=parallel.ep * parallel.etp,
     )
     ports = ports_of(cluster)
+    dedup = DEDUP[scenario.routing.dispatcher]
     wide = scenario.model.hidden * ACTIVATION_BYTES
     narrow = scenario.model.hidden * (1 + FP8_SCALE_BYTES) if train.precision == "fp8" else wide
-    received_bytes = placement.rank_loads(load.kept_GMLE) * wide
+    received = placement.rank_loads(kept_GMLE)
 
-    def seconds(port_bytes: PortBytes) -> Floats:
+    def seconds(ports_used: Callable[..., PortBytes], token_bytes: float) -> Floats:
+        port_bytes = ports_used(copies, token_bytes=token_bytes, dedup=dedup, cross_rail=cluster.cross_rail)
         own = np.asarray(alltoall_finish_s(port_bytes, ports), dtype=np.float64)
         if parallel.etp == 1:
             return own
-        return own + allgather_s(parallel.etp, min(parallel.etp, cluster.ranks_per_node), received_bytes, cluster)
+        in_node = min(parallel.etp, cluster.ranks_per_node)
+        return own + allgather_s(parallel.etp, in_node, received * token_bytes, cluster)
 
-    out = seconds(dispatch_ports(copies, token_bytes=wide, cross_rail=cluster.cross_rail))
-    back = seconds(combine_ports(copies, token_bytes=wide, cross_rail=cluster.cross_rail))
-    narrow_out = (
-        out if narrow == wide else seconds(dispatch_ports(copies, token_bytes=narrow, cross_rail=cluster.cross_rail))
-    )
+    out, back = seconds(dispatch_ports, wide), seconds(combine_ports, wide)
     return Exchange(
-        dispatch_s_GMLR=narrow_out,
+        dispatch_s_GMLR=out if narrow == wide else seconds(dispatch_ports, narrow),
         combine_s_GMLR=back,
         dispatch_backward_s_GMLR=back,
         combine_backward_s_GMLR=out,

@@ -159,9 +159,9 @@ class StagePlan:
             _local("router", "router", index, one_pass.router_s),
             _local("permute", "permute", index, lay_out_s),
             *self._exchange("dispatch", index, self.load.dispatch_s_MLR[:, at]),
-            _local("sort by expert", "permute", index, sort_s),
+            *self._sort("sort by expert", index, sort_s),
             _local("experts", "experts", index, experts),
-            _local("sort back", "permute", index, sort_s),
+            *self._sort("sort back", index, sort_s),
             *self._exchange("combine", index, self.load.combine_s_MLR[:, at]),
             _local("unpermute", "permute", index, one_pass.unpermute_s),
         ]
@@ -177,9 +177,9 @@ class StagePlan:
         return [
             _local("unpermute", "permute", index, one_pass.unpermute_s),
             *self._exchange("combine", index, self.load.combine_backward_s_MLR[:, at]),
-            _local("sort back", "permute", index, sort_s),
+            *self._sort("sort back", index, sort_s),
             _local("experts", "experts", index, experts),
-            _local("sort by expert", "permute", index, sort_s),
+            *self._sort("sort by expert", index, sort_s),
             *self._exchange("dispatch", index, self.load.dispatch_backward_s_MLR[:, at]),
             _local("permute", "permute", index, lay_out_s),
             _local("router", "router", index, one_pass.router_s),
@@ -190,6 +190,11 @@ class StagePlan:
         if in_step == 1:
             return []
         return [Phase(name=name, part=name, layer=index, seconds=seconds, ranks_in_step=in_step)]
+
+    def _sort(self, name: str, index: int, seconds: Floats) -> list[Phase]:
+        """Rows that came from other ranks are sorted once more; a rank that exchanges nothing permutes only once."""
+        alone = self.scenario.parallel.ep * self.scenario.parallel.etp == 1
+        return [] if alone else [_local(name, "permute", index, seconds)]
 
     def _permute_s(self, moe: MoeFfn, rows_MRE: Floats) -> tuple[Floats, Floats]:
         sent = rank_tokens(self.scenario.parallel, self.scenario.train) * moe.router.top_k
