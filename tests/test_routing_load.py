@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from moesim.describe.model import Router
 from moesim.describe.workload import Balanced, Lognormal, Multinomial, Popularity, Routing
+from moesim.errors import InputError
 from moesim.routing.capacity import drop_curve, expected_kept_fraction, kept_of_count, megatron_capacity
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
@@ -196,3 +197,9 @@ def test_the_same_seed_gives_the_same_load() -> None:
     first, again, other = (load_of(Routing(capacity_factor=1.0), popularities, seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(first.kept_GMLE, again.kept_GMLE)
     assert not np.array_equal(first.kept_GMLE, other.kept_GMLE)
+
+
+def test_more_tokens_than_float32_counts_are_refused_by_name() -> None:
+    popularities = popularities_of(Multinomial())
+    with pytest.raises(InputError, match=r"routing: micro_batch\*seq_len.* must not exceed 16777216.*; got 16777224"):
+        load_of(Routing(popularity=Multinomial()), popularities, micro_batches=1, tokens=2**21 + 1)

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from moesim.describe.model import Router
+from moesim.errors import InputError
 from moesim.routing.sampler import draw_choices
 
 LOG_WEIGHTS_8 = np.log(np.array([8.0, 1.0, 3.0, 0.5, 2.0, 2.0, 0.2, 5.0]))
@@ -97,3 +98,8 @@ def test_a_sample_depends_on_the_seed_alone_and_its_tokens_not_on_how_many_are_d
 def test_all_experts_are_chosen_when_top_k_is_their_number_however_skewed() -> None:
     choices = draw_choices(np.array([0.0, 40.0, -80.0, 3.0]), Router(top_k=4), 200, np.random.default_rng(0))
     assert np.array_equal(np.sort(choices, axis=1), np.tile(np.arange(4), (200, 1)))
+
+
+def test_more_experts_than_a_choice_can_number_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match="moe: num_experts: must not exceed 32767 where tokens are drawn; got 32768"):
+        draw_choices(np.zeros(32768), Router(top_k=2), 1, np.random.default_rng(0))

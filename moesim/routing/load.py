@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.describe.workload import Balanced, Routing
+from moesim.errors import check
 from moesim.routing.capacity import kept_of_count, megatron_capacity
 from moesim.routing.popularity import Popularities
 
@@ -59,7 +60,8 @@ def draw_load(
     Balanced popularity: every count is its expectation, not rounded. Otherwise whole numbers that sum, per row, to
     exactly tokens * k, none above the number of tokens. Kept counts are the expectation over how the source ranks
     share each count (``capacity.kept_of_count``). Top-1 counts are drawn from the multinomial law itself; for larger
-    k the normal law is off where an expert expects fewer than about ten assignments. docs/model.md#load.
+    k the normal law is off where an expert expects fewer than about ten assignments. Raises InputError for more tokens
+    than float32 counts. docs/model.md#load.
 
     >>> from moesim.describe.model import Router
     >>> from moesim.routing.popularity import popularity_LE
@@ -84,8 +86,10 @@ def draw_load(
             kept_GMLE=np.full(shape, kept_each, np.float32),
             capacity=capacity,
         )
-    # float32 holds whole numbers up to 2**24 exactly.
-    assert num_tokens <= 2**24, "more tokens per expert-parallel group and micro-batch than float32 counts exactly"
+    most = 2**24  # float32 holds whole numbers up to it exactly
+    owner, field = "routing", "micro_batch*seq_len/(tp*cp)*ep*etp"
+    rule = f"tokens of an expert-parallel group and micro-batch must not exceed {most}, to be counted one by one"
+    check(num_tokens <= most, owner, field, rule, num_tokens, "popularity: balanced needs no counting.")
     if top_k == 1:
         share_LE = popularities.inclusion_LE / popularities.inclusion_LE.sum(axis=1, keepdims=True)
         assigned_GMLE = rng.multinomial(num_tokens, share_LE, size=shape[:3]).astype(np.float32)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.describe.model import Router
+from moesim.errors import check
 
 Floats = NDArray[np.float64]
 Choices = NDArray[np.int16]
@@ -34,13 +35,15 @@ def draw_choices(
 
     log_weights_E: log popularity, any offset. Returns choices_TK (int16); no expert stands twice in a row. The result
     depends on rng's state alone, not on threads; the two engines draw the same law but not the same numbers.
-    docs/model.md#router-sample.
+    Raises InputError for more experts than int16 numbers. docs/model.md#router-sample.
 
     >>> draw_choices(np.zeros(8), Router(top_k=2), 3, np.random.default_rng(0)).shape
     (3, 2)
     """
     num_experts = log_weights_E.size
-    assert 1 <= router.top_k <= num_experts <= np.iinfo(np.int16).max, "top_k and num_experts out of range"
+    assert 1 <= router.top_k <= num_experts, "top_k out of range"
+    most = np.iinfo(np.int16).max
+    check(num_experts <= most, "moe", "num_experts", f"must not exceed {most} where tokens are drawn", num_experts)
     # Beyond this span the least weight underflows to zero and its clock never rings.
     assert float(np.ptp(log_weights_E)) < 600.0, "log weights must be finite and span less than 600"
     if engine == "numpy":
