@@ -138,6 +138,13 @@ def test_a_group_of_one_needs_no_collective() -> None:
         assert function(1, 1, 1e9, CLUSTER) == 0.0
 
 
+def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather_and_says_so() -> None:
+    halves = reduce_scatter_s(16, 8, 4e9, CLUSTER) + allgather_s(16, 8, 4e9, CLUSTER)
+    assert allreduce_s(16, 8, 4e9, CLUSTER) == pytest.approx(halves)
+    assert str(allreduce_s.__doc__).startswith("All-reduce")
+    assert str(reduce_scatter_s.__doc__).startswith("Reduce-scatter")
+
+
 def test_collectives_take_whole_arrays_of_sizes() -> None:
     sizes = np.array([[1e6, 2e6], [0.0, 4e6]])
     assert allreduce_s(16, 8, sizes, CLUSTER)[1, 1] == pytest.approx(allreduce_s(16, 8, 4e6, CLUSTER))

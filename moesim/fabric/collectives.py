@@ -61,7 +61,10 @@ def reduce_scatter_s(group_size: int, ranks_per_node_in_group: int, num_bytes: A
 
 
 def allreduce_s(group_size: int, ranks_per_node_in_group: int, num_bytes: ArrayLike, cluster: Cluster) -> Floats:
-    """Reduce-scatter of num_bytes per rank (each keeps 1/n of the sum) [s]: allgather_s the other way round."""
+    """All-reduce of num_bytes per rank (every rank keeps the whole sum) [s]: a reduce-scatter, then an all-gather.
+
+    Both halves run at the all-reduce's own derate, not at those of the two.
+    """
     return 2.0 * _ring_s(group_size, ranks_per_node_in_group, num_bytes, cluster, "allreduce")
 
 
