@@ -130,11 +130,25 @@ def test_a_profile_of_a_cpu_never_stands_for_a_gpu():
         device_cost(load_gpu("h200"), "bf16", PROFILE_NAMES[0])
 
 
-def test_a_profile_of_this_very_gpu_replaces_the_datasheet_and_says_so(tmp_path):
+def h200_profile(folder, dtype="bfloat16"):
+    """A shipped profile made out to be an H200's."""
     raw = json.loads((PROFILE_FOLDER / f"{PROFILE_NAMES[0]}.json").read_text())
     raw["device"] |= {"kind": "cuda", "name": load_gpu("h200").calibration_name}
-    (tmp_path / "own.json").write_text(json.dumps(raw))
-    device = device_cost(load_gpu("h200"), "bf16", str(tmp_path / "own.json"))
+    raw["dtype"] = dtype
+    (folder / "own.json").write_text(json.dumps(raw))
+    return str(folder / "own.json"), raw
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "fp8"), ("float32", "bf16")])
+def test_a_profile_timed_in_another_precision_is_refused_by_name(tmp_path, dtype, precision):
+    path, _ = h200_profile(tmp_path, dtype)
+    with pytest.raises(InputError, match=rf"dtype: must be .* in {precision}; got '{dtype}'"):
+        device_cost(load_gpu("h200"), precision, path)
+
+
+def test_a_profile_of_this_very_gpu_replaces_the_datasheet_and_says_so(tmp_path):
+    path, raw = h200_profile(tmp_path)
+    device = device_cost(load_gpu("h200"), "bf16", path)
     told = {item.part: item for item in device.provenance}
     assert told["products"].kind == "interpolated"
     assert told["memory bandwidth"].kind == "measured"

@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 EFFICIENCY_FILE = Path(__file__).parent.parent / "catalog" / "efficiency.yaml"
 _FALLBACK_GPU = "h100-sxm"  # whose efficiencies stand in, marked assumed, for a GPU that the table does not hold
 
+_PROFILED_DTYPE = {"bf16": "bfloat16"}  # what a profile's products ran in; none is timed in FP8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
@@ -126,17 +128,22 @@ def device_cost(gpu: Gpu, precision: str, profile: str = "auto") -> DeviceCost:
     """The cost of a GPU at a precision of its products.
 
     profile: ``auto`` takes a shipped calibration profile of this GPU when there is one, else the datasheet;
-    ``datasheet``; or a profile's path, which must be of this GPU. Raises InputError for a profile of another device
-    or a precision the GPU lacks.
+    ``datasheet``; or a profile's path, which must be of this GPU and precision. Raises InputError for a profile of
+    another device or precision, or a precision the GPU lacks.
     """
     rule = f"must be one that {gpu.name} has a peak for: {', '.join(sorted(gpu.peak_flops_per_s))}"
     check(precision in gpu.peak_flops_per_s, "scenario.train", "precision", rule, precision)
+    dtype = _PROFILED_DTYPE.get(precision)
     calibrated = None
     if profile == "auto":
-        calibrated = find_profile(gpu.calibration_name) if gpu.calibration_name and precision == "bf16" else None
+        found = find_profile(gpu.calibration_name) if gpu.calibration_name else None
+        calibrated = found if found is not None and found.dtype == dtype else None
     elif profile != "datasheet":
         calibrated = load_profile(profile)
         calibrated.check_device(gpu)
+        rule = f"must be {dtype or 'of 8 bits (no profile times that)'} for products in {precision}"
+        hint = "Use the datasheet: profile: datasheet."
+        check(calibrated.dtype == dtype, f"profile {calibrated.name}", "dtype", rule, calibrated.dtype, hint)
     return _from_datasheet(gpu, precision, calibrated)
 
 
