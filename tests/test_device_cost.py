@@ -114,6 +114,22 @@ def test_every_number_of_a_device_says_where_it_comes_from():
         assert all(len(item.source) > 10 for item in told)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "precision", "shape", "stream"),
+    [
+        ("h800", "fp8", "measured", "measured"),
+        ("h800", "bf16", "assumed", "measured"),
+        ("h100-sxm", "fp8", "assumed", "assumed"),
+        ("b200", "bf16", "assumed", "assumed"),
+    ],
+)
+def test_what_was_found_on_one_gpu_in_one_precision_is_assumed_for_all_others(gpu, precision, shape, stream):
+    told = {item.part: item for item in device_cost(load_gpu(gpu), precision, "datasheet").provenance}
+    assert (told["product shape"].kind, told["stream efficiency"].kind) == (shape, stream)
+    for item in (told["product shape"], told["stream efficiency"]):
+        assert ("assumed for" in item.source) == (item.kind == "assumed")
+
+
 def test_an_unknown_gpus_efficiency_is_marked_assumed():
     own = dataclasses.replace(load_gpu("h100-sxm"), name="my-gpu", calibration_name="")
     told = {item.part: item for item in device_cost(own, "bf16", "auto").provenance}

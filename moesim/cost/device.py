@@ -27,6 +27,7 @@ Floats = NDArray[np.float64]
 EFFICIENCY_FILE = Path(__file__).parent.parent / "catalog" / "efficiency.yaml"
 _FALLBACK_GPU = "h100-sxm"  # whose efficiencies stand in, marked assumed, for a GPU that the table does not hold
 
+_TIMED_GPU = "h800"  # on which the shape of products (FP8) and the stream efficiency were found
 _PROFILED_DTYPE = {"bf16": "bfloat16"}  # what a profile's products ran in; none is timed in FP8
 
 
@@ -157,14 +158,15 @@ def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> Dev
     reduce_overhead = shape["reduce_overhead"]["value"] * (1.0 if precision == "fp8" else 0.5)
     stream, attention = table["memory"]["stream_utilisation"], table["attention"]
     bf16_peak = gpu.peak_flops_per_s["bf16"].value
+    beyond = [gpu.name] * (gpu.name != _TIMED_GPU) + [f"{precision}, where the overhead halves"] * (precision != "fp8")
     told = [
         Provenance(part=f"peak {precision}", kind=peak.kind, source=peak.source),
         Provenance(part="memory bandwidth", kind=gpu.memory_bytes_per_s.kind, source=gpu.memory_bytes_per_s.source),
         _told("product efficiency", best)
         if known
         else Provenance(part="product efficiency", kind="assumed", source=f"that of {_FALLBACK_GPU}: {best['source']}"),
-        _told("product shape", shape["reduce_overhead"], "" if precision == "fp8" else "; halved for bf16 (assumed)"),
-        _told("stream efficiency", stream),
+        _told_elsewhere("product shape", shape["reduce_overhead"], beyond),
+        _told_elsewhere("stream efficiency", stream, [] if gpu.name == _TIMED_GPU else [gpu.name]),
         _told("attention efficiency", attention["forward_utilisation"]),
     ]
     memory_rate = gpu.memory_bytes_per_s.value * stream["value"]
@@ -195,6 +197,13 @@ def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> Dev
     )
 
 
-def _told(part: str, entry: dict[str, Any], note: str = "") -> Provenance:
+def _told(part: str, entry: dict[str, Any]) -> Provenance:
     """The provenance of an entry of the table."""
-    return Provenance(part=part, kind=entry["kind"], source=entry["source"] + note)
+    return Provenance(part=part, kind=entry["kind"], source=entry["source"])
+
+
+def _told_elsewhere(part: str, entry: dict[str, Any], beyond: list[str]) -> Provenance:
+    """The provenance of an entry that was found on one GPU; used for anything beyond it, it is assumed."""
+    if not beyond:
+        return _told(part, entry)
+    return Provenance(part=part, kind="assumed", source=f"{entry['source']}; assumed for {' and '.join(beyond)}")
