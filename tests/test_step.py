@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -222,3 +225,18 @@ def test_deduplicating_by_node_sends_less_over_the_network_where_tokens_visit_se
     by_rank, by_node = result(**at), result(**at, dispatcher="deepep")
     assert by_node.step_parts_s["dispatch"] < 0.8 * by_rank.step_parts_s["dispatch"]
     assert by_node.step_s < by_rank.step_s
+
+
+def test_one_and_two_threads_give_the_same_bytes():
+    command = [sys.executable, "-m", "moesim", "simulate", "--model", "qwen3-30b-a3b", "--cluster", "h100-8x-ib400"]
+    command += ["--num-gpus", "64", "--ep", "32", "--global-batch", "256", "--json"]
+    answers = []
+    for threads in ("1", "2"):
+        limits = dict.fromkeys(
+            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), threads
+        )
+        done = subprocess.run(command, capture_output=True, check=True, env=os.environ | limits)
+        answer = json.loads(done.stdout)
+        assert answer.pop("run")
+        answers.append(json.dumps(answer))
+    assert answers[0] == answers[1]
