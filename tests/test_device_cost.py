@@ -24,9 +24,19 @@ H800 = device_cost(load_gpu("h800"), "fp8", "datasheet")
 # FP8 products on an H800, (groups, rows of each, columns, reduced) and TFLOP/s; deepseek-ai/DeepGEMM@55ab91f README,
 # 2025-03-25.
 FITTED_ON = [
+    ((1, 64, 2112, 7168), 206),
     ((1, 64, 24576, 1536), 289),
+    ((1, 64, 32768, 512), 219),
     ((1, 64, 7168, 16384), 336),
+    ((1, 64, 4096, 7168), 287),
+    ((1, 64, 7168, 2048), 295),
+    ((1, 128, 2112, 7168), 352),
+    ((1, 128, 24576, 1536), 535),
+    ((1, 128, 32768, 512), 358),
+    ((1, 128, 7168, 16384), 645),
     ((1, 128, 4096, 7168), 533),
+    ((1, 128, 7168, 2048), 510),
+    ((1, 4096, 2112, 7168), 1009),
     ((1, 4096, 24576, 1536), 1125),
     ((1, 4096, 32768, 512), 751),
     ((1, 4096, 7168, 16384), 1426),
@@ -50,7 +60,13 @@ def error_fraction(shape, tflops, device):
 def test_the_product_shape_follows_the_rows_it_was_fitted_on_and_grouped_rows_it_was_not():
     # The fit's own largest utilisation was 0.76; the shipped one is the lower MAMF figure, tested below.
     device = dataclasses.replace(H800, product_utilisation=0.76)
-    assert np.median([abs(error_fraction(*row, device)) for row in FITTED_ON]) < 0.04
+    errors = [error_fraction(*row, device) for row in FITTED_ON]
+    assert len(errors) == 18
+    assert np.median(np.abs(errors)) < 0.04
+    # The worst are those of 2,112 columns, 16 to 26 % too short: the formula does not know how tiles fill the SMs.
+    assert min(errors) == pytest.approx(-0.265, abs=0.005)
+    assert FITTED_ON[int(np.argmin(errors))][0][2] == 2112
+    assert max(errors) == pytest.approx(0.235, abs=0.005)  # 64 rows of 7168 x 2048: 6.4 us in all
     assert max(abs(error_fraction(*row, device)) for row in NOT_FITTED_ON) < 0.06
 
 
