@@ -12,6 +12,8 @@ import sys
 import numpy as np
 import pytest
 
+from moesim.cost.activations import MEGATRON
+from moesim.describe.hardware import Sourced
 from moesim.errors import InputError
 from moesim.metrics.summary import summarise
 from moesim.scenario import Scenario
@@ -240,3 +242,10 @@ def test_one_and_two_threads_give_the_same_bytes():
         assert answer.pop("run")
         answers.append(json.dumps(answer))
     assert answers[0] == answers[1]
+
+
+def test_the_assumed_numbers_of_memory_are_listed_with_the_others():
+    told = {item.part: item for item in result().provenance}
+    numbers = [value for value in vars(MEGATRON).values() if isinstance(value, Sourced)]
+    assert {number.source for number in numbers} == {told[part].source for part in told if part.startswith("memory: ")}
+    assert told["memory: CUDA context"].kind == told["memory: NCCL buffers of a communicator"].kind == "assumed"

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.cost.activations import MEGATRON
 from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory, stage_memory
 from moesim.describe.flops import training_flops_per_token
@@ -92,7 +93,7 @@ def summarise(trace: Trace) -> StepResult:
         ],
         drop_fraction_by_layer=drops_L.tolist(),
         binds=binds(parts, step_s),
-        provenance=(*trace.device.provenance, *_cluster_provenance(scenario)),
+        provenance=(*trace.device.provenance, *_cluster_provenance(scenario), *_memory_provenance()),
         warnings=_warnings(trace, headroom),
     )
 
@@ -151,6 +152,18 @@ def _cluster_provenance(scenario: Scenario) -> list[Provenance]:
     popularity = scenario.routing.popularity
     skew = f"routing.popularity of the scenario: {dataclasses.asdict(popularity)}"
     return [*told, Provenance(part="expert popularity", kind="assumed", source=skew)] if scenario.model.is_moe else told
+
+
+def _memory_provenance() -> list[Provenance]:
+    """The numbers that memory takes from the software, not from the model."""
+    numbers = {
+        "memory: CUDA context": MEGATRON.context_bytes,
+        "memory: NCCL buffers of a communicator": MEGATRON.nccl_bytes_per_communicator,
+        "memory: allocator reserve": MEGATRON.allocator_reserve_fraction,
+        "memory: product workspaces": MEGATRON.product_workspace_bytes,
+        "memory: grouped product workspaces": MEGATRON.grouped_workspace_bytes,
+    }
+    return [Provenance(part=part, kind=number.kind, source=number.source) for part, number in numbers.items()]
 
 
 def _envelope(trace: Trace) -> list[str]:
