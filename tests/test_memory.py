@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.cost.activations import layer_tensors, placeholder_gradient_bytes, workspace_bytes
+from moesim.cost.activations import layer_tensors, placeholder_gradient_bytes, weight_shapes, workspace_bytes
 from moesim.cost.memory import (
     RankMemory,
     StaticMemory,
@@ -89,6 +89,25 @@ def test_experts_are_divided_by_ep_and_etp_and_the_rest_by_tp() -> None:
     assert experts_split == experts_one / 16
     assert dense_four == (dense_one - whole) / 4 + whole
     assert outer_parameters(MODEL, Parallelism(pp=2), 0) == 32000 * 1024
+
+
+def test_a_key_value_head_is_never_cut_by_tensor_parallelism() -> None:
+    def held(tp: int, layer: Layer) -> tuple[float, float, float]:
+        """Attention's dense parameters, its weight products' elements, keys and values kept per token."""
+        parallel = Parallelism(tp=tp)
+        placed = stage_chunks(replace(MODEL, layers=(layer,)), parallel, TRAIN, 0)[0][0]
+        kept = {tensor.name: tensor.elements for tensor in layer_tensors(MODEL, layer, parallel)}
+        qkv_rows = weight_shapes(MODEL.hidden, layer, parallel)[0][0]
+        return rank_parameters(MODEL, placed, parallel)[0], qkv_rows, kept["keys"] + kept["values"]
+
+    four, eight, sixteen = (held(tp, DENSE) for tp in (4, 8, 16))
+    assert (four[1], eight[1], sixteen[1]) == ((4 + 2) * 64, (2 + 2) * 64, (1 + 2) * 64)
+    assert four[2] == eight[2] == sixteen[2] == 2 * 64
+    norms = 2 * 1024
+    whole = four[0] - norms - 2 * 64 * 1024  # what four ranks divide, without the head of each
+    assert sixteen[0] == pytest.approx(whole / 4 + norms + 2 * 64 * 1024)
+    biased = replace(DENSE, attention=replace(ATTENTION, qkv_bias=True))
+    assert held(16, biased)[0] - sixteen[0] == pytest.approx((1 + 2) * 64)
 
 
 def test_static_bytes_per_parameter_are_2_of_weight_4_of_gradient_and_12_of_optimizer() -> None:

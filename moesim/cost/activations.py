@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moesim.describe.hardware import Sourced
-from moesim.describe.model import Attention, Ffn, LatentAttention, Layer, Model, MoeFfn
+from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
 from moesim.units import GIB, MIB
 
@@ -270,6 +270,11 @@ def workspace_bytes(layers: tuple[Layer, ...], software: Software = MEGATRON) ->
     return software.product_workspace_bytes.value + grouped
 
 
+def rank_kv_heads(attention: GroupedQueryAttention, tp: int) -> float:
+    """Key-value heads on one tensor-parallel rank: a head is never cut, so with tp > num_kv_heads ranks hold copies."""
+    return max(attention.num_kv_heads / tp, 1.0)
+
+
 def _token(
     name: str, part: Literal["attention", "ffn", "shared", "router", "head"], elements: float, why: str
 ) -> SavedTensor:
@@ -297,7 +302,7 @@ def _attention_tensors(hidden: int, attention: Attention, tp: int, keeps_twice: 
         v_dim, kv_heads = attention.v_head_dim, heads
     else:
         q_dim = k_dim = v_dim = attention.head_dim
-        kv_heads = attention.num_kv_heads / tp
+        kv_heads = rank_kv_heads(attention, tp)
         if attention.qk_norm != "none":
             why = "inputs of the norms of queries and keys"
             tensors.append(
@@ -389,7 +394,8 @@ def weight_shapes(hidden: int, layer: Layer, parallel: Parallelism) -> list[tupl
             shapes.append((heads * (attention.qk_nope_head_dim + attention.v_head_dim) / tp, attention.kv_lora_rank))
             shapes.append((hidden, heads * attention.v_head_dim / tp))
         else:
-            shapes.append(((heads + 2 * attention.num_kv_heads) * attention.head_dim / tp, hidden))
+            qkv_rows = (heads / tp + 2 * rank_kv_heads(attention, tp)) * attention.head_dim
+            shapes.append((qkv_rows, hidden))
             shapes.append((hidden, heads * attention.head_dim / tp))
     blocks: list[tuple[Ffn | None, int]] = [(layer.ffn, tp)] if isinstance(layer.ffn, Ffn) else []
     if isinstance(layer.ffn, MoeFfn):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.cost.activations import rank_kv_heads
 from moesim.cost.device import DeviceCost
 from moesim.describe.flops import layer_flops
 from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, Layer, Model, MoeFfn
@@ -168,8 +169,7 @@ def _attention_s(
 def _projections(model: Model, attention: Attention, tp: int) -> list[tuple[float, float]]:
     """(reduced, columns) of each projection on one tensor-parallel rank, the output projection last."""
     if isinstance(attention, GroupedQueryAttention):
-        kv_heads = max(attention.num_kv_heads / tp, 1)
-        qkv = (attention.num_heads / tp + 2 * kv_heads) * attention.head_dim
+        qkv = (attention.num_heads / tp + 2 * rank_kv_heads(attention, tp)) * attention.head_dim
         return [(model.hidden, qkv), (attention.num_heads / tp * attention.head_dim, model.hidden)]
     heads = attention.num_heads / tp
     query_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
@@ -190,7 +190,7 @@ def _projections(model: Model, attention: Attention, tp: int) -> list[tuple[floa
 def _key_value_dims(attention: Attention, tp: int) -> float:
     """Elements of one token's keys and values on one tensor-parallel rank."""
     if isinstance(attention, GroupedQueryAttention):
-        return 2 * max(attention.num_kv_heads / tp, 1) * attention.head_dim
+        return 2 * rank_kv_heads(attention, tp) * attention.head_dim
     return attention.num_heads / tp * (attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim)
 
 

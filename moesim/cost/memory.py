@@ -29,9 +29,10 @@ from moesim.cost.activations import (
     layer_tensors,
     mtp_tensors,
     placeholder_gradient_bytes,
+    rank_kv_heads,
     workspace_bytes,
 )
-from moesim.describe.model import LatentAttention, Layer, Model
+from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.parameters import layer_parameters
 from moesim.describe.pipeline import Placed, stage_chunks
@@ -111,7 +112,7 @@ def rank_parameters(model: Model, placed: Placed, parallel: Parallelism) -> tupl
     """(dense, expert) parameters of one layer on one rank.
 
     Over tp: products by rows or columns; norms, router and the down-projections of latent attention are whole on each
-    rank. Experts: num_experts / ep of them, each over etp.
+    rank, and so is at least one key-value head. Experts: num_experts / ep of them, each over etp.
     """
     parts = layer_parameters(model, placed.layer)
     tp, norms, joining = parallel.tp, parts.norms, 0.0
@@ -119,8 +120,9 @@ def rank_parameters(model: Model, placed: Placed, parallel: Parallelism) -> tupl
         joining = 2 * model.hidden**2
         norms += 3 * model.hidden
     whole = _latent_down_parameters(model.hidden, placed.layer)
+    copied = _copied_kv_parameters(model.hidden, placed.layer, tp)
     split = parts.attention - whole + parts.cross_attention + parts.shared_experts + parts.dense_ffn + joining
-    return split / tp + whole + parts.router + norms, parts.experts / parallel.ep / parallel.etp
+    return split / tp + copied + whole + parts.router + norms, parts.experts / parallel.ep / parallel.etp
 
 
 def _latent_down_parameters(hidden: int, layer: Layer) -> int:
@@ -128,6 +130,16 @@ def _latent_down_parameters(hidden: int, layer: Layer) -> int:
     if not isinstance(attention, LatentAttention):
         return 0
     return hidden * ((attention.q_lora_rank or 0) + attention.kv_lora_rank + attention.qk_rope_head_dim)
+
+
+def _copied_kv_parameters(hidden: int, layer: Layer, tp: int) -> float:
+    """What a rank holds of key and value projections beyond 1/tp of them: with tp > num_kv_heads, a whole head."""
+    copied = 0.0
+    for attention in (layer.attention, layer.cross_attention):
+        if isinstance(attention, GroupedQueryAttention):
+            heads = rank_kv_heads(attention, tp) - attention.num_kv_heads / tp
+            copied += 2 * heads * attention.head_dim * (hidden + attention.qkv_bias)
+    return copied
 
 
 def outer_parameters(model: Model, parallel: Parallelism, stage: int) -> float:
