@@ -70,15 +70,21 @@ def test_a_stage_holds_the_micro_batches_that_1f1b_and_megatron_interleaving_say
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pp", [1, 4])
-def test_all_ranks_of_a_replica_together_hold_every_parameter_once(pp: int, tied: bool) -> None:
+@pytest.mark.parametrize("mtp", [False, True])
+def test_all_ranks_of_a_replica_together_hold_every_parameter_once_but_the_embedding_where_two_stages_need_it(
+    pp: int, tied: bool, mtp: bool
+) -> None:
     model = replace(MODEL, tie_embeddings=tied, mtp_layers=(MOE,))
     parallel = Parallelism(pp=pp, zero=0)
-    train = replace(TRAIN, mtp=True)
+    train = replace(TRAIN, mtp=mtp)
     held = sum(
         static_memory(model, parallel, parallel.layout(pp), train, stage=stage).weights_bytes for stage in range(pp)
     )
-    copy = model.vocab * model.hidden if tied and pp > 1 else 0
-    assert held == 2 * (total_parameters(model) + mtp_parameters(model) + copy)
+    copy = model.vocab * model.hidden if (tied or mtp) and pp > 1 else 0
+    assert held == 2 * (total_parameters(model) + mtp * mtp_parameters(model) + copy)
+    assert outer_parameters(replace(model, mtp_layers=()), parallel, train, pp - 1) == outer_parameters(
+        model, parallel, replace(train, mtp=False), pp - 1
+    )
 
 
 def test_experts_are_divided_by_ep_and_etp_and_the_rest_by_tp() -> None:
@@ -88,7 +94,7 @@ def test_experts_are_divided_by_ep_and_etp_and_the_rest_by_tp() -> None:
     whole = 16 * 1024 + 2 * 1024  # router and norms
     assert experts_split == experts_one / 16
     assert dense_four == (dense_one - whole) / 4 + whole
-    assert outer_parameters(MODEL, Parallelism(pp=2), 0) == 32000 * 1024
+    assert outer_parameters(MODEL, Parallelism(pp=2), TRAIN, 0) == 32000 * 1024
 
 
 def test_a_key_value_head_is_never_cut_by_tensor_parallelism() -> None:

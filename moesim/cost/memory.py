@@ -91,7 +91,7 @@ def static_memory(
     """
     placed = [item for chunk in stage_chunks(model, parallel, train, stage) for item in chunk]
     layers = [rank_parameters(model, item, parallel) for item in placed]
-    outer = outer_parameters(model, parallel, stage)
+    outer = outer_parameters(model, parallel, train, stage)
     dense, expert = outer + sum(d for d, _ in layers), sum(e for _, e in layers)
     split_dense, split_expert = layout.dp * parallel.cp, layout.edp
 
@@ -142,14 +142,17 @@ def _copied_kv_parameters(hidden: int, layer: Layer, tp: int) -> float:
     return copied
 
 
-def outer_parameters(model: Model, parallel: Parallelism, stage: int) -> float:
+def outer_parameters(model: Model, parallel: Parallelism, train: Training, stage: int) -> float:
     """Parameters of a rank outside the layers: embedding (first stage), head, final norms (last stage).
 
-    Tied embeddings stand on the first and, with pp > 1, once more on the last stage.
+    Tied embeddings stand on the first and, with pp > 1, once more on the last stage. So does the embedding where
+    multi-token-prediction layers are trained, which look up their tokens there; a tied head is that copy.
     """
     is_first, is_last = stage == 0, stage == parallel.pp - 1
     table = model.vocab * model.hidden / parallel.tp
     num_tables = int(is_first) + int(is_last and not (model.tie_embeddings and is_first))
+    looks_up_again = train.mtp and bool(model.mtp_layers) and not model.tie_embeddings
+    num_tables += int(is_last and not is_first and looks_up_again)
     norms = model.num_final_norms * model.hidden * (2 if model.has_norm_bias else 1)
     return num_tables * table + is_last * norms + is_first * model.num_extra_parameters
 

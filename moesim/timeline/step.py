@@ -106,7 +106,7 @@ def _lay_out_stage(
             traced=traced_R,
         )
 
-    dense = sum(d for chunk in parameters for d, _ in chunk) + outer_parameters(model, parallel, stage)
+    dense = sum(d for chunk in parameters for d, _ in chunk) + outer_parameters(model, parallel, scenario.train, stage)
     expert = sum(e for chunk in parameters for _, e in chunk)
     reduce_s, gather_s = _gradient_reduction_s(scenario, dense, expert)
     backward = tuple(times(plan.backward(c)) for c in range(parallel.vpp))
