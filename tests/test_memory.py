@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.catalog.models import load_model
 from moesim.cost.activations import layer_tensors, placeholder_gradient_bytes, weight_shapes, workspace_bytes
 from moesim.cost.memory import (
     RankMemory,
@@ -85,6 +86,31 @@ def test_all_ranks_of_a_replica_together_hold_every_parameter_once_but_the_embed
     assert outer_parameters(replace(model, mtp_layers=()), parallel, train, pp - 1) == outer_parameters(
         model, parallel, replace(train, mtp=False), pp - 1
     )
+
+
+PRESETS = ("mixtral-8x7b", "deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b", "kimi-k2", "switch-base-128", "llama-3-8b")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_one_rank_alone_holds_the_models_total_to_the_last_parameter(name: str) -> None:
+    model, whole = load_model(name), Parallelism()
+    (chunk,) = stage_chunks(model, whole, TRAIN, 0)
+    held = sum(sum(rank_parameters(model, placed, whole)) for placed in chunk)
+    assert held + outer_parameters(model, whole, TRAIN, 0) == total_parameters(model)
+
+
+@pytest.mark.parametrize("tp", [1, 4, 16])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_ranks_parameters_are_its_weight_products_but_for_norms_and_biases(name: str, tp: int) -> None:
+    # Left out of the products: biases, norms (of queries and keys too) and sinks, together below 1 in 200.
+    model, parallel = load_model(name), Parallelism(tp=tp)
+    for layer in set(model.layers):
+        alike = replace(layer, ffn=Ffn(width=8192))  # products of experts stand once there, not per expert
+        (chunk,) = stage_chunks(replace(model, layers=(alike,)), parallel, TRAIN, 0)
+        products = sum(rows * columns for rows, columns in weight_shapes(model.hidden, alike, parallel))
+        dense, experts = rank_parameters(model, chunk[0], parallel)
+        assert experts == 0
+        assert products <= dense < 1.005 * products
 
 
 def test_experts_are_divided_by_ep_and_etp_and_the_rest_by_tp() -> None:
