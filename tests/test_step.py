@@ -124,6 +124,20 @@ def test_more_work_or_a_slower_gpu_takes_longer(slower, than):
     assert result(**slower).step_s > result(**than).step_s
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+@pytest.mark.parametrize("pp", [1, 2])
+def test_sharding_more_exchanges_no_less_for_every_parameter_once_a_micro_batch(pp, num_micro_batches):
+    dense = {"model": "llama-3-8b", "ep": 1, "pp": pp, "global_batch": 32 // pp * num_micro_batches}
+    traces = [run_step(scenario(**dense, zero=zero)) for zero in (1, 2, 3)]
+    exchanged = [
+        [float(np.mean(run.part_R["gradient_reduction"])) for run in trace.stages] for trace in traces
+    ]  # embedding and head included, on the stages that hold them
+    for one, two, three in zip(*exchanged, strict=True):
+        assert three > two >= one * (1 - 1e-9)
+        assert (two == pytest.approx(one)) == (num_micro_batches == 1)
+    assert traces[1].step_s >= traces[0].step_s * (1 - 1e-9)
+
+
 def test_a_slower_nic_slows_a_dispatch_that_crosses_nodes_and_one_that_does_not_is_untouched():
     def dispatch_s(ep, factor):
         at = scenario(ep=ep, pp=1, num_gpus=32, model="qwen3-30b-a3b")

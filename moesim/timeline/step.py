@@ -83,7 +83,15 @@ def _lay_out_stage(
     ranges = stage_layers(len(model.layers), parallel.pp, parallel.vpp)[stage]
     here = load.of_stage(stage) if load is not None else None
     parameters = [[rank_parameters(model, placed, parallel) for placed in chunk] for chunk in chunks]
-    gathers, scatters = zip(*(_sharded_weights_s(scenario, chunk) for chunk in parameters), strict=True)
+    outer = outer_parameters(model, parallel, scenario.train, stage)
+    with_outer = 0 if stage == 0 else len(chunks) - 1  # the chunk that needs the embedding, or the head
+    gathers, scatters = zip(
+        *(
+            _sharded_weights_s(scenario, sum(d for d, _ in chunk) + outer * (c == with_outer), sum(e for _, e in chunk))
+            for c, chunk in enumerate(parameters)
+        ),
+        strict=True,
+    )
     plan = StagePlan(
         scenario=scenario,
         device=device,
@@ -106,7 +114,7 @@ def _lay_out_stage(
             traced=traced_R,
         )
 
-    dense = sum(d for chunk in parameters for d, _ in chunk) + outer_parameters(model, parallel, scenario.train, stage)
+    dense = sum(d for chunk in parameters for d, _ in chunk) + outer
     expert = sum(e for chunk in parameters for _, e in chunk)
     reduce_s, gather_s = _gradient_reduction_s(scenario, dense, expert)
     backward = tuple(times(plan.backward(c)) for c in range(parallel.vpp))
@@ -238,12 +246,12 @@ def _gradient_reduction_s(scenario: Scenario, dense: float, expert: float) -> tu
     return reduce_s, gather_s
 
 
-def _sharded_weights_s(scenario: Scenario, parameters: list[tuple[float, float]]) -> tuple[float, float]:
+def _sharded_weights_s(scenario: Scenario, dense: float, expert: float) -> tuple[float, float]:
     """Seconds of each pass of a chunk to gather its weights (ZeRO-3), of each backward to scatter its gradients
     (ZeRO-2, 3).
     """
     gather_s = scatter_s = 0.0
-    for kind, count in (("dpcp", sum(d for d, _ in parameters)), ("edp", sum(e for _, e in parameters))):
+    for kind, count in (("dpcp", dense), ("edp", expert)):
         size, in_node = _group_shape(scenario, kind)
         if size == 1 or not count:
             continue
