@@ -111,13 +111,26 @@ def test_ports_run_at_the_derate_of_their_operation() -> None:
     assert ports_of(DERATED, operation="allreduce").nvlink_in_bytes_per_s_R[0] == pytest.approx(200e9)
 
 
-def test_an_oversubscribed_spine_slows_only_traffic_that_crosses_it() -> None:
-    def nic(cross_rail: str, oversubscription: float) -> float:
+def test_an_oversubscribed_spine_slows_what_crosses_it_by_the_share_that_does() -> None:
+    def nic(cross_rail: str, oversubscription: float, *, same_rail: bool = False) -> float:
         cluster = dataclasses.replace(CLUSTER, cross_rail=cross_rail, oversubscription=oversubscription)  # type: ignore[arg-type]
-        return float(ports_of(cluster).nic_out_bytes_per_s_R[0])
+        return float(ports_of(cluster, same_rail=same_rail).nic_out_bytes_per_s_R[0])
 
-    assert nic("pxn", 4.0) == nic("direct", 4.0) == nic("spine", 1.0) == 50e9
-    assert nic("spine", 2.0) == pytest.approx(50e9 / (2.0 * 7 / 8))
+    assert nic("pxn", 4.0) == nic("direct", 1.0) == nic("spine", 1.0) == 50e9
+    assert nic("direct", 2.0) == pytest.approx(50e9 / (2.0 * 7 / 8))
+    assert nic("spine", 2.0) == pytest.approx(50e9 / 2.0)
+    assert nic("direct", 4.0, same_rail=True) == 50e9  # its rail's leaf holds it
+    assert nic("spine", 4.0, same_rail=True) == pytest.approx(50e9 / 4.0)
+    assert nic("direct", 8 / 7) == pytest.approx(50e9)  # the up-links left over by same-rail traffic suffice
+
+
+def test_rings_and_sends_stay_on_their_rail_and_cross_only_a_spine_without_rails() -> None:
+    def seconds(cross_rail: str) -> list[float]:
+        cluster = dataclasses.replace(CLUSTER, cross_rail=cross_rail, oversubscription=4.0)  # type: ignore[arg-type]
+        return [float(allgather_s(64, 1, 4e12, cluster)), float(send_s(4e12, False, cluster))]
+
+    assert seconds("pxn") == seconds("direct")
+    assert seconds("spine") == pytest.approx([4 * t for t in seconds("pxn")], rel=1e-4)
 
 
 def test_rings_inside_a_node_move_n_minus_1_over_n_of_the_bytes() -> None:

@@ -124,6 +124,23 @@ def test_more_work_or_a_slower_gpu_takes_longer(slower, than):
     assert result(**slower).step_s > result(**than).step_s
 
 
+@pytest.mark.parametrize(
+    ("cross_rail", "ep", "slows"), [("pxn", 32, False), ("direct", 32, True), ("spine", 32, True), ("spine", 8, False)]
+)
+def test_where_oversubscription_does_not_slow_the_all_to_alls_the_result_says_so(cross_rail, ep, slows):
+    at = scenario(ep=ep, pp=1, model="qwen3-30b-a3b", popularity="balanced")
+
+    def result_at(oversubscription):
+        cluster = dataclasses.replace(at.cluster, cross_rail=cross_rail, oversubscription=oversubscription)
+        return summarise(run_step(at.with_(cluster=cluster)))
+
+    wide, narrow = result_at(1.0), result_at(4.0)
+    assert (narrow.step_parts_s["dispatch"] > 2 * wide.step_parts_s["dispatch"]) == slows
+    assert (narrow.step_parts_s["dispatch"] > wide.step_parts_s["dispatch"]) == slows
+    assert any("oversubscription 4 does not slow" in warning for warning in narrow.warnings) == (not slows)
+    assert not any("oversubscription" in warning for warning in wide.warnings)
+
+
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 @pytest.mark.parametrize("pp", [1, 2])
 def test_sharding_more_exchanges_no_less_for_every_parameter_once_a_micro_batch(pp, num_micro_batches):

@@ -33,18 +33,15 @@ class Ports:
             check(bool((rates_R > 0).all()), "ports", tier, "must have a positive rate on every rank", rates_R.tolist())
 
 
-def ports_of(cluster: Cluster, *, operation: str = "alltoall") -> Ports:
+def ports_of(cluster: Cluster, *, operation: str = "alltoall", same_rail: bool = False) -> Ports:
     """Ports of a cluster whose ranks are all alike, at the rates that an operation achieves.
 
-    operation picks the derates nvlink_<operation> and nic_<operation> of the cluster (1.0 where it names none). The
-    spine: messages that cross it share up-links of 1/oversubscription the NICs' rate. With ``cross_rail: spine`` that
-    is every message between different rails, (rails - 1)/rails of an even all-to-all; a NIC then needs as long as its
-    spine share does, so its rate falls by max(1, share * oversubscription). With pxn and direct nothing crosses it
-    (one rail's NICs meet in a leaf). docs/model.md#ports.
+    operation picks the derates nvlink_<operation> and nic_<operation> of the cluster (1.0 where it names none).
+    same_rail: every message goes to a rank of its sender's rail, as with dedup ``node``. NICs slow down by what shares
+    the spine (``spine_slowdown``). docs/model.md#ports.
     """
-    spine = max(1.0, _spine_share(cluster) * cluster.oversubscription)
     nvlink = np.array([rate(cluster, "nvlink", operation)])
-    nic = np.array([rate(cluster, "nic", operation) / spine])
+    nic = np.array([rate(cluster, "nic", operation, same_rail=same_rail)])
     return Ports(
         nvlink_out_bytes_per_s_R=nvlink,
         nvlink_in_bytes_per_s_R=nvlink,
@@ -55,15 +52,31 @@ def ports_of(cluster: Cluster, *, operation: str = "alltoall") -> Ports:
     )
 
 
-def rate(cluster: Cluster, tier: str, operation: str) -> float:
-    """Achieved bytes/s of one GPU's port, per direction: line rate times the derate <tier>_<operation>."""
-    line = cluster.nvlink_bytes_per_s if tier == "nvlink" else cluster.nic_bytes_per_s
+def rate(cluster: Cluster, tier: str, operation: str, *, same_rail: bool = True) -> float:
+    """Achieved bytes/s of one GPU's port, per direction: line rate times the derate <tier>_<operation>, over the NIC
+    less what an oversubscribed spine takes. Rings and sends stay on their rail; an even all-to-all does not.
+    """
     derate = cluster.derates.get(f"{tier}_{operation}")
-    return float(line) * (1.0 if derate is None else float(derate))
+    achieved = 1.0 if derate is None else float(derate)
+    if tier == "nvlink":
+        return float(cluster.nvlink_bytes_per_s) * achieved
+    return float(cluster.nic_bytes_per_s) * achieved / spine_slowdown(cluster, same_rail=same_rail)
 
 
-def _spine_share(cluster: Cluster) -> float:
-    """Share of cross-node bytes that cross the spine when ranks send alike to all rails."""
-    if cluster.cross_rail != "spine" or cluster.num_gpus <= cluster.ranks_per_node:
-        return 0.0
-    return (cluster.ranks_per_node - 1) / cluster.ranks_per_node
+def spine_slowdown(cluster: Cluster, *, same_rail: bool) -> float:
+    """How many times longer a NIC needs since up-links carry 1/oversubscription of its leaf's rate; at least 1.
+
+    A NIC needs as long as its bytes that cross the spine do: max(1, their share * oversubscription). ``pxn``: rail
+    leaves, and messages change rails inside their node, so none crosses. ``direct``: rail leaves without that hop, so
+    whatever is for another rail crosses: (rails - 1)/rails of an even all-to-all. ``spine``: no rails, a leaf serves
+    one node, so all that leaves a node crosses. A rail leaf is taken to reach every node of the cluster (one leaf
+    group); where it does not, messages between groups cross the spine under pxn too, and this is too fast.
+
+    >>> from moesim.catalog.hardware import load_cluster
+    >>> spine_slowdown(load_cluster("h100-8x-ib400"), same_rail=False)
+    1.0
+    """
+    rails = cluster.ranks_per_node
+    between_rails = 0.0 if same_rail else (rails - 1) / rails
+    share = {"pxn": 0.0, "direct": between_rails, "spine": 1.0}[cluster.cross_rail]
+    return max(1.0, share * cluster.oversubscription)

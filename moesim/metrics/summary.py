@@ -15,6 +15,7 @@ from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory, stage_memory
 from moesim.describe.flops import training_flops_per_token
 from moesim.describe.hardware import Sourced
+from moesim.fabric.ports import spine_slowdown
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, STEP_PARTS, StepResult
 from moesim.routing.statistics import entropy, gini, load_alerts, max_mean
 from moesim.scenario import Scenario
@@ -209,4 +210,22 @@ def _warnings(trace: Trace, headroom: float) -> tuple[str, ...]:
         told.append("product efficiency is assumed, not measured, for this GPU")
     if trace.scenario.cluster.gpu.name in ("b200", "gb200", "gb300"):
         told.append("on this GPU generation measured steps took about 1.5 to 1.9 times the predicted time (8 x B200)")
+    if unused := _oversubscription_unused(trace.scenario):
+        told.append(unused)
     return tuple(told)
+
+
+def _oversubscription_unused(scenario: Scenario) -> str:
+    """Why an oversubscribed spine does not slow the all-to-alls; empty where it does, or where there is none."""
+    cluster, in_step = scenario.cluster, scenario.parallel.ep * scenario.parallel.etp
+    if cluster.oversubscription <= 1.0 or scenario.parallel.ep == 1:
+        return ""
+    told = f"oversubscription {cluster.oversubscription:g} does not slow this scenario's all-to-alls: "
+    if cluster.ranks_per_node % in_step == 0:
+        return told + "they stay inside the NVLink domain"
+    if spine_slowdown(cluster, same_rail=scenario.routing.dispatcher == "deepep") > 1.0:
+        return ""
+    return told + (
+        f"with cross_rail: {cluster.cross_rail} and dispatcher: {scenario.routing.dispatcher} their messages stay on a "
+        "rail's leaf, which is taken to reach every node, or the up-links suffice for the rest"
+    )
