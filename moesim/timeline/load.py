@@ -6,6 +6,7 @@ ranks.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -21,12 +22,14 @@ from moesim.errors import NotModelledError
 from moesim.fabric.collectives import allgather_s, alltoall_finish_s
 from moesim.fabric.ports import ports_of
 from moesim.fabric.traffic import Dedup, PortBytes, combine_ports, dispatch_ports, expected_copies
-from moesim.placement import Placement, contiguous
+from moesim.placement import Placement
+from moesim.placement.slots import LayerPlacements, even_slots
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.visits import visit_probabilities
 from moesim.scenario import Scenario
 from moesim.seeds import stream
+from moesim.timeline.placed import PlacedExperts, placed_experts
 from moesim.timeline.stage import StageLoad
 from moesim.units import BYTES_PER_ELEMENT
 
@@ -58,21 +61,26 @@ class StepLoad:
     layers: tuple[int, ...]
     positions_by_stage: tuple[tuple[int, ...], ...]  # which of these layers each stage holds, chunk by chunk
     popularities: Popularities
-    placement: Placement
+    placed: PlacedExperts
     load: ExpertLoad
+    kept_GMLS: Floats  # kept assignments of each slot
     exchange_by_stage: tuple[Exchange, ...]
     etp: int
 
     @property
+    def placement(self) -> Placement:
+        """Which rank has each slot."""
+        return self.placed.rank_of_slot
+
+    @property
     def rows_GMLRE(self) -> Floats:
-        """Kept assignments of each expert, experts grouped by the rank that holds them (a view where contiguous)."""
-        kept = self.load.kept_GMLE
-        return kept.reshape(*kept.shape[:-1], self.placement.num_ranks, -1)
+        """Kept assignments of each slot, by the rank that has it; E counts a rank's slots."""
+        return self.kept_GMLS.reshape(*self.kept_GMLS.shape[:-1], self.placement.num_ranks, -1)
 
     def received_GMLR(self, stage: int) -> Floats | None:
         """Kept assignments that each expert-parallel rank of a stage receives in its MoE layers; None without any."""
         positions = list(self.positions_by_stage[stage])
-        return self.placement.rank_loads(self.load.kept_GMLE[:, :, positions]) if positions else None
+        return self.placement.rank_loads(self.kept_GMLS[:, :, positions]) if positions else None
 
     def of_stage(self, stage: int) -> StageLoad | None:
         """What a stage's phases need; ranks in rank order, expert-tensor ranks sharing their rows. None without MoE."""
@@ -102,7 +110,7 @@ def step_load(scenario: Scenario) -> StepLoad | None:
     if any(stack[i].ffn != moe for i in layers):
         raise NotModelledError(f"model {model.name}: MoE layers that differ from one another are not modelled")
     popularities = _popularities(scenario.routing.popularity, len(layers), moe.num_experts, moe.router, scenario.seed)
-    placement = contiguous(moe.num_experts, parallel.ep)
+    placed = placed_experts(_placement(scenario, popularities), popularities)
     load = draw_load(
         popularities,
         scenario.routing,
@@ -112,17 +120,19 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         num_micro_batches=scenario.num_micro_batches,
         rng=stream(scenario.seed, "load"),
     )
+    kept_GMLS = placed.of_slots(load.kept_GMLE)
     exchanges: dict[Nodes, Exchange] = {}
     for nodes in (_nodes_of_groups(scenario, stage) for stage in range(parallel.pp)):
         if nodes not in exchanges:
-            exchanges[nodes] = _exchange(scenario, popularities, placement, load.kept_GMLE, nodes)
+            exchanges[nodes] = _exchange(scenario, placed, kept_GMLS, nodes)
     return StepLoad(
         moe=moe,
         layers=layers,
         positions_by_stage=_positions_by_stage(scenario, layers),
         popularities=popularities,
-        placement=placement,
+        placed=placed,
         load=load,
+        kept_GMLS=kept_GMLS,
         exchange_by_stage=tuple(exchanges[_nodes_of_groups(scenario, stage)] for stage in range(parallel.pp)),
         etp=parallel.etp,
     )
@@ -145,30 +155,26 @@ def _nodes_of_groups(scenario: Scenario, stage: int) -> Nodes:
     return tuple(tuple((nodes_R - nodes_R[0]).tolist()) for nodes_R in nodes_GR)
 
 
-def _exchange(
-    scenario: Scenario, popularities: Popularities, placement: Placement, kept_GMLE: Floats, nodes: Nodes
-) -> Exchange:
+def _exchange(scenario: Scenario, placed: PlacedExperts, kept_GMLS: Floats, nodes: Nodes) -> Exchange:
     """Every group's seconds in its all-to-alls; groups that lie on nodes alike are done together."""
-    shape = (*kept_GMLE.shape[:-1], placement.num_ranks)
+    shape = (*kept_GMLS.shape[:-1], placed.rank_of_slot.num_ranks)
     whole = Exchange(**{field.name: np.empty(shape) for field in fields(Exchange)})
     for pattern in dict.fromkeys(nodes):
         groups = [g for g, own in enumerate(nodes) if own == pattern]
-        part = _exchange_of_alike(scenario, popularities, placement, kept_GMLE[groups], np.array(pattern))
+        part = _exchange_of_alike(scenario, placed, kept_GMLS[groups], np.array(pattern))
         for field in fields(Exchange):
             getattr(whole, field.name)[groups] = getattr(part, field.name)
     return whole
 
 
-def _exchange_of_alike(
-    scenario: Scenario, popularities: Popularities, placement: Placement, kept_GMLE: Floats, node_of_rank_R: Ranks
-) -> Exchange:
+def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, kept_GMLS: Floats, node_of_rank_R: Ranks) -> Exchange:
     """Bytes between ranks, then the busiest port's time, for all micro-batches and layers at once."""
     parallel, train, cluster = scenario.parallel, scenario.train, scenario.cluster
     copies = expected_copies(
-        kept_GMLE,
-        popularities=popularities,
-        visits=visit_probabilities(popularities, placement, node_of_rank_R),
-        placement=placement,
+        kept_GMLS,
+        popularities=placed.popularities,
+        visits=visit_probabilities(placed.popularities, placed.rank_of_slot, node_of_rank_R),
+        placement=placed.rank_of_slot,
         tokens_per_rank=int(rank_tokens(parallel, train)),
         num_source_ranks=parallel.ep * parallel.etp,
     )
@@ -176,7 +182,7 @@ def _exchange_of_alike(
     dedup = DEDUP[scenario.routing.dispatcher]
     wide = scenario.model.hidden * ACTIVATION_BYTES
     narrow = scenario.model.hidden * (1 + FP8_SCALE_BYTES) if train.precision == "fp8" else wide
-    received = placement.rank_loads(kept_GMLE)
+    received = placed.rank_of_slot.rank_loads(kept_GMLS)
 
     def seconds(ports_used: Callable[..., PortBytes], token_bytes: float) -> Floats:
         port_bytes = ports_used(copies, token_bytes=token_bytes, dedup=dedup, cross_rail=cluster.cross_rail)
@@ -199,6 +205,16 @@ def _by_rank(seconds_GMLR: Floats, etp: int) -> Floats:
     """(M, L, ranks of the stage) from groups and expert-parallel ranks."""
     seconds_MLGR = np.moveaxis(seconds_GMLR, 0, 2)
     return np.repeat(seconds_MLGR, etp, axis=3).reshape(*seconds_MLGR.shape[:2], -1)
+
+
+def _placement(scenario: Scenario, popularities: Popularities) -> LayerPlacements:
+    """The scenario's placement policy, given what it can know: expected loads, not the step's own counts."""
+    choice, parallel = scenario.placement, scenario.parallel
+    nodes = _nodes_of_groups(scenario, 0)[0]
+    ranks = even_slots(choice.num_slots or popularities.num_experts, parallel.ep)
+    ranks = dataclasses.replace(ranks, node_of_rank_R=np.unique(nodes, return_inverse=True)[1])
+    expert_LS = np.tile(np.arange(popularities.num_experts), (popularities.num_layers, 1))
+    return LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=popularities.num_experts, ranks=ranks)
 
 
 @lru_cache(maxsize=8)
