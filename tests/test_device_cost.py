@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moesim.catalog.hardware import GPU_NAMES, load_gpu
 from moesim.catalog.models import load_model
 from moesim.cost.device import device_cost
-from moesim.cost.layer import experts_s, layer_cost
+from moesim.cost.layer import experts_s, layer_cost, mtp_projection_s
 from moesim.cost.profile import PROFILE_FOLDER, PROFILE_NAMES
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Training
@@ -121,6 +121,19 @@ def test_backward_of_a_layer_costs_about_twice_its_forward():
         experts_s(model, moe, rows, parallel=Parallelism(ep=64), device=device, backward=b)[0] for b in (False, True)
     ]
     assert 1.8 < times[1] / times[0] < 2.2
+
+
+def test_the_joining_projection_of_an_mtp_layer_takes_at_least_its_flops_and_bytes_and_backward_about_twice():
+    model, train, device = load_model("deepseek-v3"), Training(), device_cost(load_gpu("h800"), "bf16", "datasheet")
+
+    def seconds(tp, backward):
+        return mtp_projection_s(model, parallel=Parallelism(tp=tp), train=train, device=device, backward=backward)
+
+    products_s = 4096 * 2 * (2 * 7168) * 7168 / (device.peak_flops_per_s * device.product_utilisation)
+    streams_s = 10 * 4096 * 7168 * 2 / device.memory_bytes_per_s
+    assert seconds(1, False) == pytest.approx(products_s + streams_s, rel=0.05)
+    assert seconds(1, True) == pytest.approx(2 * seconds(1, False), rel=0.05)
+    assert seconds(4, False) == pytest.approx(seconds(1, False) / 4, rel=0.1)
 
 
 def test_every_number_of_a_device_says_where_it_comes_from():

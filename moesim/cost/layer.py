@@ -130,6 +130,23 @@ def embedding_s(model: Model, *, parallel: Parallelism, train: Training, device:
     return float(device.stream_s(moved * (2 if backward else 1)))
 
 
+def mtp_projection_s(
+    model: Model, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool
+) -> float:
+    """Seconds before the transformer block of one multi-token-prediction layer, forward or backward.
+
+    The next token's embedding is looked up, it and the hidden state pass a norm each, both are joined, and a product
+    takes them from 2 * hidden to hidden. Its tensor-parallel gather is not counted. arXiv 2412.19437 section 2.2;
+    docs/model.md#layer.
+    """
+    own = rank_tokens(parallel, train)
+    lookup, norms, joining = 2, 4, 4  # tensors of (own, hidden) read and written
+    moved = (lookup + norms + joining) * own * model.hidden * ACTIVATION_BYTES
+    product = device.backward_s if backward else device.grouped_s
+    product_s = float(product(np.array([own * parallel.tp]), 2 * model.hidden, model.hidden / parallel.tp))
+    return product_s + float(device.stream_s(moved * (2 if backward else 1)))
+
+
 def head_s(model: Model, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool) -> float:
     """Seconds of final norm, output head and loss on the last stage: one product, then float32 logits passed over
     three times.
