@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moesim.catalog.hardware import GPU_NAMES, load_gpu
 from moesim.catalog.models import load_model
 from moesim.cost.device import device_cost
-from moesim.cost.layer import experts_s, layer_cost, mtp_projection_s
+from moesim.cost.layer import experts_s, head_s, layer_cost, mtp_projection_s
 from moesim.cost.profile import PROFILE_FOLDER, PROFILE_NAMES
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Training
@@ -134,6 +134,23 @@ def test_the_joining_projection_of_an_mtp_layer_takes_at_least_its_flops_and_byt
     assert seconds(1, False) == pytest.approx(products_s + streams_s, rel=0.05)
     assert seconds(1, True) == pytest.approx(2 * seconds(1, False), rel=0.05)
     assert seconds(4, False) == pytest.approx(seconds(1, False) / 4, rel=0.1)
+
+
+def test_in_fp8_router_and_head_take_as_long_as_in_bf16_and_the_other_products_less():
+    model, train, whole = load_model("deepseek-v3"), Training(), Parallelism()
+    wide, narrow = (device_cost(load_gpu("h800"), precision) for precision in ("bf16", "fp8"))
+
+    def parts(device, backward):
+        layer = layer_cost(model, model.layers[-1], parallel=whole, train=train, device=device)
+        one_pass = layer.backward if backward else layer.forward
+        head = head_s(model, parallel=whole, train=train, device=device, backward=backward)
+        return (one_pass.router_s, head), one_pass.dense_ffn_s
+
+    for backward in (False, True):
+        assert parts(narrow, backward)[0] == parts(wide, backward)[0]
+        assert parts(narrow, backward)[1] < 0.8 * parts(wide, backward)[1]
+    told = {item.part for item in narrow.provenance}
+    assert {"router and head: peak bf16", "router and head: product efficiency", "peak fp8"} <= told
 
 
 def test_every_number_of_a_device_says_where_it_comes_from():

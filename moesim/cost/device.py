@@ -10,7 +10,7 @@ Legend: E experts on a rank; a leading ... stands for any axes.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,13 @@ class DeviceCost:
     attention_backward_flops_per_s: float
     input_bytes: float  # of one element of a product's operands
     profile: Profile | None = None
+    bf16: DeviceCost | None = None  # the same device in BF16 where products run in FP8: router and head stay wide
     provenance: tuple[Provenance, ...] = ()
+
+    @property
+    def wide(self) -> DeviceCost:
+        """The device for products that recipes keep in BF16."""
+        return self.bf16 or self
 
     def product_s(self, rows: ArrayLike, reduced: float, columns: float) -> Floats:
         """Seconds of a (rows, reduced) x (reduced, columns) product; rows may be any array, 0 rows cost nothing. See
@@ -129,7 +135,8 @@ def device_cost(gpu: Gpu, precision: str, profile: str = "auto") -> DeviceCost:
     """The cost of a GPU at a precision of its products.
 
     profile: ``auto`` takes a shipped calibration profile of this GPU when there is one, else the datasheet;
-    ``datasheet``; or a profile's path, which must be of this GPU and precision. Raises InputError for a profile of
+    ``datasheet``; or a profile's path, which must be of this GPU and precision. In FP8 the result holds the GPU in BF16
+    as well, from the datasheet. Raises InputError for a profile of
     another device or precision, or a precision the GPU lacks.
     """
     rule = f"must be one that {gpu.name} has a peak for: {', '.join(sorted(gpu.peak_flops_per_s))}"
@@ -145,7 +152,13 @@ def device_cost(gpu: Gpu, precision: str, profile: str = "auto") -> DeviceCost:
         rule = f"must be {dtype or 'of 8 bits (no profile times that)'} for products in {precision}"
         hint = "Use the datasheet: profile: datasheet."
         check(calibrated.dtype == dtype, f"profile {calibrated.name}", "dtype", rule, calibrated.dtype, hint)
-    return _from_datasheet(gpu, precision, calibrated)
+    device = _from_datasheet(gpu, precision, calibrated)
+    if precision == "bf16":
+        return device
+    wide = _from_datasheet(gpu, "bf16", None)
+    parts = ("peak bf16", "product efficiency", "product shape")
+    told = [replace(item, part=f"router and head: {item.part}") for item in wide.provenance if item.part in parts]
+    return replace(device, bf16=wide, provenance=(*device.provenance, *told))
 
 
 def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> DeviceCost:

@@ -148,13 +148,13 @@ def mtp_projection_s(
 
 
 def head_s(model: Model, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool) -> float:
-    """Seconds of final norm, output head and loss on the last stage: one product, then float32 logits passed over
-    three times.
+    """Seconds of final norm, output head and loss on the last stage: one product, in BF16 also in an FP8 run, then
+    float32 logits passed over three times.
     """
     rows = rank_tokens(parallel, train) * parallel.tp
     columns = model.vocab / parallel.tp
     logits_s = float(device.stream_s(3 * rows * columns * LOGIT_BYTES))
-    product = device.backward_s if backward else device.grouped_s
+    product = device.wide.backward_s if backward else device.wide.grouped_s
     return float(product(np.array([rows]), model.hidden, columns)) + logits_s
 
 
@@ -214,9 +214,9 @@ def _key_value_dims(attention: Attention, tp: int) -> float:
 def _router_s(model: Model, moe: MoeFfn, own: float, device: DeviceCost) -> tuple[float, float]:
     scores_bytes = 4 * own * moe.num_experts * LOGIT_BYTES  # written, scored, selected, kept
     rows = np.array([own])
-    forward = float(device.grouped_s(rows, model.hidden, moe.num_experts)) + float(device.stream_s(scores_bytes))
-    backward = float(device.backward_s(rows, model.hidden, moe.num_experts)) + float(device.stream_s(scores_bytes))
-    return forward, backward
+    forward = device.wide.grouped_s(rows, model.hidden, moe.num_experts) + device.stream_s(scores_bytes)
+    backward = device.wide.backward_s(rows, model.hidden, moe.num_experts) + device.stream_s(scores_bytes)
+    return float(forward), float(backward)
 
 
 def _ffn_s(model: Model, ffn: Ffn, tokens: float, tp: int, device: DeviceCost) -> tuple[float, float]:

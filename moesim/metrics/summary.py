@@ -183,8 +183,8 @@ def _envelope(trace: Trace) -> list[str]:
         reasons += ["All-to-alls do not overlap with compute, and every rank's time is that of its busiest port."]
     if train.precision == "fp8":
         reasons += [
-            "FP8: products run at FP8 rates and dispatch sends FP8 rows; casts, scales in memory and FP8 activations "
-            "are not modelled."
+            "FP8: products run at FP8 rates, router and head in BF16, and dispatch sends FP8 rows; casts, scales in "
+            "memory and FP8 activations are not modelled."
         ]
     if model.mtp_layers and not train.mtp:
         reasons += [
