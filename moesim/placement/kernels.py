@@ -1,0 +1,184 @@
+"""The search's numba kernels: one layer, its slots, the least time of the slowest rank. Imported only by ``search``.
+
+Legend: E experts, R ranks, S slots (rank r owns slots first_R1[r] to first_R1[r+1]), X most replicas of one expert.
+
+A start (replica counts, packed heaviest first) is descended from; kicks shake the best layout and descend again, until
+the bound or the budget is met. See ``start_kernels`` and ``move_kernels``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from moesim.placement.bound_kernels import lower_bound
+from moesim.placement.move_kernels import below, descend, index_slots, kick, refresh, slowest
+from moesim.placement.start_kernels import capped_counts, folded_counts, greedy_counts, pack, respread
+
+# Other replica counts to start from: folds 2.._NUM_FOLDS + 1, and caps of _NUM_CAPS steps down from the bound, each
+# with the slots left over given to shares below these fractions of the bound.
+_NUM_FOLDS = 4
+_NUM_CAPS = 6
+_CUTS = np.array([0.0, 0.5, 0.75])
+_PROMISING = 1.1  # a packed start this much worse than the best descended one is not worth descending from
+_NUM_FINALISTS = 4
+_NUM_TRIALS = 4  # random spreads packed for each that is descended from
+
+
+@njit(nogil=True, cache=True)
+def recount(expert_S, first_R1, load_R, slowness_R, count_E, most, state_1):  # type: ignore[no-untyped-def]
+    """Move one to three replicas between experts, to those of the slowest rank by preference. Changes count_E only."""
+    hot, _ = slowest(load_R, slowness_R)
+    held = first_R1[hot + 1] - first_R1[hot]
+    for _ in range(1 + below(state_1, 3)):
+        taker = expert_S[first_R1[hot] + below(state_1, held)]
+        if below(state_1, 2) == 0:
+            taker = expert_S[below(state_1, expert_S.size)]
+        for _ in range(16):
+            giver = expert_S[below(state_1, expert_S.size)]
+            if giver != taker and count_E[giver] > 1 and count_E[taker] < most:
+                count_E[giver] -= 1
+                count_E[taker] += 1
+                break
+
+
+@njit(nogil=True, cache=True)
+def improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, enough, max_kicks, max_moves, state_1):  # type: ignore[no-untyped-def]
+    """Descend from expert_S, then kick and descend max_kicks times, keeping the best. Returns the slowest time."""
+    most = expert_S.size - load_E.size + 1
+    slots_EX = np.empty((load_E.size, most), np.int64)
+    count_E = np.empty(load_E.size, np.int64)
+    load_R = np.empty(slowness_R.size)
+    change_R = np.zeros(slowness_R.size)
+    order_E = np.argsort(-load_E, kind="mergesort")
+    index_slots(expert_S, count_E, slots_EX)
+    refresh(load_E, expert_S, first_R1, count_E, load_R)
+    best = descend(load_E, expert_S, first_R1, rank_S, slots_EX, slowness_R, count_E, load_R, goal, max_moves, change_R)
+    best_S = expert_S.copy()
+    trial_S = expert_S.copy()
+    for turn in range(max_kicks):
+        if best <= enough:
+            break
+        if most > 1 and turn % 4 == 2 and respread(load_E, expert_S.size, goal, count_E, state_1):
+            least = np.inf
+            for _ in range(_NUM_TRIALS):
+                respread(load_E, expert_S.size, goal, count_E, state_1)
+                pack(load_E, count_E, first_R1, slowness_R, order_E, trial_S, load_R)
+                if slowest(load_R, slowness_R)[1] < least:
+                    least = slowest(load_R, slowness_R)[1]
+                    expert_S[:] = trial_S
+            index_slots(expert_S, count_E, slots_EX)
+            refresh(load_E, expert_S, first_R1, count_E, load_R)
+        elif most > 1 and turn % 2 == 0:
+            recount(expert_S, first_R1, load_R, slowness_R, count_E, most, state_1)
+            pack(load_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R)
+            index_slots(expert_S, count_E, slots_EX)
+        else:
+            kick(load_E, expert_S, first_R1, rank_S, slots_EX, slowness_R, count_E, load_R, state_1)
+        worst = descend(
+            load_E, expert_S, first_R1, rank_S, slots_EX, slowness_R, count_E, load_R, goal, max_moves, change_R
+        )
+        if worst <= best:
+            best = worst
+            best_S[:] = expert_S
+        else:
+            expert_S[:] = best_S
+            index_slots(expert_S, count_E, slots_EX)
+        refresh(load_E, expert_S, first_R1, count_E, load_R)
+    expert_S[:] = best_S
+    refresh(load_E, expert_S, first_R1, count_E, load_R)
+    return slowest(load_R, slowness_R)[1]
+
+
+@njit(nogil=True, cache=True)
+def _other_start(load_E, order_E, num_slots, time, turn, count_E):  # type: ignore[no-untyped-def]
+    """Replica counts of the turn-th start after the greedy one; False where there is none."""
+    if turn < _NUM_FOLDS:
+        folded_counts(order_E, num_slots, turn + 2, count_E)
+        return True
+    turn -= _NUM_FOLDS
+    most = time * (1.05 - 0.05 * (turn // _CUTS.size))
+    return capped_counts(load_E, num_slots, most, time * _CUTS[turn % _CUTS.size], count_E)
+
+
+@njit(nogil=True, cache=True)
+def search_layer(load_E, first_R1, slowness_R, tolerance, patience, max_kicks, max_moves, seed, expert_S):  # type: ignore[no-untyped-def]
+    """Fill expert_S with the best layout found; returns its slowest time.
+
+    The first start is greedy counts packed heaviest first, which is what EPLB does globally, so the result is never
+    worse. Others follow only while the lower bound says that better may exist: other counts, then kicks, a third of
+    them shared by the most promising starts and the rest spent on the best.
+    """
+    num_slots = expert_S.size
+    num_ranks = slowness_R.size
+    rank_S = np.empty(num_slots, np.int64)
+    for r in range(num_ranks):
+        rank_S[first_R1[r] : first_R1[r + 1]] = r
+    state_1 = np.empty(1, np.uint64)
+    state_1[0] = seed
+    order_E = np.argsort(-load_E, kind="mergesort")
+    count_E = np.empty(load_E.size, np.int64)
+    load_R = np.empty(num_ranks)
+    goal = load_E.sum() / (1.0 / slowness_R).sum() * (1.0 + tolerance)
+    greedy_counts(load_E, num_slots, count_E)
+    pack(load_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R)
+    best = improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1)
+    if best <= goal or load_E.size <= 1:
+        return best
+    bound = lower_bound(load_E, first_R1[1:] - first_R1[:-1], slowness_R, best, 14, False)
+    goal = (1.0 + tolerance) * bound
+    enough = (1.0 + patience) * bound
+    if best <= enough or max_kicks == 0:
+        return best
+    kicks_left = max_kicks
+    if num_slots > load_E.size and num_slots > num_ranks:
+        num_starts = _NUM_FOLDS + _NUM_CAPS * _CUTS.size
+        start_PS = np.empty((num_starts + 1, num_slots), np.int64)
+        worst_P = np.full(num_starts + 1, np.inf)
+        start_PS[0] = expert_S
+        worst_P[0] = best
+        for turn in range(num_starts):
+            if not _other_start(load_E, order_E, num_slots, bound, turn, count_E):
+                continue
+            pack(load_E, count_E, first_R1, slowness_R, order_E, start_PS[turn + 1], load_R)
+            if slowest(load_R, slowness_R)[1] > _PROMISING * best:
+                continue
+            worst_P[turn + 1] = improve(
+                load_E, start_PS[turn + 1], first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1
+            )
+            if worst_P[turn + 1] <= enough:
+                break
+        by_worst = np.argsort(worst_P, kind="mergesort")
+        for place in range(min(_NUM_FINALISTS, by_worst.size)):
+            p = by_worst[place]
+            if worst_P[p] == np.inf:
+                break
+            if worst_P[by_worst[0]] > enough:
+                kicks = max_kicks // 3 // _NUM_FINALISTS
+                kicks_left -= kicks
+                worst_P[p] = improve(
+                    load_E, start_PS[p], first_R1, rank_S, slowness_R, goal, enough, kicks, max_moves, state_1
+                )
+            if worst_P[p] < best:
+                best = worst_P[p]
+                expert_S[:] = start_PS[p]
+            if best <= enough:
+                return best
+    return improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, enough, kicks_left, max_moves, state_1)
+
+
+@njit(nogil=True, cache=True)
+def search_layers(load_LE, first_R1, slowness_R, tolerance, patience, max_kicks, max_moves, seed_L, expert_LS, worst_L):  # type: ignore[no-untyped-def]
+    """search_layer for each layer: fills expert_LS and worst_L."""
+    for layer in range(load_LE.shape[0]):
+        worst_L[layer] = search_layer(
+            load_LE[layer],
+            first_R1,
+            slowness_R,
+            tolerance,
+            patience,
+            max_kicks,
+            max_moves,
+            seed_L[layer],
+            expert_LS[layer],
+        )

@@ -1,0 +1,143 @@
+"""Numba kernels that make one layer's layout from nothing: replica counts, then packing. Imported only by ``kernels``.
+
+Legend: E experts, R ranks, S slots (rank r owns slots first_R1[r] to first_R1[r+1]).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from moesim.placement.move_kernels import below
+
+_TINY = 1e-12  # relative rounding allowance
+
+
+@njit(nogil=True, cache=True)
+def greedy_counts(load_E, num_slots, count_E):  # type: ignore[no-untyped-def]
+    """Fill count_E: one replica each, every further one to the expert with the largest load per replica."""
+    count_E[:] = 1
+    share_E = load_E.copy()
+    for _ in range(num_slots - load_E.size):
+        best = 0
+        for e in range(1, load_E.size):
+            if share_E[e] > share_E[best]:
+                best = e
+        count_E[best] += 1
+        share_E[best] = load_E[best] / count_E[best]
+
+
+@njit(nogil=True, cache=True)
+def capped_counts(load_E, num_slots, most, cut, count_E):  # type: ignore[no-untyped-def]
+    """Fill count_E: as few replicas as bring every share to ``most``; each slot left over to the heaviest share that
+    is at most ``cut``, or to the lightest of all when there is none. False if the slots do not suffice.
+
+    Greedy counts thin the heaviest experts alone. Where a rank's other slots decide, company for the heavy matters.
+    """
+    share_E = np.empty(load_E.size)
+    left = num_slots
+    for e in range(load_E.size):
+        count_E[e] = max(1, np.int64(np.ceil(load_E[e] / most * (1.0 - _TINY))))
+        share_E[e] = load_E[e] / count_E[e]
+        left -= count_E[e]
+    if left < 0:
+        return False
+    lightest = np.argmin(load_E)
+    for _ in range(left):
+        best = np.int64(-1)
+        for e in range(load_E.size):
+            if share_E[e] <= cut and (best < 0 or share_E[e] > share_E[best]):
+                best = e
+        if best < 0:
+            best = lightest
+        count_E[best] += 1
+        share_E[best] = load_E[best] / count_E[best]
+    return True
+
+
+@njit(nogil=True, cache=True)
+def folded_counts(order_E, num_slots, fold, count_E):  # type: ignore[no-untyped-def]
+    """Fill count_E: fold replicas to each of the heaviest experts while slots last. Suits loads that are all alike."""
+    count_E[:] = 1
+    extra = num_slots - order_E.size
+    position = 0
+    while extra > 0:
+        more = min(fold - 1, extra)
+        count_E[order_E[position]] += more
+        extra -= more
+        position = (position + 1) % order_E.size
+
+
+@njit(nogil=True, cache=True)
+def respread(load_E, num_slots, cap, count_E, state_1):  # type: ignore[no-untyped-def]
+    """Fill count_E afresh: as few replicas as bring every share to cap, the slots left over to experts at random.
+
+    Only experts whose share is over a third of cap are thinned: lighter ones fit anywhere. False without slots left.
+    """
+    left = num_slots
+    heavy_E = np.empty(load_E.size, np.int64)
+    num_heavy = 0
+    for e in range(load_E.size):
+        count_E[e] = max(1, np.int64(np.ceil(load_E[e] / cap * (1.0 - _TINY))))
+        left -= count_E[e]
+        if load_E[e] > count_E[e] * cap / 3.0:
+            heavy_E[num_heavy] = e
+            num_heavy += 1
+    if left <= 0 or num_heavy == 0:
+        return False
+    for _ in range(left):
+        count_E[heavy_E[below(state_1, num_heavy)]] += 1
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _sink(heap, load_R, size):  # type: ignore[no-untyped-def]
+    """Restore the heap of ranks (least loaded first, ties by number) after its first entry grew."""
+    at = 0
+    while True:
+        least = at
+        for child in (2 * at + 1, 2 * at + 2):
+            if child < size:
+                a, b = heap[child], heap[least]
+                if load_R[a] < load_R[b] or (load_R[a] == load_R[b] and a < b):
+                    least = child
+        if least == at:
+            return
+        heap[at], heap[least] = heap[least], heap[at]
+        at = least
+
+
+@njit(nogil=True, cache=True)
+def pack(load_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R):  # type: ignore[no-untyped-def]
+    """Fill expert_S and load_R: heaviest replica first, onto the rank that is soonest done and has a free slot."""
+    num_ranks = slowness_R.size
+    alike = slowness_R.min() == slowness_R.max()
+    used_R = np.zeros(num_ranks, np.int64)
+    load_R[:] = 0.0
+    share_E = load_E / count_E
+    by_share = np.argsort(-share_E[order_E], kind="mergesort")
+    heap = np.empty(num_ranks, np.int64)
+    size = 0
+    for r in range(num_ranks):
+        if first_R1[r + 1] > first_R1[r]:
+            heap[size] = r
+            size += 1
+    for position in range(by_share.size):
+        e = order_E[by_share[position]]
+        for _ in range(count_E[e]):
+            best = heap[0]
+            if not alike:
+                best_time = np.inf
+                for r in range(num_ranks):
+                    time = (load_R[r] + share_E[e]) * slowness_R[r]
+                    if time < best_time and first_R1[r] + used_R[r] < first_R1[r + 1]:
+                        best_time = time
+                        best = r
+            expert_S[first_R1[best] + used_R[best]] = e
+            used_R[best] += 1
+            load_R[best] += share_E[e]
+            if alike:
+                if first_R1[best] + used_R[best] == first_R1[best + 1]:
+                    size -= 1
+                    heap[0] = heap[size]
+                _sink(heap, load_R, size)
