@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from moesim.describe.model import Router
 from moesim.errors import InputError
-from moesim.routing.sampler import draw_choices
+from moesim.routing.sampler import draw_choices, draw_counts_streaming, stream_choices
 
 LOG_WEIGHTS_8 = np.log(np.array([8.0, 1.0, 3.0, 0.5, 2.0, 2.0, 0.2, 5.0]))
 SKEWED_5 = np.log(np.array([500.0, 1.0, 2.0, 30.0, 0.4]))
@@ -103,3 +104,107 @@ def test_all_experts_are_chosen_when_top_k_is_their_number_however_skewed() -> N
 def test_more_experts_than_a_choice_can_number_are_refused_by_name() -> None:
     with pytest.raises(InputError, match="moe: num_experts: must not exceed 32767 where tokens are drawn; got 32768"):
         draw_choices(np.zeros(32768), Router(top_k=2), 1, np.random.default_rng(0))
+
+
+ROUTERS = (Router(top_k=4), Router(top_k=4, num_groups=8, top_groups=3), Router(top_k=2, choice="random_second"))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_choices_do_not_depend_on_threads_nor_on_chunks(router: Router) -> None:
+    log_weights = np.random.default_rng(3).standard_normal(32)
+    one, two = (
+        draw_choices(log_weights, router, 5_001, np.random.default_rng(5), num_threads=threads) for threads in (1, 2)
+    )
+    assert np.array_equal(one, two)
+    chunks = stream_choices(log_weights, router, 5_001, np.random.default_rng(5), chunk_tokens=700)
+    assert np.array_equal(one, np.concatenate([chunk.copy() for chunk in chunks]))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_streamed_counts_are_those_of_the_choices_whatever_threads_and_chunks(router: Router) -> None:
+    log_weights_LE = np.random.default_rng(3).standard_normal((2, 32))
+    streamed = [
+        draw_counts_streaming(
+            log_weights_LE, router, 9_999, np.random.default_rng(6), chunk_tokens=chunk, num_threads=threads
+        )
+        for chunk, threads in ((1_000, 1), (1_000, 2), (20_000, 2))
+    ]
+    rng = np.random.default_rng(6)
+    drawn = [draw_choices(log_weights_E, router, 9_999, rng) for log_weights_E in log_weights_LE]
+    counts_LE = np.stack([np.bincount(choices[choices >= 0], minlength=32) for choices in drawn])
+    assert all(np.array_equal(counts_LE, counts) for counts in streamed)
+
+
+def test_streaming_takes_the_memory_of_one_chunk_however_many_tokens() -> None:
+    router = Router(top_k=8)
+    draw_counts_streaming(np.zeros((1, 256)), router, 10, np.random.default_rng(0))  # loads the kernels
+    peaks = []
+    for num_tokens in (100_000, 1_600_000):
+        tracemalloc.start()
+        counts = draw_counts_streaming(np.zeros((1, 256)), router, num_tokens, np.random.default_rng(0))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert counts.sum() == num_tokens * 8
+    # One chunk of 32,768 tokens is 0.5 MB; all choices of the larger draw would be 25.6 MB.
+    assert peaks[1] < 1_500_000
+    assert peaks[1] < peaks[0] * 1.2
+
+
+def test_streamed_counts_of_equal_experts_pass_chi_square() -> None:
+    for router in (Router(top_k=8), Router(top_k=8, num_groups=8, top_groups=4)):
+        counts = draw_counts_streaming(np.zeros((1, 256)), router, 200_000, np.random.default_rng(11))[0]
+        mean = 200_000 * 8 / 256
+        # An expert's count varies as k/E (1 - k/E) per token; 255 of 256 are free.
+        statistic = ((counts - mean) ** 2).sum() / (mean * (1 - 8 / 256)) * 255 / 256
+        assert statistic < chi_square_limit(255)
+
+
+def test_the_ziggurat_draws_the_exponential_law() -> None:
+    from numba import njit
+
+    from moesim.routing import kernels
+
+    @njit
+    def draws(num: int, seed: np.uint64) -> NDArray[np.float64]:
+        out, state = np.empty(num), seed
+        for i in range(num):
+            state, out[i] = kernels._exponential(state)
+        return out
+
+    sample = draws(400_000, np.uint64(9))
+    # 500 cells of equal probability; the tail beyond the ziggurat's last edge 7.697 lies in the last, tested apart.
+    cell = np.minimum((500 * -np.expm1(-sample)).astype(int), 499)
+    assert ((np.bincount(cell, minlength=500) - 800.0) ** 2 / 800.0).sum() < chi_square_limit(499)
+    in_tail, mean_tail = (sample > 7.0).sum(), sample[sample > 7.0].mean()
+    assert in_tail == pytest.approx(400_000 * math.exp(-7.0), abs=4 * math.sqrt(400_000 * math.exp(-7.0)))
+    assert mean_tail == pytest.approx(8.0, abs=4 / math.sqrt(in_tail))
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.5])
+@pytest.mark.parametrize("router", [Router(top_k=2, num_groups=4, top_groups=2, group_score="max"), ROUTERS[2]])
+def test_kernel_and_oracle_agree_on_best_expert_group_scores_and_on_random_seconds(router: Router, skew: float) -> None:
+    log_weights = skew * np.random.default_rng(8).standard_normal(8)
+    tables = []
+    for engine in ("numba", "numpy"):
+        drawn = draw_choices(log_weights, router, 60_000, np.random.default_rng(4), engine=engine)  # type: ignore[arg-type]
+        tables.append(np.bincount(codes(drawn + 1, 9), minlength=81).astype(float))
+    seen = np.stack(tables)[:, np.sum(tables, axis=0) >= 20]
+    statistic = ((seen[0] - seen[1]) ** 2 / seen.sum(axis=0)).sum()
+    assert statistic < chi_square_limit(seen.shape[1])
+
+
+def test_of_many_equal_experts_a_random_second_stays_with_probability_2_minus_2_ln_2() -> None:
+    drawn = draw_choices(np.zeros(2_000), Router(top_k=2, choice="random_second"), 100_000, np.random.default_rng(1))
+    # E[2 t1/(t1 + t2)] with t1/t2 uniform is the integral of 2u/(1 + u) over 0..1.
+    assert (drawn[:, 1] >= 0).mean() == pytest.approx(2 - 2 * math.log(2), abs=4 * 0.5 / math.sqrt(100_000))
+    assert (drawn[:, 0] >= 0).all()
+
+
+def test_noise_on_logits_flattens_popularity_as_a_wider_perturbation_does() -> None:
+    log_weights = np.log(np.array([8.0, 4.0, 2.0, 1.0]))
+    scale = math.sqrt(1 + 6 * 2.0**2 / math.pi**2)
+    expected = np.exp(log_weights / scale) / np.exp(log_weights / scale).sum()
+    for engine in ("numba", "numpy"):
+        noisy = Router(top_k=1, noise_std=2.0)
+        drawn = draw_choices(log_weights, noisy, 100_000, np.random.default_rng(2), engine=engine)  # type: ignore[arg-type]
+        assert np.bincount(drawn[:, 0]) / 100_000 == pytest.approx(expected, abs=0.007)  # four deviations

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from moesim.describe.checks import check_choice, check_whole
+from moesim.describe.checks import check_choice, check_number, check_whole
 from moesim.errors import check
 from moesim.units import KILO
 
 Scoring = Literal["softmax", "sigmoid"]
+Choice = Literal["top_k", "random_second", "expert_choice"]
+GroupScore = Literal["top2_sum", "max"]
 MAX_EXPERTS = int(100 * KILO)  # per layer; a hostile file must not fill memory
 QkNorm = Literal["none", "head", "full"]
 
@@ -82,7 +84,15 @@ class Ffn:
 
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """How a token picks its experts: scores, optional groups, top-k."""
+    """How a token picks its experts: scores, optional groups, top-k.
+
+    choice ``top_k``: every token takes its k best (k = 1: Switch, arXiv 2101.03961). ``random_second``: of two, the
+    second is kept with probability min(1, 2*g2), g2 its share of both gates (GShard, arXiv 2006.16668 algorithm 1).
+    ``expert_choice``: every expert takes its T*k/E best tokens, so loads are even and a token gets 0 to E experts
+    (arXiv 2202.09368). Group-limited: ``top2_sum`` scores a group by its two best experts (DeepSeek-V3, arXiv
+    2412.19437 section 2.1.2), ``max`` by its best (device-limited routing of DeepSeek-V2, arXiv 2405.04434 section
+    2.1.2).
+    """
 
     top_k: int
     scoring: Scoring = "softmax"
@@ -91,6 +101,10 @@ class Router:
     top_groups: int = 1  # groups a token may use
     has_score_bias: bool = False  # loss-free balancing: a bias per expert for selection only (a buffer, no parameter)
     has_linear_bias: bool = False  # the router's linear layer has a bias (gpt-oss)
+    choice: Choice = "top_k"
+    group_score: GroupScore = "top2_sum"
+    noise_std: float = 0.0  # of the normal noise that noisy top-k adds to a logit (arXiv 1701.06538 section 2.1)
+    num_zero_experts: int = 0  # beside the others; they take assignments, but neither compute nor traffic
 
     def __post_init__(self) -> None:
         for name in ("top_k", "num_groups", "top_groups"):
@@ -98,6 +112,17 @@ class Router:
         rule = f"must lie in 1..num_groups={self.num_groups}"
         check(self.top_groups <= self.num_groups, "router", "top_groups", rule, self.top_groups)
         check_choice("router", "scoring", self.scoring, get_args(Scoring))
+        check_choice("router", "choice", self.choice, get_args(Choice))
+        check_choice("router", "group_score", self.group_score, get_args(GroupScore))
+        check_number("router", "noise_std", self.noise_std)
+        check(self.noise_std >= 0.0, "router", "noise_std", "must be at least 0", self.noise_std)
+        check_whole("router", "num_zero_experts", self.num_zero_experts, least=0)
+        plain = self.num_groups == 1 and self.num_zero_experts == 0
+        check(self.choice == "top_k" or plain, "router", "choice", "takes no groups and no zero experts", self.choice)
+        check(self.choice != "random_second" or self.top_k == 2, "router", "top_k", "must be 2", self.top_k)
+        rule = "must be 0 for a group-limited router"
+        zero_fits = self.num_zero_experts == 0 or self.num_groups == 1
+        check(zero_fits, "router", "num_zero_experts", rule, self.num_zero_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
