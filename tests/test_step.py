@@ -155,6 +155,13 @@ def test_sharding_more_exchanges_no_less_for_every_parameter_once_a_micro_batch(
     assert traces[1].step_s >= traces[0].step_s * (1 - 1e-9)
 
 
+def test_gathering_and_scattering_under_zero_3_is_booked_as_gradient_reduction():
+    trace = run_step(scenario(pp=1, ep=1, model="llama-3-8b", zero=3))
+    (backward,) = [op for op in trace.stages[0].operations if op.is_backward]
+    booked = dict(zip(backward.times.names, backward.times.parts, strict=True))
+    assert booked["gather weights"] == booked["scatter gradients"] == "gradient_reduction"
+
+
 def test_a_slower_nic_slows_a_dispatch_that_crosses_nodes_and_one_that_does_not_is_untouched():
     def dispatch_s(ep, factor):
         at = scenario(ep=ep, pp=1, num_gpus=32, model="qwen3-30b-a3b")

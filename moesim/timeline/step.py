@@ -228,8 +228,8 @@ def _group_shape(scenario: Scenario, kind: str) -> tuple[int, int]:
 
 
 def _gradient_reduction_s(scenario: Scenario, dense: float, expert: float) -> tuple[float, float]:
-    """Seconds after the last backward to reduce gradients, and after the optimizer to gather weights. See
-    docs/model.md#gradient-reduction.
+    """Seconds after the last backward to reduce gradients, and after the optimizer to gather weights. Both are booked
+    as the part gradient_reduction, as are ZeRO-3's gathers in every pass. See docs/model.md#gradient-reduction.
     """
     zero, cluster = scenario.parallel.zero, scenario.cluster
     reduce_s = gather_s = 0.0
