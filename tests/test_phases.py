@@ -58,3 +58,32 @@ def test_every_ranks_parts_sum_to_the_time_its_block_is_busy(seed, num_phases, n
     assert min(part_R.min() for part_R in times.part_R.values()) >= 0
     slowest = sum(phase.seconds.max(axis=1) for phase in phases)
     assert (times.duration_MB <= slowest[:, None] + 1e-12).all()
+
+
+def two_operations_s(seed, tp, ep):
+    """Seconds of two operations of a block, each laid out alone, and of both as one."""
+    rng, block = np.random.default_rng(seed), int(np.lcm(tp, ep))
+
+    def operation():
+        return [
+            Phase(name="tensor parallel", part="attention", layer=0, seconds=0.1, ranks_in_step=tp),
+            Phase(name="dispatch", part="dispatch", layer=0, seconds=rng.random((1, block)), ranks_in_step=ep),
+            Phase(name="experts", part="experts", layer=0, seconds=rng.random((1, block))),
+        ]
+
+    first, second = operation(), operation()
+    alone = [lay(phases, num_ranks=block, block_size=block).duration_MB[0, 0] for phases in (first, second)]
+    return sum(alone), lay([*first, *second], num_ranks=block, block_size=block).duration_MB[0, 0]
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 8), (2, 8), (4, 4), (8, 2)])
+def test_aligning_a_block_after_each_operation_loses_nothing_where_a_collective_joins_it_all(tp, ep):
+    for seed in range(20):
+        apart, together = two_operations_s(seed, tp, ep)
+        assert apart == pytest.approx(together)
+
+
+def test_it_is_an_upper_bound_where_no_collective_joins_the_block():
+    times = [two_operations_s(seed, 2, 3) for seed in range(20)]
+    assert all(apart >= together - 1e-12 for apart, together in times)
+    assert any(apart > 1.01 * together for apart, together in times)

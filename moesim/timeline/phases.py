@@ -1,8 +1,9 @@
 """A stage's operations laid out rank by rank: who computes how long, who waits for whom, before any clock runs.
 
 All micro-batches are computed at once. Within one operation the ranks of a block start together: each operation ends
-with the slowest rank of its block, and until the first collective every rank of a block has the same work, so nothing
-is lost by it.
+with the slowest rank of its block. Where one of tp*cp and ep*etp divides the other, nothing is lost by it: until the
+first collective that joins the whole block its ranks have the same work. Otherwise no collective joins the block at
+once, ranks are held back too early, and the times are an upper bound (docs/decisions/one-process-per-block.md).
 
 Legend: P phases of an operation, M micro-batches, R ranks of one stage in rank order (expert-tensor fastest, then
 expert-parallel, then expert-data-parallel), B blocks of R (ranks that must synchronise), V traced ranks.
