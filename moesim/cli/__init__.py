@@ -1,5 +1,6 @@
 """The command line: ``moesim VERB``. Results on stdout, messages on stderr; exit status 0, 1, 2, 3 or 130."""
 
+from moesim.cli import place as _place  # noqa: F401 - a verb of its own file joins the others when it is imported
 from moesim.cli.verbs import app
 
 

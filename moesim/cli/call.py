@@ -166,6 +166,7 @@ def verb(
     def decorate(function: Callable[..., Answer]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         shared = (_scenario_parameters() if scenario else []) + _common_parameters(out_help)
+        shared = [p for p in shared if p.name not in {mine.name for mine in own}]  # the verb's own option comes first
 
         def command(**values: Any) -> None:
             mine = {parameter.name: values.pop(parameter.name) for parameter in own}

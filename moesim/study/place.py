@@ -1,0 +1,198 @@
+"""One load, one policy: where experts go, how even that is, and what it costs against the best there can be.
+
+Legend: L layers, E experts, R ranks, S slots, N nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moesim.describe.model import Router
+from moesim.errors import InputError, check, near_match
+from moesim.placement.eplb import eplb_layers
+from moesim.placement.price import moved_slots
+from moesim.placement.search import check_fits, checked_loads, least_max_load, lower_bounds
+from moesim.placement.slots import LayerPlacements, RankSlots, even_slots
+from moesim.placement.splits import Nearest, share_by_sender_NEN
+from moesim.scenario import Scenario
+from moesim.timeline.load import step_load
+
+Floats = NDArray[np.float64]
+Whole = NDArray[np.int64]
+
+DEFAULT_POLICY = "search"
+POLICIES = ("contiguous", "eplb", "search")
+OWNER = "place"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlacedLoad:
+    """A load under a placement. Loads and tokens are in the load's own unit; max_mean and lower_bound are ratios.
+
+    lower_bound_L: no layout of these slots has a smaller max_mean. cross_node_tokens_L: assignments that leave the node
+    they come from, when every rank brings as many. moved_slots_L: slots that a rank must fetch, None without a previous
+    placement.
+    """
+
+    policy: str
+    placements: LayerPlacements
+    load_LE: Floats
+    rank_loads_LR: Floats
+    max_mean_L: Floats
+    lower_bound_L: Floats
+    cross_node_tokens_L: Floats
+    moved_slots_L: Whole | None
+    contiguous_max_mean_L: Floats | None  # of the layout that nobody chose; None where the ranks do not divide
+
+    def layers(self) -> list[dict[str, Any]]:
+        """One mapping per layer, as ``moesim place --json`` prints it."""
+        moved_L = [None] * len(self.max_mean_L) if self.moved_slots_L is None else self.moved_slots_L.tolist()
+        columns: Mapping[str, list[Any]] = {
+            "layer": list(range(len(self.max_mean_L))),
+            "max_mean": self.max_mean_L.tolist(),
+            "lower_bound": self.lower_bound_L.tolist(),
+            "rank_loads": self.rank_loads_LR.tolist(),
+            "cross_node_tokens": self.cross_node_tokens_L.tolist(),
+            "moved_slots": moved_L,
+            "physical_to_logical": self.placements.physical_to_logical_LS.tolist(),
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def place_load(
+    load_LE: ArrayLike,
+    ranks: RankSlots,
+    *,
+    policy: str | None = None,
+    given: LayerPlacements | None = None,
+    num_groups: int = 1,
+    previous: LayerPlacements | None = None,
+    rng: np.random.Generator,
+) -> PlacedLoad:
+    """Place a load by a policy's name and measure what comes out.
+
+    load_LE: layers x experts, any unit; policy: one of POLICIES (None: search); given: a placement to measure instead;
+    num_groups: expert groups that EPLB keeps on a node where it can; previous: the placement of today. Raises
+    InputError for what is no load, for slots that do not suffice and for an unknown policy.
+
+    >>> from moesim.placement.slots import even_slots
+    >>> ranks = even_slots(4, 2)
+    >>> placed = place_load([[3.0, 1.0, 1.0, 3.0]], ranks, policy="eplb", rng=np.random.default_rng(0))
+    >>> placed.max_mean_L.tolist()
+    [1.0]
+    """
+    load = checked_loads(load_LE)
+    check_fits(load.shape[1], ranks)
+    with np.errstate(over="ignore"):
+        total = load.sum()
+    check(bool(np.isfinite(total)), OWNER, "loads", "must sum to a finite number", float(load.max()))
+    name = "map" if given is not None else policy or DEFAULT_POLICY
+    placements = given or placements_by(name, load, ranks, num_groups=num_groups, rng=rng)
+    max_mean_L = placements.max_mean(load)
+    return PlacedLoad(
+        policy=name,
+        placements=placements,
+        load_LE=load,
+        rank_loads_LR=placements.rank_loads(load),
+        max_mean_L=max_mean_L,
+        lower_bound_L=_bounds(load, placements.ranks, max_mean_L),
+        cross_node_tokens_L=_cross_node_tokens(placements, load),
+        moved_slots_L=None if previous is None else moved_slots(previous, placements),
+        contiguous_max_mean_L=_contiguous_max_mean(load, ranks),
+    )
+
+
+def placements_by(
+    policy: str, load_LE: Floats, ranks: RankSlots, *, num_groups: int, rng: np.random.Generator
+) -> LayerPlacements:
+    """What the policy of this name makes of the load. Raises InputError, with the nearest name, for an unknown one."""
+    num_layers, num_experts = load_LE.shape
+    if policy == "contiguous":
+        expert_LS = np.tile(np.arange(ranks.num_slots) % num_experts, (num_layers, 1))
+    elif policy == "eplb":
+        nodes = ranks.num_nodes
+        expert_LS = eplb_layers(load_LE, ranks.num_slots, ranks.num_ranks, num_nodes=nodes, num_groups=num_groups)
+    elif policy == "search":
+        return least_max_load(load_LE, ranks, rng=rng)
+    else:
+        raise InputError(OWNER, "policy", "is not known", policy, near_match(policy, POLICIES))
+    return LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=num_experts, ranks=ranks)
+
+
+def _bounds(load_LE: Floats, ranks: RankSlots, reached_L: Floats) -> Floats:
+    """The room's bounds; where a layout meets its bound, their sums differ by rounding, which is taken off."""
+    bound_L = lower_bounds(load_LE, ranks, reached_L=reached_L)
+    assert bool((bound_L <= reached_L * (1.0 + 1e-9)).all()), "a layout beats its lower bound"
+    return np.minimum(bound_L, reached_L)
+
+
+def _contiguous_max_mean(load_LE: Floats, ranks: RankSlots) -> Floats | None:
+    """(L,) max/mean of each expert once, in order; None where the ranks do not divide the experts."""
+    num_layers, num_experts = load_LE.shape
+    if num_experts % ranks.num_ranks:
+        return None
+    return load_LE.reshape(num_layers, ranks.num_ranks, -1).sum(axis=2).max(axis=1) / np.maximum(
+        load_LE.sum(axis=1) / ranks.num_ranks, 1e-300
+    )
+
+
+def _cross_node_tokens(placements: LayerPlacements, load_LE: Floats) -> Floats:
+    """(L,) assignments that leave the node they come from, senders alike, each to its nearest replica."""
+    nodes = placements.ranks.num_nodes
+    crossing_L = np.zeros(len(load_LE))
+    for layer, load_E in enumerate(load_LE):
+        share_NEN = share_by_sender_NEN(placements, Nearest(), load_LE, layer)
+        stays_E = np.einsum("nen->e", share_NEN) / nodes
+        crossing_L[layer] = load_E @ (1.0 - stays_E)
+    return crossing_L
+
+
+def scenario_load(scenario: Scenario) -> tuple[Floats, Router]:
+    """(load_LE, router) of a scenario's step: every expert's assignments after drops, over groups and micro-batches.
+
+    Raises NotModelledError where MoE layers differ.
+    """
+    drawn = step_load(scenario)
+    assert drawn is not None, "a model without experts has nothing to place"
+    return drawn.load.kept_GMLE.sum(axis=(0, 1), dtype=np.float64), drawn.moe.router
+
+
+def scenario_ranks(scenario: Scenario, num_slots: int) -> RankSlots:
+    """num_slots over the ranks of the scenario's first expert-parallel group, on the nodes that they stand in."""
+    parallel = scenario.parallel
+    ranks_R = scenario.layout.stage_ranks(0)[: parallel.ep * parallel.etp : parallel.etp]
+    node_of_rank_R = np.unique(ranks_R // scenario.cluster.ranks_per_node, return_inverse=True)[1]
+    even = even_slots(num_slots, parallel.ep)
+    return RankSlots(num_slots_R=even.num_slots_R, speed_R=even.speed_R, node_of_rank_R=node_of_rank_R)
+
+
+def slots_of_map(raw: object, ranks: RankSlots, num_experts: int) -> RankSlots:
+    """The slots that a map's JSON speaks of, on the same ranks: a map of yesterday may have had fewer or more.
+
+    Where it cannot tell, or they do not spread evenly, ranks as they are: then the map's own check says what is wrong.
+    """
+    found = _num_slots(raw, num_experts)
+    if not found or found % ranks.num_ranks:
+        return ranks
+    slots_R = np.full(ranks.num_ranks, found // ranks.num_ranks)
+    return RankSlots(num_slots_R=slots_R, speed_R=ranks.speed_R, node_of_rank_R=ranks.node_of_rank_R)
+
+
+def _num_slots(raw: object, num_experts: int) -> int:
+    """Slots of a layer in a map's JSON, 0 where it is none of the forms that ``moesim.placement.maps`` reads."""
+    match raw:
+        case {"physical_to_logical_map": [[*row], *_]} | {"physical_to_logical": [[*row], *_]}:
+            return len(row)
+        case {"physical_to_logical_map": [*row]} | {"physical_to_logical": [*row]}:
+            return len(row)
+        case {"expert_to_rank": _}:
+            return num_experts
+        case {"layer_list": [{"device_list": [*devices]}, *_]}:
+            held = [device.get("device_expert") for device in devices if isinstance(device, dict)]
+            return sum(len(experts) for experts in held if isinstance(experts, list))
+    return 0
