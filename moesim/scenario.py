@@ -18,15 +18,16 @@ from typing import Any, Literal
 from moesim.catalog.hardware import CLUSTER_NAMES, load_cluster
 from moesim.catalog.models import MODEL_NAMES, load_model
 from moesim.describe.hardware import Cluster
-from moesim.describe.model import Model
+from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.pipeline import stage_layers
 from moesim.describe.workload import Routing, Training
 from moesim.door.files import read_yaml
 from moesim.door.parse import apply_overrides, parse_as
-from moesim.errors import InputError, NotModelledError, check, near_match
+from moesim.errors import InputError, check, near_match
 
 SCHEMA = 1
+PolicyName = Literal["contiguous"]
 DEFAULTS: Mapping[str, Any] = {
     "model": "deepseek-v3",
     "cluster": "h800-8x-ib400",
@@ -49,7 +50,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "popularity": ("routing", "popularity", "kind"),
     "gini": ("routing", "popularity", "gini"),
     **{name: ("routing", name) for name in ("capacity_factor", "drop_policy", "dispatcher")},
-    "policy": ("placement", "policy"),
+    **{name: ("placement", name) for name in ("policy", "num_slots", "map")},
 }
 
 
@@ -57,15 +58,9 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
 class PlacementChoice:
     """How experts are placed. Only contiguous placement is modelled so far."""
 
-    policy: Literal["contiguous"] = "contiguous"
-    num_slots: int | None = None
-    map: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_slots is not None or self.map is not None:
-            raise NotModelledError(
-                "scenario.placement: replicas (num_slots) and placement maps (map) are not modelled; leave them null"
-            )
+    policy: PolicyName = "contiguous"
+    num_slots: int | None = None  # slots of an expert-parallel group, the same on each rank; null: one for each expert
+    map: str | None = None  # a file of physical_to_logical or expert_to_rank, for policy: map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +155,12 @@ class Scenario:
     @property
     def layout(self) -> RankLayout:
         return self.parallel.layout(self.cluster.num_gpus)
+
+    @property
+    def expert_copies(self) -> float:
+        """Slots over experts: above 1 where experts have replicas."""
+        experts = {layer.ffn.num_experts for layer in self.model.layers if isinstance(layer.ffn, MoeFfn)}
+        return (self.placement.num_slots or max(experts)) / max(experts) if experts else 1.0
 
     @property
     def num_micro_batches(self) -> int:

@@ -80,7 +80,7 @@ class RankMemory:
 
 
 def static_memory(
-    model: Model, parallel: Parallelism, layout: RankLayout, train: Training, *, stage: int
+    model: Model, parallel: Parallelism, layout: RankLayout, train: Training, *, stage: int, expert_copies: float = 1.0
 ) -> StaticMemory:
     """Weights, gradients and optimizer states of a rank of a stage.
 
@@ -90,7 +90,7 @@ def static_memory(
     weights too, but for two gathered layers (the live one and the one fetched ahead).
     """
     placed = [item for chunk in stage_chunks(model, parallel, train, stage) for item in chunk]
-    layers = [rank_parameters(model, item, parallel) for item in placed]
+    layers = [rank_parameters(model, item, parallel, expert_copies) for item in placed]
     outer = outer_parameters(model, parallel, train, stage)
     dense, expert = outer + sum(d for d, _ in layers), sum(e for _, e in layers)
     split_dense, split_expert = layout.dp * parallel.cp, layout.edp
@@ -108,11 +108,14 @@ def static_memory(
     )
 
 
-def rank_parameters(model: Model, placed: Placed, parallel: Parallelism) -> tuple[float, float]:
+def rank_parameters(
+    model: Model, placed: Placed, parallel: Parallelism, expert_copies: float = 1.0
+) -> tuple[float, float]:
     """(dense, expert) parameters of one layer on one rank.
 
     Over tp: products by rows or columns; norms, router and the down-projections of latent attention are whole on each
-    rank, and so is at least one key-value head. Experts: num_experts / ep of them, each over etp.
+    rank, and so is at least one key-value head. Experts: num_experts * expert_copies / ep
+    of them, each over etp; expert_copies is slots over experts, above 1 where experts have replicas.
     """
     parts = layer_parameters(model, placed.layer)
     tp, norms, joining = parallel.tp, parts.norms, 0.0
@@ -122,7 +125,10 @@ def rank_parameters(model: Model, placed: Placed, parallel: Parallelism) -> tupl
     whole = _latent_down_parameters(model.hidden, placed.layer)
     copied = _copied_kv_parameters(model.hidden, placed.layer, tp)
     split = parts.attention - whole + parts.cross_attention + parts.shared_experts + parts.dense_ffn + joining
-    return split / tp + copied + whole + parts.router + norms, parts.experts / parallel.ep / parallel.etp
+    return (
+        split / tp + copied + whole + parts.router + norms,
+        parts.experts * expert_copies / parallel.ep / parallel.etp,
+    )
 
 
 def _latent_down_parameters(hidden: int, layer: Layer) -> int:
@@ -165,6 +171,7 @@ def stage_memory(
     *,
     stage: int,
     received_GMLR: Floats | None,
+    expert_copies: float = 1.0,
     software: Software = MEGATRON,
 ) -> RankMemory:
     """Memory of the worst rank of a stage at the worst moment of a step.
@@ -173,7 +180,7 @@ def stage_memory(
     ``layout.groups("ep")``, micro-batch, MoE layer of this stage, rank; None for a stage without MoE layers. A trained
     multi-token-prediction layer may have its own entry at the end of L; else it receives what the last MoE layer does.
     """
-    static = static_memory(model, parallel, layout, train, stage=stage)
+    static = static_memory(model, parallel, layout, train, stage=stage, expert_copies=expert_copies)
     chunks = stage_chunks(model, parallel, train, stage)
     num_micro_batches = train.num_micro_batches(layout.dp)
     received = _received(received_GMLR, chunks, num_micro_batches)

@@ -112,7 +112,13 @@ def memory_by_stage(trace: Trace) -> list[RankMemory]:
         received = load.received_GMLR(stage) if load is not None else None
         memories.append(
             stage_memory(
-                scenario.model, scenario.parallel, scenario.layout, scenario.train, stage=stage, received_GMLR=received
+                scenario.model,
+                scenario.parallel,
+                scenario.layout,
+                scenario.train,
+                stage=stage,
+                received_GMLR=received,
+                expert_copies=scenario.expert_copies,
             )
         )
     return memories

@@ -178,8 +178,8 @@ def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, kept_GMLS: Flo
         tokens_per_rank=int(rank_tokens(parallel, train)),
         num_source_ranks=parallel.ep * parallel.etp,
     )
-    ports = ports_of(cluster)
     dedup = DEDUP[scenario.routing.dispatcher]
+    ports = ports_of(cluster, same_rail=dedup == "node")
     wide = scenario.model.hidden * ACTIVATION_BYTES
     narrow = scenario.model.hidden * (1 + FP8_SCALE_BYTES) if train.precision == "fp8" else wide
     received = placed.rank_of_slot.rank_loads(kept_GMLS)

@@ -22,6 +22,7 @@ from moesim.cost.layer import (
     experts_s,
     head_s,
     layer_cost,
+    mtp_projection_s,
     permute_s,
     rank_tokens,
 )
@@ -105,7 +106,7 @@ class StagePlan:
 
     def _layer_forward(self, index: int, placed: Placed) -> list[Phase]:
         layer, cost = placed.layer, self._cost(placed.layer)
-        phases = self._around(index, cost, cost.forward)
+        phases = [*self._joining(index, placed, backward=False), *self._around(index, cost, cost.forward)]
         if isinstance(layer.ffn, MoeFfn):
             phases += self._moe_forward(index, placed.moe_index, layer.ffn, cost.forward)
         if cost.forward.dense_ffn_s:
@@ -123,7 +124,15 @@ class StagePlan:
             )
         if isinstance(layer.ffn, MoeFfn):
             phases += self._moe_backward(index, placed.moe_index, layer.ffn, cost.backward)
-        return phases + self._around(index, cost, cost.backward)
+        return [*phases, *self._around(index, cost, cost.backward), *self._joining(index, placed, backward=True)]
+
+    def _joining(self, index: int, placed: Placed, *, backward: bool) -> list[Phase]:
+        """What a multi-token-prediction layer does before its block."""
+        if not placed.is_mtp:
+            return []
+        model, parallel, train = self.scenario.model, self.scenario.parallel, self.scenario.train
+        seconds = mtp_projection_s(model, parallel=parallel, train=train, device=self.device, backward=backward)
+        return [_local("join next token", "embedding_head", index, seconds)]
 
     def _around(self, index: int, cost: LayerCost, one_pass: PassCost) -> list[Phase]:
         """Attention with the collectives of its tensor- and context-parallel group, all of the layer's in one span."""

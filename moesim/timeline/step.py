@@ -82,7 +82,9 @@ def _lay_out_stage(
     chunks = stage_chunks(model, parallel, scenario.train, stage)
     ranges = stage_layers(len(model.layers), parallel.pp, parallel.vpp)[stage]
     here = load.of_stage(stage) if load is not None else None
-    parameters = [[rank_parameters(model, placed, parallel) for placed in chunk] for chunk in chunks]
+    parameters = [
+        [rank_parameters(model, placed, parallel, scenario.expert_copies) for placed in chunk] for chunk in chunks
+    ]
     outer = outer_parameters(model, parallel, scenario.train, stage)
     with_outer = 0 if stage == 0 else len(chunks) - 1  # the chunk that needs the embedding, or the head
     gathers, scatters = zip(
@@ -221,10 +223,10 @@ def _send_s(scenario: Scenario) -> tuple[float, float]:
 
 
 def _group_shape(scenario: Scenario, kind: str) -> tuple[int, int]:
-    """Ranks of a reduction group, and how many of them share a node."""
-    group = scenario.layout.groups(kind)[0]
-    nodes = group // scenario.cluster.ranks_per_node
-    return len(group), int(np.bincount(nodes - nodes.min()).max())
+    """Ranks of a reduction group, and how many of them share a node: of the group that has the fewest together."""
+    nodes = np.sort(scenario.layout.groups(kind) // scenario.cluster.ranks_per_node, axis=1)
+    together = [int(np.unique(own, return_counts=True)[1].max()) for own in np.unique(nodes, axis=0)]
+    return nodes.shape[1], min(together)
 
 
 def _gradient_reduction_s(scenario: Scenario, dense: float, expert: float) -> tuple[float, float]:
@@ -243,6 +245,11 @@ def _gradient_reduction_s(scenario: Scenario, dense: float, expert: float) -> tu
             reduce_s += float(reduce_scatter_s(size, in_node, count * GRADIENT_BYTES, cluster))
         if zero in (1, 2):
             gather_s += float(allgather_s(size, in_node, count * ACTIVATION_BYTES, cluster))
+    # A replica's gradient travels to its expert's first slot, the updated weights travel back.
+    replicas = expert * (1.0 - 1.0 / scenario.expert_copies)
+    near = scenario.parallel.ep * scenario.parallel.etp <= cluster.ranks_per_node
+    reduce_s += float(send_s(replicas * GRADIENT_BYTES, near, cluster))
+    gather_s += float(send_s(replicas * ACTIVATION_BYTES, near, cluster))
     return reduce_s, gather_s
 
 
