@@ -7,6 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moesim.cost.layer import rank_tokens
 from moesim.cost.memory import RankMemory, stage_memory
 from moesim.describe.workload import Balanced
@@ -174,13 +177,20 @@ def drop_curve(scenario: Scenario, factors: Sequence[float] = CAPACITY_FACTORS) 
     load = step_load(scenario)
     if load is None:
         return []
-    moe, inclusion_LE = load.moe, load.popularities.inclusion_LE
-    tokens = round(rank_tokens(scenario.parallel, scenario.train))
-    top_k, num_experts = moe.router.top_k, moe.num_experts
-    mean = tokens * top_k / num_experts
     asked = scenario.routing.capacity_factor
+    wanted = sorted({*factors, *([asked] if asked is not None else [])})
+    return drop_points(scenario, load.popularities.inclusion_LE, load.moe.router.top_k, wanted)
+
+
+def drop_points(
+    scenario: Scenario, inclusion_LE: NDArray[np.float64], top_k: int, factors: Sequence[float]
+) -> list[DropPoint]:
+    """Expected drops and padding at each capacity factor where a token takes each expert this often."""
+    num_experts = inclusion_LE.shape[1]
+    tokens = round(rank_tokens(scenario.parallel, scenario.train))
+    mean = tokens * top_k / num_experts
     points = []
-    for factor in sorted({*factors, *([asked] if asked is not None else [])}):
+    for factor in factors:
         capacity = megatron_capacity(
             tokens_per_rank=tokens, top_k=top_k, num_experts=num_experts, capacity_factor=factor
         )

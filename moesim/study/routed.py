@@ -1,0 +1,256 @@
+"""Where one step's tokens go: load of every expert after the router, what it drops, what a rank receives.
+
+Legend: G expert-parallel groups, M micro-batches, L MoE layers, E experts, R ranks of an expert-parallel group.
+
+A load counts assignments: a token that takes k experts makes k of them in every MoE layer. What is realised here, after
+router and placement, is what may be called balanced or not; the popularity asked for is only where it starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.layer import rank_tokens
+from moesim.describe.workload import Balanced, Multinomial
+from moesim.errors import check
+from moesim.routing.histogram import Histogram, histogram_load
+from moesim.routing.load import ExpertLoad, draw_load
+from moesim.routing.popularity import Popularities
+from moesim.routing.recorded import RecordedRouting, load_LE, read_recorded, weights_of_inclusion
+from moesim.routing.statistics import cv, dead_experts, entropy, gini, load_alerts, max_mean, num_active_experts
+from moesim.scenario import Scenario
+from moesim.seeds import stream
+from moesim.timeline.load import StepLoad, step_load
+
+Floats = NDArray[np.float64]
+TABLES = (".csv", ".parquet")  # endings of histograms among recordings
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoutedLoad:
+    """The load of one step, summed over its micro-batches and expert-parallel groups.
+
+    assigned: chosen by routers; kept: what capacity leaves of it. layers: the model's numbers of the MoE layers.
+    places: assignments that buffers padded to the capacity hold in each layer, None without a capacity factor.
+    busiest_L: most kept by a rank over the mean rank, mean over micro-batches and groups: what a barrier waits for.
+    """
+
+    layers: tuple[int, ...]
+    top_k: int
+    assigned_LE: Floats
+    kept_LE: Floats
+    assigned_LR: Floats
+    kept_LR: Floats
+    places: float | None
+    busiest_L: Floats
+    source: str = "popularity"  # or the recording's file
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.assigned_LE.shape[1])
+
+    @property
+    def drop_fraction(self) -> float:
+        """Dropped share of all assignments."""
+        return max(0.0, 1.0 - float(self.kept_LE.sum() / self.assigned_LE.sum()))
+
+    @property
+    def drop_fraction_L(self) -> Floats:
+        return _dropped(self.assigned_LE.sum(axis=1), self.kept_LE.sum(axis=1))
+
+    @property
+    def drop_fraction_LE(self) -> Floats:
+        return _dropped(self.assigned_LE, self.kept_LE)
+
+    @property
+    def drop_fraction_LR(self) -> Floats:
+        """Dropped share of what was meant for each rank's experts."""
+        return _dropped(self.assigned_LR, self.kept_LR)
+
+    @property
+    def tokens_lost_L(self) -> Floats:
+        """Tokens' worth of expert work lost in one step: dropped assignments over k."""
+        return np.maximum(self.assigned_LE.sum(axis=1) - self.kept_LE.sum(axis=1), 0.0) / self.top_k
+
+    @property
+    def padding_fraction(self) -> float:
+        """Empty share of buffers padded to the capacity; 0 where nothing is padded (no capacity factor)."""
+        if self.places is None:
+            return 0.0
+        return max(0.0, 1.0 - float(self.kept_LE.sum()) / (self.places * len(self.layers)))
+
+    @property
+    def histogram(self) -> Histogram:
+        """The step's chosen assignments as the table [step, layer, expert, tokens], rounded to whole ones."""
+        whole_LE = np.rint(self.assigned_LE).astype(np.int64)
+        return Histogram(steps_S=np.zeros(1, dtype=np.int64), layers=self.layers, tokens_SLE=whole_LE[None])
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """Statistics of each layer's load over its experts, drops and ranks included."""
+        load = self.assigned_LE
+        columns: dict[str, NDArray[Any]] = {
+            "layer": np.array(self.layers),
+            "gini": gini(load),
+            "entropy": entropy(load, normalised=True),
+            "cv": cv(load),
+            "max_mean": max_mean(load),
+            "max_vio": max_mean(load) - 1.0,
+            "num_active_experts": num_active_experts(load),
+            "drop_fraction": self.drop_fraction_L,
+            "tokens_lost": self.tokens_lost_L,
+            "rank_max_mean": max_mean(np.maximum(self.kept_LR, 1e-300)),
+            "busiest_rank_ratio": self.busiest_L,
+        }
+        rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results of ``moesim route``, plain values.
+
+        gini, entropy (share of the largest possible), cv: mean over layers; max_mean, max_vio: the worst layer;
+        num_active_experts: the fewest in any layer; tokens_lost_per_step: in the mean layer. by_layer has all of them
+        layer by layer.
+        """
+        rows = self.by_layer()
+        alerts = [dataclasses.asdict(alert) for alert in load_alerts(self.assigned_LE)]
+        dead = [{"layer": self.layers[i], "expert": e} for i, e in dead_experts(self.assigned_LE)]
+        worst = max(row["max_mean"] for row in rows)
+        return {
+            **{name: float(np.mean([row[name] for row in rows])) for name in ("gini", "entropy", "cv")},
+            "max_mean": worst,
+            "max_vio": worst - 1.0,
+            "num_active_experts": min(row["num_active_experts"] for row in rows),
+            "num_experts": self.num_experts,
+            "drop_fraction": self.drop_fraction,
+            "drop_fraction_by_layer": self.drop_fraction_L.tolist(),
+            "drop_fraction_by_expert": self.drop_fraction_LE.tolist(),
+            "drop_fraction_by_rank": self.drop_fraction_LR.tolist(),
+            "dropped_assignments_per_step": float(self.tokens_lost_L.sum()) * self.top_k,
+            "tokens_lost_per_step": float(self.tokens_lost_L.mean()),
+            "padding_fraction": self.padding_fraction,
+            "busiest_rank_ratio": float(self.busiest_L.mean()),
+            "alerts": [alert | {"layer": self.layers[alert["layer"]]} for alert in alerts],
+            "dead_experts": dead,
+            "by_layer": rows,
+            "load_LE": (self.assigned_LE / self.assigned_LE.sum(axis=1, keepdims=True)).tolist(),
+            "source": self.source,
+        }
+
+
+def _dropped(assigned: Floats, kept: Floats) -> Floats:
+    """Dropped share, 0 where nothing was assigned."""
+    return np.maximum(1.0 - kept / np.where(assigned > 0, assigned, 1.0), 0.0) * (assigned > 0)
+
+
+def routed_load(scenario: Scenario, recorded: str | Path | RecordedRouting | None = None) -> tuple[RoutedLoad, Floats]:
+    """(load of one step, inclusion_LE): by the scenario's popularity, or as often as a recording took each expert.
+
+    inclusion_LE: how often a token takes each expert, rows summing to k. recorded: a router-replay file (.npy, .npz,
+    .safetensors, .jsonl), a histogram (.csv, .parquet), or an open recording. Raises InputError for a dense model and
+    for a recording of other layers, experts or top-k.
+
+    >>> routed_load(scenario)[0].drop_fraction  # doctest: +SKIP
+    0.031
+    """
+    base = routed_base(scenario)
+    if recorded is None:
+        return summarise_load(scenario, base), base.popularities.inclusion_LE
+    popularities, source = recorded_inclusion(base, recorded)
+    load = redraw_load(scenario, popularities, stream(scenario.seed, "load"))
+    return summarise_load(scenario, with_load(base, load), source), popularities.inclusion_LE
+
+
+def routed_base(scenario: Scenario) -> StepLoad:
+    """The step's own load, or InputError for a model that routes nothing."""
+    base = step_load(scenario)
+    check(base is not None, "model", "layers", "must have experts to route to", scenario.model.name)
+    assert base is not None
+    return base
+
+
+def summarise_load(scenario: Scenario, step: StepLoad, source: str = "popularity") -> RoutedLoad:
+    """The sums of a step's load, over groups and micro-batches."""
+    load = step.load
+    by_rank = [step.placement.rank_loads(step.kept_GMLS[:, :, at]) for at in range(len(step.layers))]
+    busiest_L = [float((ranks.max(axis=-1) / np.maximum(ranks.mean(axis=-1), 1e-30)).mean()) for ranks in by_rank]
+    assigned_LE = load.assigned_GMLE.sum(axis=(0, 1), dtype=np.float64)
+    kept_LE = load.kept_GMLE.sum(axis=(0, 1), dtype=np.float64)
+    factor, places = scenario.routing.capacity_factor, None
+    if factor is not None:
+        mean = int(rank_tokens(scenario.parallel, scenario.train)) * step.moe.router.top_k / step.moe.num_experts
+        per_expert = math.ceil(mean * factor) * scenario.parallel.ep * scenario.parallel.etp
+        places = float(per_expert * step.moe.num_experts * math.prod(load.assigned_GMLE.shape[:2]))
+    return RoutedLoad(
+        layers=step.layers,
+        top_k=step.moe.router.top_k,
+        assigned_LE=assigned_LE,
+        kept_LE=kept_LE,
+        assigned_LR=_by_rank(step, assigned_LE),
+        kept_LR=_by_rank(step, kept_LE),
+        places=places,
+        busiest_L=np.array(busiest_L),
+        source=source,
+    )
+
+
+def _by_rank(step: StepLoad, load_LE: Floats) -> Floats:
+    return np.asarray(step.placement.rank_loads(step.placed.of_slots(load_LE)), dtype=np.float64)
+
+
+def with_load(step: StepLoad, load: ExpertLoad) -> StepLoad:
+    """The step with another load on the same slots; the seconds of its exchanges stay those of the old one."""
+    return dataclasses.replace(step, load=load, kept_GMLS=step.placed.of_slots(load.kept_GMLE))
+
+
+def redraw_load(scenario: Scenario, popularities: Popularities, rng: np.random.Generator) -> ExpertLoad:
+    """Another step's counts under the given popularities, of the sizes of the scenario's step."""
+    routing = scenario.routing
+    if isinstance(routing.popularity, Balanced) and not popularities.is_uniform:  # a recording is not forced balance
+        routing = dataclasses.replace(routing, popularity=Multinomial())
+    return draw_load(
+        popularities,
+        routing,
+        tokens_per_rank=int(rank_tokens(scenario.parallel, scenario.train)),
+        num_source_ranks=scenario.parallel.ep * scenario.parallel.etp,
+        num_groups=scenario.layout.edp,
+        num_micro_batches=scenario.num_micro_batches,
+        rng=rng,
+    )
+
+
+def recorded_inclusion(base: StepLoad, recorded: str | Path | RecordedRouting) -> tuple[Popularities, str]:
+    """(how often a token takes each expert of each layer as recorded, the recording's name), checked against base.
+
+    Good for counts; which experts go together is not in it.
+    """
+    num_experts, top_k = base.moe.num_experts, base.moe.router.top_k
+    if isinstance(recorded, RecordedRouting) or Path(recorded).suffix.lower() not in TABLES:
+        trace = recorded if isinstance(recorded, RecordedRouting) else read_recorded(recorded, num_experts=num_experts)
+        owner, layers, counts_LE = trace.owner, trace.layers, load_LE(trace)
+        check(trace.top_k == top_k, owner, "experts per token", f"must be the model's {top_k}", trace.top_k)
+        check(trace.num_experts == num_experts, owner, "num_experts", f"must be {num_experts}", trace.num_experts)
+    else:
+        owner = str(recorded)
+        layers, counts_LE = histogram_load(recorded, num_experts=num_experts)
+    rule = f"must be the model's {len(base.layers)} MoE layers"
+    check(len(layers) == len(base.layers), owner, "layers", rule, len(layers))
+    total_L1 = counts_LE.sum(axis=1, keepdims=True)
+    check(bool((total_L1 > 0).all()), owner, "tokens", "must not all be 0 in a layer", total_L1.ravel().tolist())
+    inclusion_LE = counts_LE * (top_k / total_L1)
+    most = float(inclusion_LE.max())
+    rule = f"an expert must not take more than all tokens (top-{top_k})"
+    check(most <= 1.0 + 1e-9, owner, "tokens", rule, f"{most:.3g} times")
+    inclusion_LE = np.minimum(inclusion_LE, 1.0)
+    log_weights_LE = weights_of_inclusion(np.maximum(inclusion_LE, 0.5 * top_k / total_L1))
+    sigma = max(float(log_weights_LE.std()), 1e-9)
+    popularities = Popularities(
+        router=base.moe.router, log_weights_LE=log_weights_LE, inclusion_LE=inclusion_LE, sigma=sigma
+    )
+    return popularities, owner

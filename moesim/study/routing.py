@@ -1,0 +1,137 @@
+"""The routing study: how uneven the load is, what it drops, what that costs; all that the routing report shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesim.metrics.step import StepResult
+from moesim.routing.recorded import RecordedRouting
+from moesim.scenario import Scenario
+from moesim.study.routed import RoutedLoad, routed_base, routed_load
+from moesim.study.simulate import simulate
+from moesim.study.skew import (
+    CostPoint,
+    DropCurve,
+    MemoryOverSteps,
+    NeededCapacity,
+    cost_over_capacity,
+    cost_over_skew,
+    drop_curves,
+    memory_over_steps,
+    needed_capacity,
+)
+
+Progress = Callable[[str], None]
+Row = tuple[str, str, float | str, float | str | bool, str]  # section, name, x, value, unit
+WANTED_DROP_FRACTION = 0.01
+_UNITS = {"step_s": "s", "wait_s": "s", "tokens_per_s_per_gpu": "tokens/s", "peak_bytes": "B", "drop_fraction": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingStudy:
+    """One scenario's routing. over_skew, over_capacity, memory: of the scenario's popularity, not of a recording.
+
+    memory: peaks over consecutive steps and over steps with other favourites, in this order.
+    """
+
+    scenario: Scenario
+    load: RoutedLoad
+    needed: NeededCapacity
+    drop_curves: tuple[DropCurve, ...]
+    step: StepResult
+    over_skew: tuple[CostPoint, ...]
+    over_capacity: tuple[CostPoint, ...]
+    memory: tuple[MemoryOverSteps, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the same for the same scenario, recording and seed; the results of ``moesim route`` on top."""
+        return self.load.to_dict() | {
+            "needed_capacity": dataclasses.asdict(self.needed),
+            "drop_curves": [dataclasses.asdict(curve) for curve in self.drop_curves],
+            "over_skew": [dataclasses.asdict(point) for point in self.over_skew],
+            "over_capacity": [dataclasses.asdict(point) for point in self.over_capacity],
+            "memory_over_steps": [memory.to_dict() for memory in self.memory],
+        }
+
+    def rows(self) -> list[Row]:
+        """The study as one long table: section, name, x, value, unit; x is what the value varies over, or ""."""
+        found = self.load.to_dict()
+        rows: list[Row] = [
+            ("route", name, "", value, "") for name, value in found.items() if isinstance(value, int | float | str)
+        ]
+        for layer in found["by_layer"]:
+            rows += [("by_layer", name, layer["layer"], value, "") for name, value in layer.items() if name != "layer"]
+        rows += [("needed_capacity", name, "", value, "1") for name, value in dataclasses.asdict(self.needed).items()]
+        for curve in self.drop_curves:
+            section = f"drops at gini {curve.gini:.3f}" + (" (asked)" if curve.asked else "")
+            for drop in curve.points:
+                rows.append((section, "drop_fraction", drop.capacity_factor, drop.drop_fraction, "1"))
+                rows.append((section, "padding_fraction", drop.capacity_factor, drop.padding_fraction, "1"))
+        for point in self.over_skew:
+            limit = "none" if point.capacity_factor is None else f"{point.capacity_factor:g}"
+            rows += _cost_rows(f"over_skew, capacity factor {limit}", point.gini, point)
+        for point in self.over_capacity:
+            factor = "none" if point.capacity_factor is None else point.capacity_factor
+            rows += _cost_rows("over_capacity", factor, point)
+        for memory in self.memory:
+            section = f"memory_over_steps, {memory.redraw}"
+            rows += [(section, "peak_bytes", i, peak, "B") for i, peak in enumerate(memory.peak_bytes_S)]
+            rows += [
+                (section, name, "", getattr(memory, name), "B") for name in ("p50_bytes", "p90_bytes", "p99_bytes")
+            ]
+            rows.append((section, "out_of_memory_fraction", "", memory.out_of_memory_fraction, "1"))
+        return rows
+
+
+def _cost_rows(section: str, x: float | str, point: CostPoint) -> list[Row]:
+    return [(section, name, x, getattr(point, name), unit) for name, unit in _UNITS.items()]
+
+
+def routing_study(
+    scenario: Scenario,
+    *,
+    wanted_drop_fraction: float = WANTED_DROP_FRACTION,
+    num_steps: int = 32,
+    step: StepResult | None = None,
+    progress: Progress | None = None,
+    recorded: str | Path | RecordedRouting | None = None,
+) -> RoutingStudy:
+    """Route a step and find what its skew costs: about 20 simulated steps, and num_steps drawn ones for memory.
+
+    step: the scenario's own result, where it is known; progress: called with what comes next; recorded: routing that
+    somebody recorded (see ``moesim.study.routed.routed_load``). Raises InputError and NotModelledError.
+
+    >>> routing_study(scenario).needed.capacity_factor  # doctest: +SKIP
+    2.18
+    """
+
+    def say(text: str) -> None:
+        if progress is not None:
+            progress(text)
+
+    say("routing one step")
+    load, inclusion = routed_load(scenario, recorded)
+    # Before anything long, since it refuses a share that is none.
+    needed = needed_capacity(scenario, inclusion, top_k=load.top_k, wanted_drop_fraction=wanted_drop_fraction)
+    own = step
+    if own is None:
+        say("simulating the step")
+        own = simulate(scenario)
+    base = routed_base(scenario)
+    return RoutingStudy(
+        scenario=scenario,
+        load=load,
+        needed=needed,
+        drop_curves=tuple(drop_curves(scenario, inclusion, progress=progress)),
+        step=own,
+        over_skew=tuple(cost_over_skew(scenario, step=own, progress=progress)),
+        over_capacity=tuple(cost_over_capacity(scenario, step=own, progress=progress)),
+        memory=tuple(
+            memory_over_steps(scenario, num_steps, redraw=redraw, base=base, progress=progress)
+            for redraw in ("counts", "favourites")
+        ),
+    )
