@@ -1,0 +1,192 @@
+"""The verb ``route``: where one step's tokens go, what they overload, and what is dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesim.cli.call import Call, verb
+from moesim.cli.output import Answer, Table, envelope_of, fields_table, working, write_results
+from moesim.cli.verbs import ScenarioFile, app
+
+if TYPE_CHECKING:
+    from moesim.study.routed import RoutedLoad
+    from moesim.study.skew import CostPoint, DropCurve, MemoryOverSteps, NeededCapacity
+
+MOST_SHOWN = 10
+EXAMPLES = (
+    "Examples:",
+    "moesim route --model mixtral-8x7b --cluster h100-8x-ib400 --num-gpus 64 --ep 8 --capacity-factor 1.25",
+    "moesim route scenario.yaml --recorded routed_experts.npy --out out/route",
+    "moesim route --gini 0.4 --wanted-drop 0.001 --full --json",
+    "Without a scenario, a model or a cluster it takes DeepSeek-V3 on 2,048 H800.",
+)
+
+
+@app.command(epilog="\n\n".join(EXAMPLES))
+@verb(scenario=True, out_help="Write results.json and histogram.csv [step, layer, expert, tokens] into this folder.")
+def route(
+    call: Call,
+    scenario_file: ScenarioFile = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Recorded routing instead of a popularity: router-replay .npy, .npz, .safetensors or .jsonl, or a "
+            "histogram .csv or .parquet.",
+            show_default=False,
+        ),
+    ] = None,
+    wanted_drop: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of assignments that may be dropped.", min=0.0, max=1.0)
+    ] = 0.01,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also simulate what skew and capacity do to step time and memory.")
+    ] = False,
+) -> Answer:
+    """Route one training step: load of every expert, alerts, drops, padding, the capacity that is needed."""
+    from moesim.cli.question import scenario_of
+
+    scenario = scenario_of(call, scenario_file)
+    from moesim.routing.histogram import write_histogram
+    from moesim.study.routed import routed_load
+    from moesim.study.routing import routing_study
+    from moesim.study.skew import drop_curves, needed_capacity
+
+    text = f"Routing {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"
+    with working(call, text):
+        if full:
+            study = routing_study(scenario, wanted_drop_fraction=wanted_drop, recorded=recorded)
+            load, needed, curves, result = study.load, study.needed, study.drop_curves, study.to_dict()
+            costs = [_cost_table(study.over_skew), _memory_table(study.memory)]
+        else:
+            load, inclusion_LE = routed_load(scenario, recorded)
+            needed = needed_capacity(scenario, inclusion_LE, top_k=load.top_k, wanted_drop_fraction=wanted_drop)
+            curves = tuple(drop_curves(scenario, inclusion_LE, ginis=()))
+            result = load.to_dict() | {
+                "needed_capacity": dataclasses.asdict(needed),
+                "drop_curves": [dataclasses.asdict(curve) for curve in curves],
+            }
+            costs = []
+    title = f"{scenario.model.name} on {scenario.cluster.num_gpus:,} x {scenario.cluster.gpu.name}: routing of one step"
+    own = next(curve for curve in curves if curve.asked)
+    answer = Answer(
+        inputs={
+            "scenario": scenario.to_dict(),
+            "recorded": None if recorded is None else str(recorded),
+            "wanted_drop_fraction": wanted_drop,
+        },
+        result=result,
+        tables=[fields_table(title, headline(result, load, needed)), *_alerts(result), _drop_table(own), *costs],
+        provenance=[provenance_of(scenario.to_dict(), load)],
+        warnings=warnings_of(result, load),
+        writes_own_files=True,
+    )
+    if call.out is not None:
+        write_results(call.out / "results.json", envelope_of(call.command, answer))
+        write_histogram(load.histogram, call.out / "histogram.csv")
+        call.note(f"wrote {call.out / 'results.json'} and {call.out / 'histogram.csv'}")
+    return answer
+
+
+def provenance_of(scenario: dict[str, Any], load: RoutedLoad) -> dict[str, str]:
+    """Where the load came from: assumed popularity, or a recording."""
+    if load.source != "popularity":
+        return {"part": "expert load", "kind": "measured", "source": load.source}
+    asked = f"routing.popularity of the scenario: {scenario['routing']['popularity']}"
+    return {"part": "expert load", "kind": "assumed", "source": asked}
+
+
+def warnings_of(result: dict[str, Any], load: RoutedLoad) -> list[str]:
+    """What a reader should not miss: crowded, idle or few experts, many drops."""
+    found = []
+    if result["alerts"]:
+        worst = result["alerts"][0]
+        found.append(
+            f"{len(result['alerts'])} experts take over 3 times their layer's mean; the worst is expert "
+            f"{worst['expert']} of layer {worst['layer']} with {worst['ratio']:.1f} times"
+        )
+    if result["dead_experts"]:
+        found.append(f"{len(result['dead_experts'])} experts get no token in the whole step")
+    if load.drop_fraction > 0.05:
+        found.append(f"{load.drop_fraction:.1%} of all assignments are dropped")
+    return found
+
+
+def headline(result: dict[str, Any], load: RoutedLoad, needed: NeededCapacity) -> list[tuple[str, str]]:
+    """The routing in numbers, worded for a reader."""
+    experts = len(load.layers) * load.num_experts
+    return [
+        ("Gini of the load, mean over layers", f"{result['gini']:.3f}"),
+        ("Entropy, of the largest possible", f"{result['entropy']:.1%}"),
+        ("Coefficient of variation", f"{result['cv']:.3f}"),
+        ("Busiest expert over the mean, worst layer", f"{result['max_mean']:.2f}x (MaxVio {result['max_vio']:.2f})"),
+        ("Active experts, worst layer", f"{result['num_active_experts']} of {load.num_experts}"),
+        ("Experts over 3x the mean", f"{len(result['alerts']):,} of {experts:,}"),
+        ("Busiest rank over the mean, per micro-batch", f"{result['busiest_rank_ratio']:.2f}x"),
+        ("Dropped assignments", f"{load.drop_fraction:.2%}"),
+        ("Tokens' worth lost per step, mean layer", f"{result['tokens_lost_per_step']:,.0f}"),
+        ("Empty share of padded buffers", "none padded" if load.places is None else f"{load.padding_fraction:.1%}"),
+        (
+            f"Capacity factor for at most {needed.wanted_drop_fraction:.2%} drops",
+            f"{needed.capacity_factor:.2f} ({needed.worst_layer_capacity_factor:.2f} for the worst layer)",
+        ),
+        ("Load from", load.source),
+    ]
+
+
+def _alerts(result: dict[str, Any]) -> list[Table]:
+    alerts = result["alerts"]
+    if not alerts:
+        return []
+    rows = [(str(alert["layer"]), str(alert["expert"]), f"{alert['ratio']:.2f}x") for alert in alerts[:MOST_SHOWN]]
+    note = f"The {MOST_SHOWN} busiest of {len(alerts)}; all in --json." if len(alerts) > MOST_SHOWN else ""
+    columns = ("Layer", "Expert", "Over the mean")
+    return [Table(title="Experts over 3x the mean", columns=columns, rows=rows, right=columns, note=note)]
+
+
+def _drop_table(curve: DropCurve) -> Table:
+    rows = [
+        (f"{point.capacity_factor:g}", f"{point.drop_fraction:.2%}", f"{point.padding_fraction:.1%}")
+        for point in curve.points
+    ]
+    columns = ("Capacity factor", "Dropped", "Empty")
+    title = "Drops and empty room over capacity factors (expected)"
+    return Table(title=title, columns=columns, rows=rows, right=columns)
+
+
+def _cost_table(points: tuple[CostPoint, ...]) -> Table:
+    from moesim.units import format_bytes, format_seconds
+
+    rows = [
+        (
+            f"{point.gini:.2f}" + (" (asked)" if point.popularity == "asked" else ""),
+            "none" if point.capacity_factor is None else f"{point.capacity_factor:g}",
+            format_seconds(point.step_s),
+            format_seconds(point.wait_s),
+            f"{point.drop_fraction:.1%}",
+            format_bytes(point.peak_bytes),
+        )
+        for point in points
+    ]
+    columns = ("Gini", "Capacity", "Step", "Waiting", "Dropped", "Peak memory")
+    return Table(title="Step time and memory over skew", columns=columns, rows=rows, right=columns)
+
+
+def _memory_table(found: tuple[MemoryOverSteps, ...]) -> Table:
+    from moesim.units import format_bytes
+
+    words = {"counts": "consecutive steps", "favourites": "other favourites"}
+    rows = [
+        (
+            words[memory.redraw],
+            *(format_bytes(size) for size in (memory.p50_bytes, memory.p90_bytes, memory.p99_bytes)),
+            f"{memory.out_of_memory_fraction:.2%}",
+        )
+        for memory in found
+    ]
+    columns = ("Over", "P50", "P90", "P99", "Out of memory")
+    return Table(title="Peak memory of the fullest GPU over steps", columns=columns, rows=rows, right=columns[1:])

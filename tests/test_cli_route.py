@@ -1,0 +1,112 @@
+"""The verb ``route``: result names, envelope, files, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moesim.cli import app
+
+SMALL = ["--model", "olmoe-1b-7b", "--cluster", "h100-8x-ib400", "--num-gpus", "16", "--ep", "8", "--pp", "2"]
+SMALL += ["--seq-len", "512", "--global-batch", "32", "--capacity-factor", "1.25", "--gini", "0.4"]
+NAMES = {"gini", "entropy", "cv", "max_mean", "max_vio", "num_active_experts", "drop_fraction"}
+NAMES |= {"drop_fraction_by_layer", "padding_fraction", "alerts"}
+
+
+def moesim(*arguments: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, list(arguments))
+    return done.exit_code, done.stdout, done.stderr
+
+
+def answer(*arguments: str) -> dict[str, Any]:
+    """The JSON envelope of a call that must succeed, without its run."""
+    status, out, err = moesim("route", *arguments, "--json")
+    assert status == 0, err
+    envelope = json.loads(out)
+    envelope.pop("run")
+    assert isinstance(envelope, dict)
+    return envelope
+
+
+def test_route_gives_the_promised_names_and_the_same_bytes_for_the_same_seed() -> None:
+    first, again, other = answer(*SMALL), answer(*SMALL), answer(*SMALL, "--seed", "1")
+    assert first == again != other
+    found = first["result"]
+    assert set(found) >= NAMES
+    assert found["gini"] == pytest.approx(0.4, abs=0.01)
+    assert found["max_vio"] == pytest.approx(found["max_mean"] - 1)
+    assert len(found["drop_fraction_by_layer"]) == 16
+    assert np.mean(found["drop_fraction_by_layer"]) == pytest.approx(found["drop_fraction"], abs=1e-6)
+    assert all(set(alert) == {"layer", "expert", "ratio"} and alert["ratio"] > 3 for alert in found["alerts"])
+    assert first["provenance"][0]["kind"] == "assumed"
+
+
+def test_route_and_simulate_drop_the_same() -> None:
+    simulated = json.loads(moesim("simulate", *SMALL, "--json")[1])["result"]
+    routed = answer(*SMALL)["result"]
+    assert routed["drop_fraction"] == pytest.approx(simulated["drop_fraction"], abs=1e-6)
+    assert routed["alerts"] == simulated["alerts"]
+
+
+def test_the_histogram_written_feeds_back_as_a_recording(tmp_path: Path) -> None:
+    drawn = answer(*SMALL, "--out", str(tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text()) == drawn
+    with (tmp_path / "histogram.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 * 64
+    assert sum(int(row["tokens"]) for row in rows) == 32 * 512 * 8 * 16
+    recorded = answer(*SMALL, "--recorded", str(tmp_path / "histogram.csv"))
+    assert recorded["provenance"] == [
+        {"part": "expert load", "kind": "measured", "source": str(tmp_path / "histogram.csv")}
+    ]
+    assert recorded["result"]["gini"] == pytest.approx(drawn["result"]["gini"], abs=0.01)
+    assert recorded["result"]["drop_fraction"] == pytest.approx(drawn["result"]["drop_fraction"], abs=0.005)
+
+
+def test_a_replay_array_is_a_recording(tmp_path: Path) -> None:
+    """Every token takes the first eight experts: they alone are active, at eight times the mean."""
+    path = tmp_path / "replay.npy"
+    np.save(path, np.broadcast_to(np.arange(8, dtype=np.int16), (100, 16, 8)).copy())
+    found = answer(*SMALL, "--recorded", str(path))["result"]
+    assert found["num_active_experts"] == 8
+    assert found["max_mean"] == pytest.approx(8.0)
+    assert len(found["alerts"]) == 16 * 8
+    assert len(found["dead_experts"]) == 16 * 56
+    assert found["drop_fraction"] == pytest.approx(1 - 80 / 512)  # ceil(512 * 8 / 64 * 1.25) places for 512 tokens
+
+
+def test_full_adds_what_skew_costs() -> None:
+    small = [*SMALL, "--full"]
+    status, out, err = moesim("route", *small)
+    assert status == 0, err
+    assert "Step time and memory over skew" in out
+    assert "Out of memory" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recorded", "nowhere.npy"], "nowhere.npy"),
+        (["--recorded", "trace.txt"], "must end in .npy, .npz, .safetensors, .jsonl"),
+        (["--wanted-drop", "1.5"], "--wanted-drop"),
+        (["--capacity-factor", "-1"], "capacity_factor: must be positive"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments: list[str], words: str) -> None:
+    status, out, err = moesim("route", *SMALL, *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_dense_model_is_refused() -> None:
+    status, _, err = moesim("route", "--model", "llama-3-8b", "--cluster", "h100-8x-ib400", "--num-gpus", "8")
+    assert status == 2
+    assert "must have experts to route to; got 'llama-3-8b'" in err
