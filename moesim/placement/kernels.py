@@ -59,19 +59,21 @@ def improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, enough, max_ki
     for turn in range(max_kicks):
         if best <= enough:
             break
-        if most > 1 and turn % 4 == 2 and respread(load_E, expert_S.size, goal, count_E, state_1):
+        spread = most > 1 and turn % 4 == 2 and respread(load_E, expert_S.size, goal, count_E, state_1)
+        if spread:
             least = np.inf
             for _ in range(_NUM_TRIALS):
-                respread(load_E, expert_S.size, goal, count_E, state_1)
-                pack(load_E, count_E, first_R1, slowness_R, order_E, trial_S, load_R)
+                pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, trial_S, load_R)
                 if slowest(load_R, slowness_R)[1] < least:
                     least = slowest(load_R, slowness_R)[1]
                     expert_S[:] = trial_S
+                respread(load_E, expert_S.size, goal, count_E, state_1)
             index_slots(expert_S, count_E, slots_EX)
             refresh(load_E, expert_S, first_R1, count_E, load_R)
         elif most > 1 and turn % 2 == 0:
+            index_slots(expert_S, count_E, slots_EX)  # a spread that found no slots to give left its counts there
             recount(expert_S, first_R1, load_R, slowness_R, count_E, most, state_1)
-            pack(load_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R)
+            pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R)
             index_slots(expert_S, count_E, slots_EX)
         else:
             kick(load_E, expert_S, first_R1, rank_S, slots_EX, slowness_R, count_E, load_R, state_1)
@@ -102,6 +104,20 @@ def _other_start(load_E, order_E, num_slots, time, turn, count_E):  # type: igno
 
 
 @njit(nogil=True, cache=True)
+def _start_in_single_precision(load_E, first_R1, slowness_R, expert_S):  # type: ignore[no-untyped-def]
+    """Greedy counts packed heaviest first in float32, as EPLB computes: rounding breaks its ties, at times luckily."""
+    load32_E = load_E.astype(np.float32)
+    count_E = np.ones(load_E.size, np.int64)
+    share32_E = load32_E.copy()
+    for _ in range(expert_S.size - load_E.size):
+        best = np.argmax(share32_E)
+        count_E[best] += 1
+        share32_E[best] = np.float32(load32_E[best] / count_E[best])
+    load32_R = np.zeros(slowness_R.size, np.float32)
+    pack(share32_E, count_E, first_R1, slowness_R, np.arange(load_E.size), expert_S, load32_R)
+
+
+@njit(nogil=True, cache=True)
 def search_layer(load_E, first_R1, slowness_R, tolerance, patience, max_kicks, max_moves, seed, expert_S):  # type: ignore[no-untyped-def]
     """Fill expert_S with the best layout found; returns its slowest time.
 
@@ -121,10 +137,16 @@ def search_layer(load_E, first_R1, slowness_R, tolerance, patience, max_kicks, m
     load_R = np.empty(num_ranks)
     goal = load_E.sum() / (1.0 / slowness_R).sum() * (1.0 + tolerance)
     greedy_counts(load_E, num_slots, count_E)
-    pack(load_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R)
+    pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R)
     best = improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1)
     if best <= goal or load_E.size <= 1:
         return best
+    start_S = np.empty_like(expert_S)
+    _start_in_single_precision(load_E, first_R1, slowness_R, start_S)
+    refresh(load_E, start_S, first_R1, count_E, load_R)
+    if slowest(load_R, slowness_R)[1] < best:
+        best = improve(load_E, start_S, first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1)
+        expert_S[:] = start_S
     bound = lower_bound(load_E, first_R1[1:] - first_R1[:-1], slowness_R, best, 14, False)
     goal = (1.0 + tolerance) * bound
     enough = (1.0 + patience) * bound
@@ -140,7 +162,7 @@ def search_layer(load_E, first_R1, slowness_R, tolerance, patience, max_kicks, m
         for turn in range(num_starts):
             if not _other_start(load_E, order_E, num_slots, bound, turn, count_E):
                 continue
-            pack(load_E, count_E, first_R1, slowness_R, order_E, start_PS[turn + 1], load_R)
+            pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, start_PS[turn + 1], load_R)
             if slowest(load_R, slowness_R)[1] > _PROMISING * best:
                 continue
             worst_P[turn + 1] = improve(

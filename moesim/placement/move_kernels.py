@@ -141,6 +141,7 @@ def _best_transfer(  # type: ignore[no-untyped-def]
     best = limit
     best_taker = -1
     best_slot = -1
+    least_slowness = slowness_R.min()
     for i in range(first_R1[hot], first_R1[hot + 1]):
         taker = expert_S[i]
         if count_E[taker] >= slots_EX.shape[1]:
@@ -149,6 +150,8 @@ def _best_transfer(  # type: ignore[no-untyped-def]
             giver = expert_S[slot]
             if giver == taker or count_E[giver] < 2:
                 continue
+            if load_E[giver] / (count_E[giver] - 1) * least_slowness >= best:
+                continue  # alone it would be too much for any rank
             time = _transfer_time(load_E, slots_EX, rank_S, slowness_R, count_E, load_R, taker, slot, giver, change_R)
             if time < best:
                 best = time

@@ -15,6 +15,8 @@ from moesim.placement.slots import LayerPlacements, RankSlots
 
 Floats = NDArray[np.float64]
 
+_HALVINGS = 40
+
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
@@ -24,7 +26,7 @@ class Effort:
     ``enough_fraction``, at most ``num_kicks`` of them a layer.
     """
 
-    goal_fraction: float = 5e-4
+    goal_fraction: float = 0.0
     enough_fraction: float = 1.5e-3
     num_kicks: int = 60
     max_moves: int = 10_000
@@ -73,7 +75,7 @@ def least_max_load(
     check_fits(load.shape[1], ranks)
     expert_LS = np.empty((load.shape[0], ranks.num_slots), dtype=np.int64)
     kernels.search_layers(
-        _unit_mean(load),
+        _scaled(load),
         ranks.first_R1,
         1.0 / ranks.speed_R,
         effort.goal_fraction,
@@ -101,18 +103,21 @@ def lower_bounds(load_LE: ArrayLike, ranks: RankSlots, *, reached_L: ArrayLike |
 
     load = checked_loads(load_LE)
     check_fits(load.shape[1], ranks)
-    slowness_R = 1.0 / ranks.speed_R
-    ideal = load.shape[1] / ranks.speed_R.sum()
-    worst = load.shape[1] * float(slowness_R.max())  # all of it on the slowest rank
-    reached = np.full(load.shape[0], worst) if reached_L is None else np.asarray(reached_L, dtype=np.float64) * ideal
+    scaled, slowness_R = _scaled(load), 1.0 / ranks.speed_R
+    total_L = scaled.sum(axis=1)
+    ideal_L = total_L / ranks.speed_R.sum()
+    worst_L = total_L * float(slowness_R.max())  # all of it on the slowest rank
+    reached = worst_L if reached_L is None else np.asarray(reached_L, dtype=np.float64) * ideal_L
     bound_L = np.empty(load.shape[0])
-    bound_kernels.lower_bounds(
-        _unit_mean(load), ranks.num_slots_R, slowness_R, reached * (1.0 + 1e-9), 40, True, bound_L
-    )
-    return bound_L / ideal
+    bound_kernels.lower_bounds(scaled, ranks.num_slots_R, slowness_R, reached * (1.0 + 1e-9), _HALVINGS, True, bound_L)
+    return bound_L / ideal_L
 
 
-def _unit_mean(load_LE: Floats) -> Floats:
-    """Loads with mean 1 in each layer, so that tolerances mean the same; a layer without load counts as even."""
+def _scaled(load_LE: Floats) -> Floats:
+    """Loads with a mean between 1 and 2 in each layer: tolerances then mean the same. A layer without load is even.
+
+    Scaled by powers of two, which round nothing: ties stay ties.
+    """
     mean_L1 = load_LE.mean(axis=1, keepdims=True)
-    return np.where(mean_L1 > 0, load_LE / np.where(mean_L1 > 0, mean_L1, 1.0), 1.0)
+    scale_L1 = np.exp2(np.floor(np.log2(np.where(mean_L1 > 0, mean_L1, 1.0))))
+    return np.where(mean_L1 > 0, load_LE / scale_L1, 1.0)

@@ -44,12 +44,12 @@ def capped_counts(load_E, num_slots, most, cut, count_E):  # type: ignore[no-unt
         return False
     lightest = np.argmin(load_E)
     for _ in range(left):
-        best = np.int64(-1)
+        best = -1
         for e in range(load_E.size):
             if share_E[e] <= cut and (best < 0 or share_E[e] > share_E[best]):
                 best = e
         if best < 0:
-            best = lightest
+            best = int(lightest)
         count_E[best] += 1
         share_E[best] = load_E[best] / count_E[best]
     return True
@@ -108,13 +108,15 @@ def _sink(heap, load_R, size):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def pack(load_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R):  # type: ignore[no-untyped-def]
-    """Fill expert_S and load_R: heaviest replica first, onto the rank that is soonest done and has a free slot."""
+def pack(share_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R):  # type: ignore[no-untyped-def]
+    """Fill expert_S and load_R: heaviest replica first, onto the rank that is soonest done and has a free slot.
+
+    share_E: load of one replica of each expert; sums are rounded to load_R's precision.
+    """
     num_ranks = slowness_R.size
     alike = slowness_R.min() == slowness_R.max()
     used_R = np.zeros(num_ranks, np.int64)
     load_R[:] = 0.0
-    share_E = load_E / count_E
     by_share = np.argsort(-share_E[order_E], kind="mergesort")
     heap = np.empty(num_ranks, np.int64)
     size = 0
