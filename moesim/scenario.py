@@ -27,7 +27,7 @@ from moesim.door.parse import apply_overrides, parse_as
 from moesim.errors import InputError, check, near_match
 
 SCHEMA = 1
-PolicyName = Literal["contiguous"]
+PolicyName = Literal["contiguous", "striped", "eplb", "search", "map"]
 DEFAULTS: Mapping[str, Any] = {
     "model": "deepseek-v3",
     "cluster": "h800-8x-ib400",
@@ -61,6 +61,12 @@ class PlacementChoice:
     policy: PolicyName = "contiguous"
     num_slots: int | None = None  # slots of an expert-parallel group, the same on each rank; null: one for each expert
     map: str | None = None  # a file of physical_to_logical or expert_to_rank, for policy: map
+
+    def __post_init__(self) -> None:
+        rule = "must name a file where policy is map, and only there"
+        check((self.policy == "map") == (self.map is not None), "scenario.placement", "map", rule, self.map)
+        slots = self.num_slots
+        check(slots is None or slots >= 1, "scenario.placement", "num_slots", "must be at least 1", slots)
 
 
 @dataclass(frozen=True, kw_only=True)

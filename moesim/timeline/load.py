@@ -23,6 +23,9 @@ from moesim.fabric.collectives import allgather_s, alltoall_finish_s
 from moesim.fabric.ports import ports_of
 from moesim.fabric.traffic import Dedup, PortBytes, combine_ports, dispatch_ports, expected_copies
 from moesim.placement import Placement
+from moesim.placement.eplb import eplb_layers
+from moesim.placement.maps import load_map
+from moesim.placement.search import check_fits, least_max_load
 from moesim.placement.slots import LayerPlacements, even_slots
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
@@ -208,13 +211,27 @@ def _by_rank(seconds_GMLR: Floats, etp: int) -> Floats:
 
 
 def _placement(scenario: Scenario, popularities: Popularities) -> LayerPlacements:
-    """The scenario's placement policy, given what it can know: expected loads, not the step's own counts."""
-    choice, parallel = scenario.placement, scenario.parallel
-    nodes = _nodes_of_groups(scenario, 0)[0]
-    ranks = even_slots(choice.num_slots or popularities.num_experts, parallel.ep)
+    """The scenario's placement, by what can be known beforehand: expected loads, not the step's own counts."""
+    choice, num_experts = scenario.placement, popularities.num_experts
+    ranks = even_slots(choice.num_slots or num_experts, scenario.parallel.ep)
+    nodes = np.array(_nodes_of_groups(scenario, 0)[0])
     ranks = dataclasses.replace(ranks, node_of_rank_R=np.unique(nodes, return_inverse=True)[1])
-    expert_LS = np.tile(np.arange(popularities.num_experts), (popularities.num_layers, 1))
-    return LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=popularities.num_experts, ranks=ranks)
+    check_fits(num_experts, ranks)
+    if choice.map is not None:
+        return load_map(choice.map, num_layers=popularities.num_layers, num_experts=num_experts, ranks=ranks)
+    if choice.policy == "search":
+        return least_max_load(popularities.inclusion_LE, ranks, rng=stream(scenario.seed, "placement"))
+    if choice.policy == "eplb":
+        groups = popularities.router.num_groups
+        expert_LS = eplb_layers(
+            popularities.inclusion_LE, ranks.num_slots, ranks.num_ranks, num_nodes=ranks.num_nodes, num_groups=groups
+        )
+    else:
+        slot_S = np.arange(ranks.num_slots)
+        if choice.policy == "striped":
+            slot_S = slot_S.reshape(-1, ranks.num_ranks).T.reshape(-1)
+        expert_LS = np.tile(slot_S % num_experts, (popularities.num_layers, 1))
+    return LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=num_experts, ranks=ranks)
 
 
 @lru_cache(maxsize=8)
