@@ -6,8 +6,36 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from moesim.describe.checks import check_choice, check_number, check_whole
+from moesim.describe.popularity import (
+    Balanced,
+    Correlation,
+    Dirichlet,
+    Domain,
+    DomainMixture,
+    HotExperts,
+    Lognormal,
+    Multinomial,
+    Popularity,
+    PowerLaw,
+    Zipf,
+)
 from moesim.errors import check
 
+__all__ = [
+    "Balanced",
+    "Correlation",
+    "Dirichlet",
+    "Domain",
+    "DomainMixture",
+    "HotExperts",
+    "Lognormal",
+    "Multinomial",
+    "Popularity",
+    "PowerLaw",
+    "Routing",
+    "Training",
+    "Zipf",
+]
 Precision = Literal["bf16", "fp8"]
 Recompute = Literal["none", "full"]
 Overlap = Literal["none", "grad_reduce"]
@@ -42,35 +70,6 @@ class Training:
         rule = f"must be a multiple of micro_batch*dp = {self.micro_batch}*{dp} = {per_round}"
         check(self.global_batch % per_round == 0, "train", "global_batch", rule, self.global_batch)
         return self.global_batch // per_round
-
-
-@dataclass(frozen=True, kw_only=True)
-class Balanced:
-    """Every expert equally popular, and every count its expectation (forced balance, as in vendor benchmarks)."""
-
-    kind: Literal["balanced"] = "balanced"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Multinomial:
-    """Every expert equally popular; tokens choose at random, so counts vary as a sample does."""
-
-    kind: Literal["multinomial"] = "multinomial"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lognormal:
-    """Expert popularity from a lognormal whose expected load has this Gini coefficient (real text: 0.10 to 0.38)."""
-
-    gini: float = 0.25
-    kind: Literal["lognormal"] = "lognormal"
-
-    def __post_init__(self) -> None:
-        check_number("routing.popularity", "gini", self.gini)
-        check(0.0 <= self.gini < 0.95, "routing.popularity", "gini", "must lie in 0..0.95", self.gini)
-
-
-Popularity = Balanced | Multinomial | Lognormal
 
 
 @dataclass(frozen=True, kw_only=True)

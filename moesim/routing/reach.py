@@ -57,6 +57,32 @@ def reach_of_sets(log_weights_LE: Floats, set_of_E: NDArray[np.int64], *, top_k:
     return np.concatenate([_reach_chunk(weights_LE[c], set_of_E, top_k, num_sets, num_nodes) for c in chunks])
 
 
+def random_second_reach(log_weights_LE: Floats, set_of_E: NDArray[np.int64], *, num_sets: int) -> Floats:
+    """reach_LS of the top-2 router that keeps its second choice at random (GShard), in closed form.
+
+    After a first choice i, the second is kept with probability h_i = E[2 t1/(t1 + t2)], t1 the first ring and t2 - t1 a
+    wait longer by c = 1/(1 - s_i) in the mean: with u = t1's share of both waits, uniform on 0..1 before the stretch,
+    h = integral of 2u/(c + (2 - c)u) over 0..1. Arrays as in reach_of_sets. docs/model.md#reach.
+
+    >>> random_second_reach(np.zeros((1, 4)), np.arange(4), num_sets=4).round(3)
+    array([[0.392, 0.392, 0.392, 0.392]])
+    """
+    share_LE = np.exp(log_weights_LE - log_weights_LE.max(axis=1, keepdims=True))
+    share_LE /= share_LE.sum(axis=1, keepdims=True)
+    left_LE = np.maximum(1.0 - share_LE, 1e-300)
+    slope = 2.0 - 1.0 / left_LE
+    safe = np.where(np.abs(slope) < 1e-3, 1.0, slope)
+    kept_LE = 2.0 / safe * (1.0 - (2.0 - safe) / safe * np.log(2.0 / (2.0 - safe)))
+    # Where first and second wait alike in the mean (c near 2) the integral is expanded about u = 1/2.
+    kept_LE = np.where(np.abs(slope) < 1e-3, 0.5 + slope / 12, kept_LE)
+    handed_LE = share_LE * kept_LE / left_LE  # times another's share: that one is second, and kept
+    first_LS, handed_LS = (np.zeros((share_LE.shape[0], num_sets)) for _ in range(2))
+    for expert, member in enumerate(set_of_E):
+        first_LS[:, member] += share_LE[:, expert]
+        handed_LS[:, member] += handed_LE[:, expert]
+    return first_LS + (handed_LE.sum(axis=1, keepdims=True) - handed_LS) * first_LS
+
+
 def _reach_chunk(weights_LE: Floats, set_of_E: NDArray[np.int64], top_k: int, num_sets: int, num_nodes: int) -> Floats:
     """reach_of_sets for a few layers. Polynomials are (degree + 1, L*Q): coefficient j is P(exactly j rang)."""
     num_layers = weights_LE.shape[0]

@@ -14,9 +14,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.describe.model import Router
 from moesim.routing.popularity import Popularities
-from moesim.routing.reach import reach_of_sets, uniform_reach
-from moesim.routing.sampler import Choices
+from moesim.routing.reach import random_second_reach, reach_of_sets, uniform_reach
+from moesim.routing.sampler import Choices, perturbation_scale
 
 Floats = NDArray[np.float64]
 
@@ -78,7 +79,7 @@ def visit_probabilities(
 
 
 def _visits(popularities: Popularities, set_of_E: NDArray[np.int64], num_sets: int) -> Floats:
-    top_k, num_layers = popularities.router.top_k, popularities.num_layers
+    router, num_layers = popularities.router, popularities.num_layers
     if popularities.pool_LTK is not None:
         visits_LS = _pool_visits(popularities.pool_LTK, set_of_E, num_sets)
         if popularities.is_uniform:
@@ -86,20 +87,39 @@ def _visits(popularities: Popularities, set_of_E: NDArray[np.int64], num_sets: i
             mean_A = np.bincount(alike_S, weights=visits_LS[0]) / np.bincount(alike_S)
             visits_LS = np.tile(mean_A[alike_S], (num_layers, 1))
         return visits_LS
-    if popularities.is_uniform:
+    if popularities.domains is not None:
+        parts = popularities.domains
+        visits_DLS = [_plain_visits(weights_LE, router, set_of_E, num_sets) for weights_LE in parts.log_weights_DLE]
+        return np.tensordot(parts.share_D, np.stack(visits_DLS), axes=1)
+    weights_LE = popularities.log_weights_LE
+    if popularities.zero_log_weights_LZ is not None:
+        weights_LE = np.concatenate([weights_LE, popularities.zero_log_weights_LZ], axis=1)
+    if popularities.is_uniform and router.choice == "top_k" and router.num_zero_experts == 0:
         sizes_S = np.bincount(set_of_E, minlength=num_sets)
-        return np.tile(uniform_reach(popularities.num_experts, top_k, sizes_S), (num_layers, 1))
-    return reach_of_sets(popularities.log_weights_LE, set_of_E, top_k=top_k, num_sets=num_sets)
+        return np.tile(uniform_reach(popularities.num_experts, router.top_k, sizes_S), (num_layers, 1))
+    return _plain_visits(weights_LE, router, set_of_E, num_sets)
+
+
+def _plain_visits(log_weights_LE: Floats, router: Router, set_of_E: NDArray[np.int64], num_sets: int) -> Floats:
+    """Visits of a router without groups; experts beyond set_of_E are zero-compute ones, which nobody visits."""
+    weights_LE = log_weights_LE / perturbation_scale(router)
+    if router.choice == "random_second":
+        return random_second_reach(weights_LE, set_of_E, num_sets=num_sets)
+    num_zero = weights_LE.shape[1] - set_of_E.size
+    all_of_E = np.concatenate([set_of_E, np.full(num_zero, num_sets, dtype=np.int64)])
+    reach_LS = reach_of_sets(weights_LE, all_of_E, top_k=router.top_k, num_sets=num_sets + (num_zero > 0))
+    return reach_LS[:, :num_sets]
 
 
 def _pool_visits(pool_LTK: Choices, set_of_E: NDArray[np.int64], num_sets: int) -> Floats:
     """Share of pool tokens that visit each set: sort a token's sets, count each once."""
     visits_LS = np.empty((pool_LTK.shape[0], num_sets))
-    set_of_E16 = set_of_E.astype(np.int16)
+    # One more set, -1, takes the choices that reach no expert: index -1 finds it at the end.
+    set_of_E16 = np.append(set_of_E, -1).astype(np.int16)
     for layer, pool_TK in enumerate(pool_LTK):
         sets_TK = np.sort(set_of_E16[pool_TK], axis=1)
-        first_TK = np.ones(sets_TK.shape, dtype=bool)
-        first_TK[:, 1:] = sets_TK[:, 1:] != sets_TK[:, :-1]
+        first_TK = sets_TK >= 0
+        first_TK[:, 1:] &= sets_TK[:, 1:] != sets_TK[:, :-1]
         visits_LS[layer] = np.bincount(sets_TK[first_TK], minlength=num_sets) / pool_TK.shape[0]
     return visits_LS
 
