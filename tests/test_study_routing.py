@@ -257,6 +257,20 @@ def test_other_favourites_spread_memory_further_than_counting_does() -> None:
     assert np.std(favourites.peak_bytes_S) > 3 * np.std(counts.peak_bytes_S)
 
 
+def test_drift_spreads_memory_too_and_is_refused_where_nothing_drifts() -> None:
+    sizes = {"capacity_factor": None, "micro_batch": 8, "seq_len": 4096, "global_batch": 128, "recompute": "none"}
+    asked = scenario(**sizes)
+    with pytest.raises(InputError, match="drift_steps: must be given for memory under drift"):
+        memory_over_steps(asked, 3, redraw="drift")
+    raw = asked.to_dict()
+    raw["routing"]["popularity"] = {"kind": "lognormal", "gini": 0.3, "correlation": {"drift_steps": 50}}
+    raw |= {"cluster": SMALL["cluster"]}
+    drifting = Scenario.from_mapping(raw)
+    found = memory_over_steps(drifting, 6, redraw="drift")
+    counts = memory_over_steps(drifting, 6, redraw="counts")
+    assert np.std(found.peak_bytes_S) > 3 * np.std(counts.peak_bytes_S)
+
+
 def test_the_same_seed_gives_the_same_memory_and_another_seed_another() -> None:
     asked = scenario(capacity_factor=None, micro_batch=8, seq_len=4096, global_batch=128, recompute="none")
     first, again = memory_over_steps(asked, 3), memory_over_steps(asked, 3)

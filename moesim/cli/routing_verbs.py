@@ -179,7 +179,7 @@ def _cost_table(points: tuple[CostPoint, ...]) -> Table:
 def _memory_table(found: tuple[MemoryOverSteps, ...]) -> Table:
     from moesim.units import format_bytes
 
-    words = {"counts": "consecutive steps", "favourites": "other favourites"}
+    words = {"counts": "consecutive steps", "favourites": "other favourites", "drift": "drifting favourites"}
     rows = [
         (
             words[memory.redraw],

@@ -18,8 +18,10 @@ from moesim.study.skew import (
     DropCurve,
     MemoryOverSteps,
     NeededCapacity,
+    Redraw,
     cost_over_capacity,
     cost_over_skew,
+    drift_of,
     drop_curves,
     memory_over_steps,
     needed_capacity,
@@ -35,7 +37,7 @@ _UNITS = {"step_s": "s", "wait_s": "s", "tokens_per_s_per_gpu": "tokens/s", "pea
 class RoutingStudy:
     """One scenario's routing. over_skew, over_capacity, memory: of the scenario's popularity, not of a recording.
 
-    memory: peaks over consecutive steps and over steps with other favourites, in this order.
+    memory: peaks over consecutive steps, and over steps with other favourites or under the scenario's drift.
     """
 
     scenario: Scenario
@@ -122,6 +124,7 @@ def routing_study(
         say("simulating the step")
         own = simulate(scenario)
     base = routed_base(scenario)
+    redraws: tuple[Redraw, ...] = ("counts", "favourites" if drift_of(scenario) is None else "drift")
     return RoutingStudy(
         scenario=scenario,
         load=load,
@@ -131,7 +134,6 @@ def routing_study(
         over_skew=tuple(cost_over_skew(scenario, step=own, progress=progress)),
         over_capacity=tuple(cost_over_capacity(scenario, step=own, progress=progress)),
         memory=tuple(
-            memory_over_steps(scenario, num_steps, redraw=redraw, base=base, progress=progress)
-            for redraw in ("counts", "favourites")
+            memory_over_steps(scenario, num_steps, redraw=redraw, base=base, progress=progress) for redraw in redraws
         ),
     )

@@ -20,7 +20,7 @@ from moesim.describe.workload import Balanced
 from moesim.errors import InputError, check
 from moesim.metrics.step import StepResult
 from moesim.routing.capacity import expected_kept_fraction
-from moesim.routing.popularity import Popularities
+from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.statistics import gini
 from moesim.scenario import Scenario
 from moesim.seeds import stream
@@ -31,7 +31,7 @@ from moesim.timeline.load import StepLoad
 
 Floats = NDArray[np.float64]
 Progress = Callable[[str], None]
-Redraw = Literal["counts", "favourites"]
+Redraw = Literal["counts", "favourites", "drift"]
 GINIS = (0.1, 0.25, 0.4, 0.6)  # real text lies in 0.10 to 0.38
 STEP_FACTORS = (1.0, 1.25, 1.5, 2.0, None)
 _EULER = 0.5772156649015329
@@ -305,10 +305,14 @@ def memory_over_steps(
 
     redraw: ``counts`` draws each step's tokens anew under one popularity, as in consecutive steps; ``favourites`` also
     hands the same popularities to other experts of each layer (groups of a group-limited router stay together), as a
-    long run or another seed may: nobody knows beforehand which experts will be popular. base: the step's load where it
-    is known. docs/model.md#memory-over-steps.
+    long run or another seed may: nobody knows beforehand which experts will be popular. ``drift`` lets the scenario's
+    own popularity drift by its correlation.drift_steps from one sampled step to the next. base: the step's load where
+    it is known. Raises InputError. docs/model.md#memory-over-steps.
     """
     check(num_steps >= 2, "parameters", "num_steps", "must be at least 2", num_steps)
+    drift_steps = drift_of(scenario)
+    rule = "must be given for memory under drift"
+    check(redraw != "drift" or drift_steps is not None, "routing.popularity.correlation", "drift_steps", rule, None)
     start = routed_base(scenario) if base is None else base
     rng = stream(scenario.seed, f"memory over steps: {redraw}")
     peaks = []
@@ -318,10 +322,30 @@ def memory_over_steps(
         popularities = start.popularities
         if redraw == "favourites":
             popularities = other_favourites(popularities, rng)
+        elif drift_steps is not None and redraw == "drift":
+            popularities = _drifted(scenario, start, number * math.ceil(drift_steps))
         load = redraw_load(scenario, popularities, rng)
         peaks.append(peak_bytes(scenario, with_load(start, load)))
     return MemoryOverSteps(
         redraw=redraw, peak_bytes_S=tuple(peaks), capacity_bytes=scenario.cluster.gpu.memory_bytes.value
+    )
+
+
+def drift_of(scenario: Scenario) -> float | None:
+    """Steps after which the scenario's popularity has forgotten most of itself; None where it stays."""
+    popularity = scenario.routing.popularity
+    return None if isinstance(popularity, Balanced) else popularity.correlation.drift_steps
+
+
+def _drifted(scenario: Scenario, base: StepLoad, step: int) -> Popularities:
+    """The scenario's popularity as it is at a later step."""
+    return popularity_LE(
+        scenario.routing.popularity,
+        num_layers=len(base.layers),
+        num_experts=base.moe.num_experts,
+        router=base.moe.router,
+        rng=stream(scenario.seed, "popularity"),
+        step=step,
     )
 
 
@@ -347,9 +371,22 @@ def other_favourites(popularities: Popularities, rng: np.random.Generator) -> Po
     inside_LNS = rng.permuted(np.broadcast_to(np.arange(size), (num_layers, groups, size)), axis=-1)
     group_LN = rng.permuted(np.broadcast_to(np.arange(groups), (num_layers, groups)), axis=-1)
     order_LE = (group_LN[:, :, None] * size + inside_LNS).reshape(num_layers, num_experts)
+
+    def shuffled(values: Floats) -> Floats:
+        return np.take_along_axis(values, np.broadcast_to(order_LE, values.shape), axis=-1)
+
+    domains, first_LE = popularities.domains, popularities.first_LE
+    if domains is not None:
+        domains = dataclasses.replace(
+            domains,
+            log_weights_DLE=shuffled(domains.log_weights_DLE),
+            inclusion_DLE=shuffled(domains.inclusion_DLE),
+        )
     return dataclasses.replace(
         popularities,
-        log_weights_LE=np.take_along_axis(popularities.log_weights_LE, order_LE, axis=1),
-        inclusion_LE=np.take_along_axis(popularities.inclusion_LE, order_LE, axis=1),
+        log_weights_LE=shuffled(popularities.log_weights_LE),
+        inclusion_LE=shuffled(popularities.inclusion_LE),
         pool_LTK=None,
+        domains=domains,
+        first_LE=None if first_LE is None else shuffled(first_LE),
     )
