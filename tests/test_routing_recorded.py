@@ -576,6 +576,13 @@ def test_a_load_becomes_weights_whose_draw_gives_that_load() -> None:
     assert reached == pytest.approx(wanted, rel=0.01)
 
 
+def test_weights_widen_with_a_routers_noise_so_that_its_load_stays() -> None:
+    load = np.array([[5, 10, 20, 40, 80, 5, 10, 30]])
+    noisy = Router(top_k=2, noise_std=1.0)
+    visits = visit_probabilities(histogram_popularities(load, noisy), contiguous(8, 8))
+    assert visits.rank_visits_LR == pytest.approx(2 * load / load.sum(), rel=0.01)
+
+
 def test_a_load_that_no_router_can_give_is_refused() -> None:
     assert "an expert must not take more than all tokens (top-2)" in refusal_of(
         lambda: histogram_popularities(np.array([[90, 5, 5, 5]]), Router(top_k=2))
@@ -583,7 +590,7 @@ def test_a_load_that_no_router_can_give_is_refused() -> None:
     assert "must not all be 0 in a layer" in refusal_of(
         lambda: histogram_popularities(np.array([[0, 0, 0, 0]]), Router(top_k=2))
     )
-    assert "must not be group-limited" in refusal_of(
+    assert "must be a plain top-k one where only a histogram is given" in refusal_of(
         lambda: histogram_popularities(np.array([[1, 1, 1, 1]]), Router(top_k=2, num_groups=2, top_groups=1))
     )
 

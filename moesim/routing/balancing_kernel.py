@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 _NEWTON_STEPS = 60
+_CLOSE_FRACTION = 1e-9
 
 
 @njit(nogil=True, cache=True)
@@ -30,7 +31,7 @@ def fluid_inclusion(offset_E, top_k, time, inclusion_E):  # type: ignore[no-unty
             total += inclusion_E[e]
             slope += weight * left
         missing = top_k - total
-        if abs(missing) < 1e-9 * top_k:
+        if abs(missing) < _CLOSE_FRACTION * top_k:
             break
         time += missing / slope if slope > 0.0 else -time
         if time <= 0.0:

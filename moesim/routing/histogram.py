@@ -18,6 +18,7 @@ from moesim.errors import InputError, check
 from moesim.routing.popularity import Popularities
 from moesim.routing.reach import reach_of_sets
 from moesim.routing.recorded import RecordedRouting, step_of_tokens, weights_of_inclusion
+from moesim.routing.sampler import perturbation_scale
 from moesim.units import GIB, format_bytes
 
 Floats = NDArray[np.float64]
@@ -173,15 +174,15 @@ def write_histogram(histogram: Histogram, path: str | Path) -> None:
 
 
 def histogram_popularities(load_LE: Ints, router: Router, *, owner: str = "histogram") -> Popularities:
-    """A load as the simulator's popularity, for routers without group limits: visits then come from the weights.
+    """A load as the simulator's popularity, for plain top-k routers: visits then come from the weights.
 
     The weights are solved so that the plain top-k draw includes each expert as often as the load says, each layer on
-    its own. InputError for a group-limited router (only recorded tokens say which experts go together), for a layer
-    without load, and for an expert that takes more than every token once.
+    its own. InputError for a router with groups, zero experts or a choice of its own (only recorded tokens say which
+    experts go together), for a layer without load, and for an expert that takes more than every token once.
     """
-    limited = router.top_groups < router.num_groups
+    is_plain = router.top_groups == router.num_groups and router.choice == "top_k" and router.num_zero_experts == 0
     hint = "Record the router-replay array instead."
-    check(not limited, owner, "router", "must not be group-limited where only a histogram is given", router, hint)
+    check(is_plain, owner, "router", "must be a plain top-k one where only a histogram is given", router, hint)
     total_L = load_LE.sum(axis=1)
     check(bool((total_L > 0).all()), owner, "tokens", "must not all be 0 in a layer", total_L.tolist())
     wanted_LE = load_LE * (router.top_k / total_L[:, None])
@@ -196,7 +197,7 @@ def histogram_popularities(load_LE: Ints, router: Router, *, owner: str = "histo
         log_weights_LE = log_weights_LE + weights_of_inclusion(floor_LE) - weights_of_inclusion(reached_LE)
     return Popularities(
         router=router,
-        log_weights_LE=log_weights_LE,
+        log_weights_LE=log_weights_LE * perturbation_scale(router),
         inclusion_LE=np.minimum(wanted_LE, 1.0),
         sigma=max(float(log_weights_LE.std()), 1e-9),
     )

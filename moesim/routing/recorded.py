@@ -26,6 +26,7 @@ from moesim.door.arrays import CHUNK_BYTES, SUFFIXES, ArrayStream, open_arrays, 
 from moesim.door.rows import json_lines, write_lines
 from moesim.errors import InputError, check
 from moesim.routing.popularity import Popularities
+from moesim.routing.sampler import perturbation_scale
 from moesim.routing.visits import ExpertMap, VisitProbabilities
 
 Floats = NDArray[np.float64]
@@ -432,6 +433,7 @@ def recorded_popularities(
         pool_LTK[:, here] = np.moveaxis(experts_TLK[chosen[here] - first], 1, 0)
     inclusion_LE = count_LE / recorded.num_tokens
     log_weights_LE = weights_of_inclusion(np.maximum(inclusion_LE, 0.5 / recorded.num_tokens))
+    log_weights_LE *= perturbation_scale(router)
     # A spread of exactly 0 would mean equal experts by symmetry, which a recording never promises.
     sigma = max(float(log_weights_LE.std()), _LEAST_SPREAD)
     return Popularities(
