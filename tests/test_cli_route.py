@@ -47,6 +47,20 @@ def test_route_gives_the_promised_names_and_the_same_bytes_for_the_same_seed() -
     assert first["provenance"][0]["kind"] == "assumed"
 
 
+@pytest.mark.parametrize(
+    ("asked", "name", "value"),
+    [
+        (["--popularity", "zipf", "--gini", "0.5"], "gini", 0.5),
+        (["--set", "routing.popularity={kind: dirichlet, cv: 0.7}"], "cv", 0.7),
+        (["--set", "routing.popularity.cv=0.7"], "cv", 0.7),
+        (["--popularity", "multinomial"], "gini", 0.02),
+    ],
+)
+def test_skew_is_asked_for_by_what_people_measure(asked: list[str], name: str, value: float) -> None:
+    without_gini = SMALL[: SMALL.index("--gini")]
+    assert answer(*without_gini, *asked)["result"][name] == pytest.approx(value, abs=0.02)
+
+
 def test_route_and_simulate_drop_the_same() -> None:
     simulated = json.loads(moesim("simulate", *SMALL, "--json")[1])["result"]
     routed = answer(*SMALL)["result"]

@@ -18,6 +18,7 @@ from moesim.routing.popularity import popularity_LE
 from moesim.routing.recorded import recorded_from_array
 from moesim.routing.sampler import draw_choices
 from moesim.routing.statistics import gini
+from moesim.study.balance import balance_over_training
 from moesim.study.routed import RoutedLoad, redraw_load, routed_base, routed_load
 from moesim.study.routing import RoutingStudy, routing_study
 from moesim.study.skew import (
@@ -294,6 +295,22 @@ def test_a_peak_that_never_changes_is_certain_to_fit_or_not() -> None:
     for capacity, chance in ((81.0, 0.0), (79.0, 1.0)):
         found = MemoryOverSteps(redraw="counts", peak_bytes_S=(80.0, 80.0, 80.0), capacity_bytes=capacity)
         assert (found.p99_bytes, found.out_of_memory_fraction, found.fits_at_p99) == (80.0, chance, not chance)
+
+
+def test_balancing_evens_the_scenarios_own_skew_out_and_costs_less_wait() -> None:
+    curves = {
+        curve.policy: curve
+        for curve in balance_over_training(scenario(global_batch=1024), num_steps=1500, learning_rate=1e-3)
+    }
+    load, _ = routed_load(scenario())
+    first = [curve.max_vio[0] for curve in curves.values()]
+    drawn = np.mean([row["max_vio"] for row in load.by_layer()])
+    assert np.allclose(first, drawn, rtol=0.35)  # another draw of the same law, over 4 layers
+    ends = [curves[name].final_max_vio for name in ("loss_free", "aux_loss", "none")]
+    assert ends == sorted(ends)
+    assert curves["loss_free"].steps_until_balanced is not None
+    assert curves["none"].steps_until_balanced is None
+    assert curves["loss_free"].lost_s < curves["aux_loss"].lost_s < curves["none"].lost_s
 
 
 def test_a_redrawn_load_has_the_sizes_of_the_step() -> None:

@@ -54,8 +54,8 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "mtp": ("true|false", "Train the multi-token-prediction layers too."),
     },
     "Routing": {
-        "popularity": ("KIND", "How uneven the experts are: balanced, multinomial, lognormal."),
-        "gini": ("0..0.95", "Gini coefficient of the lognormal popularity."),
+        "popularity": ("KIND", "balanced, multinomial, lognormal, dirichlet, zipf, power_law, hot_experts, domains."),
+        "gini": ("0..0.95", "Gini coefficient of the load. Other measures: --set routing.popularity.cv=1."),
         "capacity_factor": ("X|null", "Expert capacity over the mean load; null drops nothing."),
         "drop_policy": ("KIND", "What a full expert keeps: probability or position."),
         "dispatcher": ("alltoall|deepep", "How tokens travel."),

@@ -80,10 +80,12 @@ def _dotted(text: str, leaves: Mapping[str, tuple[str, ...]]) -> str:
 
 
 def _name_the_lognormal(raw: dict[str, Any]) -> None:
-    """A Gini coefficient given without a kind means the lognormal, the only kind that has one."""
+    """A measure of skew given without a kind of popularity means the lognormal."""
     routing = raw.get("routing")
     popularity = routing.get("popularity") if isinstance(routing, dict) else None
-    if isinstance(routing, dict) and isinstance(popularity, dict) and "kind" not in popularity and "gini" in popularity:
+    if not isinstance(routing, dict) or not isinstance(popularity, dict) or "kind" in popularity:
+        return
+    if any(measure in popularity for measure in ("gini", "cv", "max_mean")):
         routing["popularity"] = {"kind": "lognormal"} | popularity
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moesim.describe.popularity import popularity_words
 from moesim.metrics.step import StepResult
 from moesim.report.style import COLOURS, short_count, signed_percent
 from moesim.scenario import Scenario
@@ -33,9 +34,7 @@ def question(scenario: Scenario) -> GT:
     skew = {
         "balanced": "every expert equally loaded (as vendors benchmark)",
         "multinomial": "experts equally popular, tokens choose at random",
-        "lognormal": f"uneven: lognormal popularity with Gini {getattr(popularity, 'gini', 0.0):g} (real text: "
-        "0.10 to 0.38)",
-    }[popularity.kind]
+    }.get(popularity.kind, f"uneven: {popularity_words(popularity)} (Gini of real text: 0.10 to 0.38)")
     cut = [
         (p.pp, "pipeline stages" + (f" in {p.vpp} virtual ones each" if p.vpp > 1 else "")),
         (p.tp, "GPUs per layer (tensor parallel)"),

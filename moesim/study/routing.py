@@ -11,6 +11,7 @@ from typing import Any
 from moesim.metrics.step import StepResult
 from moesim.routing.recorded import RecordedRouting
 from moesim.scenario import Scenario
+from moesim.study.balance import BalanceCurve, balance_over_training
 from moesim.study.routed import RoutedLoad, routed_base, routed_load
 from moesim.study.simulate import simulate
 from moesim.study.skew import (
@@ -30,6 +31,7 @@ from moesim.study.skew import (
 Progress = Callable[[str], None]
 Row = tuple[str, str, float | str, float | str | bool, str]  # section, name, x, value, unit
 WANTED_DROP_FRACTION = 0.01
+LEARNING_RATE = 3e-4  # assumed; published runs of this size take 2e-4 to 1e-3
 _UNITS = {"step_s": "s", "wait_s": "s", "tokens_per_s_per_gpu": "tokens/s", "peak_bytes": "B", "drop_fraction": "1"}
 
 
@@ -48,6 +50,7 @@ class RoutingStudy:
     over_skew: tuple[CostPoint, ...]
     over_capacity: tuple[CostPoint, ...]
     memory: tuple[MemoryOverSteps, ...]
+    balancing: tuple[BalanceCurve, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the same for the same scenario, recording and seed; the results of ``moesim route`` on top."""
@@ -57,6 +60,7 @@ class RoutingStudy:
             "over_skew": [dataclasses.asdict(point) for point in self.over_skew],
             "over_capacity": [dataclasses.asdict(point) for point in self.over_capacity],
             "memory_over_steps": [memory.to_dict() for memory in self.memory],
+            "balancing": [dataclasses.asdict(curve) for curve in self.balancing],
         }
 
     def rows(self) -> list[Row]:
@@ -86,6 +90,11 @@ class RoutingStudy:
                 (section, name, "", getattr(memory, name), "B") for name in ("p50_bytes", "p90_bytes", "p99_bytes")
             ]
             rows.append((section, "out_of_memory_fraction", "", memory.out_of_memory_fraction, "1"))
+        for balance in self.balancing:
+            section = f"balancing, {balance.policy}"
+            pairs = zip(balance.steps, balance.max_vio, strict=True)
+            rows += [(section, "max_vio", step, value, "1") for step, value in pairs]
+            rows += [(section, name, "", getattr(balance, name), "s") for name in ("lost_s", "settled_lost_s")]
         return rows
 
 
@@ -98,14 +107,17 @@ def routing_study(
     *,
     wanted_drop_fraction: float = WANTED_DROP_FRACTION,
     num_steps: int = 32,
+    training_steps: int = 0,
+    learning_rate: float = LEARNING_RATE,
     step: StepResult | None = None,
     progress: Progress | None = None,
     recorded: str | Path | RecordedRouting | None = None,
 ) -> RoutingStudy:
     """Route a step and find what its skew costs: about 20 simulated steps, and num_steps drawn ones for memory.
 
-    step: the scenario's own result, where it is known; progress: called with what comes next; recorded: routing that
-    somebody recorded (see ``moesim.study.routed.routed_load``). Raises InputError and NotModelledError.
+    training_steps, learning_rate: of balancing over training (0 steps: left out); step: the scenario's own result,
+    where it is known; progress: called with what comes next; recorded: routing that somebody recorded (see
+    ``moesim.study.routed.routed_load``). Raises InputError and NotModelledError.
 
     >>> routing_study(scenario).needed.capacity_factor  # doctest: +SKIP
     2.18
@@ -124,6 +136,11 @@ def routing_study(
         say("simulating the step")
         own = simulate(scenario)
     base = routed_base(scenario)
+    balancing: list[BalanceCurve] = []
+    if training_steps:
+        balancing = balance_over_training(
+            scenario, num_steps=training_steps, learning_rate=learning_rate, progress=progress
+        )
     redraws: tuple[Redraw, ...] = ("counts", "favourites" if drift_of(scenario) is None else "drift")
     return RoutingStudy(
         scenario=scenario,
@@ -136,4 +153,5 @@ def routing_study(
         memory=tuple(
             memory_over_steps(scenario, num_steps, redraw=redraw, base=base, progress=progress) for redraw in redraws
         ),
+        balancing=tuple(balancing),
     )
