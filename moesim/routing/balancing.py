@@ -351,8 +351,8 @@ def fit_dynamics(
 # 1.28) and reinforcement (imbalance grows e-fold in 10,000 steps if nothing holds it).
 # The 3B case took no part in the fit: loss-free 0.030 predicted, 0.04 published; auxiliary loss 0.51 predicted, 0.52
 # published, with its batch of 1728 and learning rate of 7.8e-4 as remembered; with those of the 1B case the model
-# predicts 0.75. A gate_scale of 0.25, fitted anew, gives 0.028 and 0.51. Whoever chose how drift and pull scale had
-# seen both published numbers, and one case is a weak test.
+# predicts 0.75. Fitted anew, a gate_scale of 0.25 gives 0.028 and 0.51, no reinforcement 0.030 and 0.51. Whoever chose
+# how drift and pull scale had seen both published numbers, and one case is a weak test.
 FITTED = Dynamics(
     drift=0.0059,
     reinforcement=1e-4,
