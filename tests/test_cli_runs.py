@@ -147,7 +147,7 @@ tokens_to_train: float = 1e12
     ("arguments", "words"),
     [
         (["--etp", "2", "--ep", "4"], "parameters: etp: is not a parameter; got 2"),
-        (["--set", "placement.num_slots=9"], "--set: placement.num_slots: has no parameter in the report"),
+        (["--set", "routing.popularity.cv=0.5"], "--set: routing.popularity.cv: has no parameter in the report"),
         (["-p", "epp", "8"], "parameters: epp: is not a parameter; got 8. Did you mean"),
         (["-p", "ep", "x"], "ep: must be a whole number; got 'x'"),
         (["-p", "tokens_to_train", "lots"], "tokens_to_train: must be a number; got 'lots'"),

@@ -31,7 +31,9 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "cluster": ("NAME|FILE", "Preset or cluster YAML."),
         "num_gpus": ("N", "GPUs, in whole nodes."),
         "profile": ("auto|datasheet|FILE", "Where compute efficiency comes from."),
-        "policy": ("contiguous", "Placement of the experts."),
+        "policy": ("KIND", "Placement of the experts: contiguous, striped, eplb, search, map."),
+        "num_slots": ("N|null", "Slots for experts over the expert-parallel ranks; more than experts: replicas."),
+        "map": ("FILE|null", "A placement map (JSON), for the policy map."),
         "fidelity": ("port", "How traffic is timed."),
     },
     "Parallel sizes": {
