@@ -121,3 +121,14 @@ def _scaled(load_LE: Floats) -> Floats:
     mean_L1 = load_LE.mean(axis=1, keepdims=True)
     scale_L1 = np.exp2(np.floor(np.log2(np.where(mean_L1 > 0, mean_L1, 1.0))))
     return np.where(mean_L1 > 0, load_LE / scale_L1, 1.0)
+
+
+def warm() -> None:
+    """Compile the kernels of this room into numba's cache, so that no later run pays for it (some 25 s)."""
+    from moesim.placement.nodes import fewer_crossings
+    from moesim.placement.slots import even_slots
+
+    load, ranks, rng = np.array([[3.0, 1.0, 2.0, 1.0]]), even_slots(6, 2, num_nodes=2), np.random.default_rng(0)
+    placed = least_max_load(load, ranks, rng=rng)
+    lower_bounds(load, ranks)
+    fewer_crossings(placed, load, np.zeros((1, 4, 4)), max_mean_limit_L=2.0, rng=rng, num_steps=1)
