@@ -7,11 +7,21 @@ import pytest
 from numpy.typing import NDArray
 
 from moesim.describe.model import Router
-from moesim.describe.workload import Balanced, Lognormal, Multinomial, Popularity, Routing
+from moesim.describe.workload import (
+    Balanced,
+    Correlation,
+    Domain,
+    DomainMixture,
+    Lognormal,
+    Multinomial,
+    Popularity,
+    Routing,
+)
 from moesim.errors import InputError
 from moesim.routing.capacity import drop_curve, expected_kept_fraction, kept_of_count, megatron_capacity
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
+from moesim.routing.routers import draw_token_sequence
 from moesim.routing.sampler import draw_choices
 
 TOKENS, SOURCES, EXPERTS, TOP_K = 64, 8, 16, 3
@@ -203,3 +213,87 @@ def test_more_tokens_than_float32_counts_are_refused_by_name() -> None:
     popularities = popularities_of(Multinomial())
     with pytest.raises(InputError, match=r"routing: micro_batch\*seq_len.* must not exceed 16777216.*; got 16777224"):
         load_of(Routing(popularity=Multinomial()), popularities, micro_batches=1, tokens=2**21 + 1)
+
+
+def spread_of(counts: NDArray[np.floating], row: int = 0) -> NDArray[np.floating]:
+    return counts[:, row].astype(np.float64).std(axis=0)
+
+
+def test_tokens_that_copy_their_neighbour_widen_counts_as_drawn_sequences_do() -> None:
+    popularity = Lognormal(gini=0.2, correlation=Correlation(first_repeat=0.5))
+    popularities = popularities_of(popularity, experts=8, top_k=2)
+    assert popularities.repeat_L is not None
+    fast = load_of(Routing(popularity=popularity), popularities, micro_batches=3000).assigned_GMLE[0]
+    per_batch = TOKENS * SOURCES
+    sequence = draw_token_sequence(
+        popularities.log_weights_LE[0],
+        popularities.router,
+        1500 * per_batch,
+        float(popularities.repeat_L[0]),
+        np.random.default_rng(1),
+    )
+    flat = np.repeat(np.arange(1500) * 8, per_batch * 2) + sequence.ravel()
+    slow = np.bincount(flat, minlength=1500 * 8).reshape(1500, 1, 8)
+    assert fast.mean(axis=(0, 1)) == pytest.approx(slow.mean(axis=(0, 1)), rel=0.02)
+    # The standard deviation of 1500 draws is known to 1.8 %; what a first choice does to others is averaged.
+    assert spread_of(fast) == pytest.approx(spread_of(slow), rel=0.1)
+    independent = load_of(Routing(), popularities_of(Lognormal(gini=0.2), experts=8, top_k=2), micro_batches=3000)
+    assert (spread_of(fast) > 1.15 * spread_of(independent.assigned_GMLE[0])).all()
+
+
+def test_runs_of_one_domain_widen_counts_alike_in_all_layers_and_leave_their_means() -> None:
+    texts = (Domain(name="code", share=0.5), Domain(name="prose", share=0.5))
+    loads = {}
+    for run_tokens in (1, 64):
+        mixture = DomainMixture(domains=texts, gini=0.25, run_tokens=run_tokens)
+        popularities = popularities_of(mixture, layers=2)
+        loads[run_tokens] = load_of(Routing(popularity=mixture), popularities, micro_batches=3000).assigned_GMLE[0]
+    mixed, in_runs = loads[1], loads[64]
+    assert in_runs.mean(axis=0) == pytest.approx(mixed.mean(axis=0), rel=0.05)
+    parts = popularities.domains
+    assert parts is not None
+    # Variance of a run: tokens of one domain, then which domain each of the 8 runs is.
+    within = TOKENS * SOURCES * (parts.inclusion_DLE * (1 - parts.inclusion_DLE)).mean(axis=0)
+    between = 8 * 64**2 * parts.inclusion_DLE.var(axis=0)
+    assert spread_of(in_runs) == pytest.approx(np.sqrt(within + between)[0], rel=0.08)
+    whole = popularities.inclusion_LE[0]
+    assert spread_of(mixed) == pytest.approx(np.sqrt(TOKENS * SOURCES * whole * (1 - whole)), rel=0.08)
+    assert np.array_equal(in_runs.sum(axis=-1), np.full((3000, 2), TOKENS * SOURCES * TOP_K))
+    code_heavy = in_runs[:, 0] @ (parts.inclusion_DLE[0, 0] - parts.inclusion_DLE[1, 0])
+    same_in_layer_1 = in_runs[:, 1] @ (parts.inclusion_DLE[0, 1] - parts.inclusion_DLE[1, 1])
+    assert np.corrcoef(code_heavy, same_in_layer_1)[0, 1] > 0.8
+
+
+@pytest.mark.parametrize(
+    "router",
+    [Router(top_k=2, choice="random_second"), Router(top_k=3, num_zero_experts=8), Router(top_k=1, num_zero_experts=4)],
+)
+def test_assignments_that_reach_nobody_leave_the_rows_as_drawn_tokens_do(router: Router) -> None:
+    popularity = Lognormal(gini=0.2)
+    popularities = popularity_LE(
+        popularity, num_layers=1, num_experts=EXPERTS, router=router, rng=np.random.default_rng(2)
+    )
+    counts = load_of(Routing(popularity=popularity), popularities, micro_batches=2000).assigned_GMLE[0, :, 0]
+    weights = popularities.log_weights_LE[0]
+    if popularities.zero_log_weights_LZ is not None:
+        weights = np.concatenate([weights, popularities.zero_log_weights_LZ[0]])
+    per_batch = TOKENS * SOURCES
+    choices = draw_choices(weights, router, 2000 * per_batch, np.random.default_rng(1)).reshape(2000, -1)
+    reached = ((choices >= 0) & (choices < EXPERTS)).sum(axis=1)
+    assert counts.shape == (2000, EXPERTS)
+    assert counts.sum(axis=1).mean() == pytest.approx(reached.mean(), rel=0.005)
+    assert counts.sum(axis=1).std() == pytest.approx(reached.std(), rel=0.12)
+    first = (choices == 0).sum(axis=1)
+    assert counts[:, 0].mean() == pytest.approx(first.mean(), rel=0.03)
+    assert counts[:, 0].std() == pytest.approx(first.std(), rel=0.1)
+
+
+def test_experts_that_choose_are_loaded_evenly_in_every_micro_batch() -> None:
+    router = Router(top_k=2, choice="expert_choice")
+    popularities = popularity_LE(
+        Lognormal(gini=0.3), num_layers=2, num_experts=EXPERTS, router=router, rng=np.random.default_rng(2)
+    )
+    load = load_of(Routing(), popularities, micro_batches=3)
+    assert np.array_equal(load.assigned_GMLE, np.full((1, 3, 2, EXPERTS), TOKENS * SOURCES * 2 / EXPERTS))
+    with pytest.raises(InputError, match="capacity_factor: must be null where experts choose tokens"):
+        load_of(Routing(capacity_factor=1.0), popularities)

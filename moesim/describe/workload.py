@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from moesim.describe.capacity import Capacity, Gshard, Megablocks, Megatron, RankBuffer, Tutel
 from moesim.describe.checks import check_choice, check_number, check_whole
 from moesim.describe.popularity import (
     Balanced,
@@ -23,24 +24,30 @@ from moesim.errors import check
 
 __all__ = [
     "Balanced",
+    "Capacity",
     "Correlation",
     "Dirichlet",
     "Domain",
     "DomainMixture",
+    "Gshard",
     "HotExperts",
     "Lognormal",
+    "Megablocks",
+    "Megatron",
     "Multinomial",
     "Popularity",
     "PowerLaw",
+    "RankBuffer",
     "Routing",
     "Training",
+    "Tutel",
     "Zipf",
 ]
 Precision = Literal["bf16", "fp8"]
 Recompute = Literal["none", "full"]
 Overlap = Literal["none", "grad_reduce"]
 Dispatcher = Literal["alltoall", "deepep"]  # deepep: once over the network to each node, then NVLink
-DropPolicy = Literal["probability", "position"]
+DropPolicy = Literal["probability", "position", "random", "reroute"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +81,29 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Where tokens go. capacity_factor None: dropless. Capacity is Megatron's, per source rank: ceil(T*k/E*CF)."""
+    """Where tokens go. capacity_factor None: dropless; else ``capacity`` says what it is a factor of.
+
+    drop_policy: which assignments a full expert keeps (``reroute``: what overflows tries the token's next experts).
+    pad_to_capacity: buffers are sent and computed full, empty places included.
+    """
 
     popularity: Popularity = field(default_factory=Lognormal)
     capacity_factor: float | None = None
+    capacity: Capacity = field(default_factory=Megatron)
     drop_policy: DropPolicy = "probability"
+    pad_to_capacity: bool = False
     dispatcher: Dispatcher = "alltoall"
 
     def __post_init__(self) -> None:
         if self.capacity_factor is not None:
             check_number("routing", "capacity_factor", self.capacity_factor)
             rule = "must be positive, or null for dropless"
-            check(self.capacity_factor > 0, "routing", "capacity_factor", rule, self.capacity_factor)
+            may_be_zero = isinstance(self.capacity, Megablocks) and self.capacity_factor == 0  # its word for dropless
+            good = self.capacity_factor > 0 or may_be_zero
+            check(good, "routing", "capacity_factor", rule, self.capacity_factor)
         check_choice("routing", "drop_policy", self.drop_policy, get_args(DropPolicy))
+        rule = "needs a capacity_factor: without one there is nothing to pad to"
+        check(not self.pad_to_capacity or bool(self.capacity_factor), "routing", "pad_to_capacity", rule, True)
+        rule = "must be probability, position or random: a rank's buffer turns nobody to another expert"
+        reroutes_ranks = self.drop_policy == "reroute" and isinstance(self.capacity, RankBuffer)
+        check(not reroutes_ranks, "routing", "drop_policy", rule, self.drop_policy)

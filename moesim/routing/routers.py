@@ -87,3 +87,59 @@ def draw_token_sequence(
     drawn_TK = fresh_TK.copy()
     drawn_TK[copies_T] = fresh_TK[picked]
     return drawn_TK
+
+
+def draw_preferences(
+    log_weights_E: Floats,
+    router: Router,
+    num_tokens: int,
+    rng: np.random.Generator,
+    *,
+    num_preferences: int,
+    chunk_tokens: int = 8192,
+) -> tuple[Choices, Floats]:
+    """(order_TM, score_TM): the experts each token would take, best first, and its router's scores of them.
+
+    A token's logits are log popularity plus Gumbel noise, so that its first k are distributed as draw_choices draws
+    them. Scores: softmax over all experts or sigmoid, over their sum in the first k where the router normalises. Groups
+    that a group-limited token may not use end its list with -1. All experts of all tokens are perturbed: about a
+    twentieth of the sampler's speed.
+
+    >>> order_TM, score_TM = draw_preferences(np.zeros(8), Router(top_k=2), 3, np.random.default_rng(0),
+    ...                                       num_preferences=4)
+    >>> bool((np.diff(score_TM, axis=1) <= 0).all() and abs(score_TM[:, :2].sum() - 3) < 1e-9)
+    True
+    """
+    num_experts = log_weights_E.size
+    assert router.top_k <= num_preferences <= num_experts, "a token prefers each expert once"
+    order_TM = np.empty((num_tokens, num_preferences), dtype=np.int16)
+    score_TM = np.empty((num_tokens, num_preferences))
+    for first in range(0, num_tokens, chunk_tokens):
+        part = slice(first, min(first + chunk_tokens, num_tokens))
+        noise_TE = rng.gumbel(size=(part.stop - first, num_experts)) * perturbation_scale(router)
+        logit_TE = log_weights_E + noise_TE
+        allowed_TE = np.ones(logit_TE.shape, dtype=bool)
+        if router.top_groups < router.num_groups:
+            logit_TNS = logit_TE.reshape(len(logit_TE), router.num_groups, -1)
+            best = 2 if router.group_score == "top2_sum" else 1
+            group_TN = np.sort(logit_TNS, axis=2)[:, :, -best:].sum(axis=2)
+            outside_TN = np.argsort(-group_TN, axis=1)[:, router.top_groups :]
+            allowed_TNS = np.ones(logit_TNS.shape, dtype=bool)
+            np.put_along_axis(allowed_TNS, outside_TN[:, :, None], False, axis=1)
+            allowed_TE = allowed_TNS.reshape(logit_TE.shape)
+        if router.scoring == "softmax":
+            score_TE = np.exp(logit_TE - logit_TE.max(axis=1, keepdims=True))
+            score_TE /= score_TE.sum(axis=1, keepdims=True)
+        else:
+            score_TE = 1.0 / (1.0 + np.exp(-logit_TE))
+        ranked = np.argsort(np.where(allowed_TE, -logit_TE, np.inf), axis=1, kind="stable")[:, :num_preferences]
+        usable = np.take_along_axis(allowed_TE, ranked, axis=1)
+        chosen = np.where(usable, np.take_along_axis(score_TE, ranked, axis=1), 0.0)
+        if router.normalise_top_k:
+            chosen /= chosen[:, : router.top_k].sum(axis=1, keepdims=True)
+        order_TM[part], score_TM[part] = np.where(usable, ranked, -1), chosen
+    if router.choice == "random_second":
+        gates_T2 = score_TM[:, :2] / score_TM[:, :2].sum(axis=1, keepdims=True)
+        falls_T = rng.random(num_tokens) >= 2.0 * gates_T2[:, 1]
+        order_TM[falls_T, 1] = -1
+    return order_TM, score_TM
