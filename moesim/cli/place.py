@@ -15,7 +15,7 @@ from moesim.errors import check
 if TYPE_CHECKING:
     from moesim.placement.slots import LayerPlacements, RankSlots
     from moesim.scenario import Scenario
-    from moesim.study.place import PlacedLoad
+    from moesim.study.place import Choices, PlacedLoad
 
 PANEL = "What to place"
 SHOWN_LAYERS = 12
@@ -60,9 +60,9 @@ def place(
     if loads is not None:
         load_LE, ranks, groups = _from_file(call, scenario_file, loads, num_gpus, num_nodes, num_slots, num_groups)
         asked: dict[str, Any] = {"loads": str(loads), "num_gpus": num_gpus, "num_nodes": num_nodes or 1}
-        wanted, seed = policy, call.seed or 0
+        wanted, seed, choices = policy, call.seed or 0, None
     else:
-        scenario, load_LE, ranks, groups = _from_scenario(
+        scenario, load_LE, choices, ranks, groups = _from_scenario(
             call, scenario_file, num_gpus, num_nodes, num_slots, num_groups
         )
         asked = {"scenario": scenario.to_dict()}
@@ -78,6 +78,7 @@ def place(
             given=given,
             num_groups=groups,
             previous=before,
+            choices=choices,
             rng=stream(seed, "placement"),
         )
     asked |= {
@@ -156,8 +157,8 @@ def _from_scenario(
     num_nodes: int | None,
     num_slots: int | None,
     num_groups: int | None,
-) -> tuple[Scenario, Any, RankSlots, int]:
-    """(scenario, load_LE, ranks, expert groups): the load of one step, on the ranks of its first expert group."""
+) -> tuple[Scenario, Any, Choices | None, RankSlots, int]:
+    """(scenario, load_LE, tokens, ranks, expert groups): one step's load, on the ranks of its first expert group."""
     from moesim.cli.question import scenario_of, typed_parameters
     from moesim.study.place import scenario_load, scenario_ranks
 
@@ -166,10 +167,10 @@ def _from_scenario(
     leaves = typed_parameters(call) | ({} if num_gpus is None else {"num_gpus": num_gpus})
     scenario = scenario_of(call, scenario_file, leaves)
     check(scenario.model.is_moe, "--model", "", "must have experts to place", scenario.model.name)
-    load_LE, router = scenario_load(scenario)
+    load_LE, choices, router = scenario_load(scenario)
     _check_size(load_LE.shape, scenario.parallel.ep)
     slots = _slots(num_slots or scenario.placement.num_slots, load_LE.shape[1], scenario.parallel.ep)
-    return scenario, load_LE, scenario_ranks(scenario, slots), router.num_groups
+    return scenario, load_LE, choices, scenario_ranks(scenario, slots), router.num_groups
 
 
 def _policy_of(scenario: Scenario) -> str | None:
@@ -216,15 +217,14 @@ def _tables(placed: PlacedLoad, all_layers: bool) -> list[Table]:
     """Headline, then the layers, the most uneven first."""
     ranks, max_mean_L = placed.placements.ranks, placed.max_mean_L
     extra = ranks.num_slots - placed.placements.num_experts
-    worst = int(max_mean_L.argmax())
-    crossing = placed.cross_node_tokens_L.sum() / max(placed.load_LE.sum(), 1e-300)
+    worst, load = int(max_mean_L.argmax()), placed.load_LE.sum(axis=1).mean()
     headline = [
         ("Policy", placed.policy),
         ("GPUs", f"{ranks.num_ranks} in {ranks.num_nodes} node{'s' if ranks.num_nodes > 1 else ''}"),
         ("Slots per layer", f"{ranks.num_slots} for {placed.placements.num_experts} experts ({extra} replicas)"),
         ("Busiest GPU over the mean", f"{max_mean_L.mean():.4f} on average, {max_mean_L[worst]:.4f} in layer {worst}"),
         ("No layout can beat", f"{placed.lower_bound_L.mean():.4f} on average"),
-        ("Assignments that cross nodes", f"{crossing:.1%}"),
+        ("Cross-node tokens", f"{placed.cross_node_tokens_L.mean():,.0f} on average, of {load:,.0f} assignments"),
     ]
     if placed.contiguous_max_mean_L is not None:
         usual = placed.contiguous_max_mean_L

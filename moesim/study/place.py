@@ -1,12 +1,13 @@
 """One load, one policy: where experts go, how even that is, and what it costs against the best there can be.
 
-Legend: L layers, E experts, R ranks, S slots, N nodes.
+Legend: L layers, E experts, R ranks, S slots, N nodes, T tokens, K experts per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,37 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.describe.model import Router
 from moesim.errors import InputError, check, near_match
-from moesim.placement.eplb import eplb_layers
+from moesim.placement.nodes import coactivation_EE, cross_node_tokens
+from moesim.placement.policies import ByLoad, Contiguous, Eplb, Known, NodeAware, Policy, Random, Search, Striped
 from moesim.placement.price import moved_slots
-from moesim.placement.search import check_fits, checked_loads, least_max_load, lower_bounds
+from moesim.placement.search import check_fits, checked_loads, lower_bounds
 from moesim.placement.slots import LayerPlacements, RankSlots, even_slots
 from moesim.placement.splits import Nearest, share_by_sender_NEN
+from moesim.routing.popularity import Popularities
+from moesim.routing.sampler import draw_choices
 from moesim.scenario import Scenario
-from moesim.timeline.load import step_load
+from moesim.seeds import stream
+from moesim.timeline.load import StepLoad, step_load
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
 
 DEFAULT_POLICY = "search"
-POLICIES = ("contiguous", "eplb", "search")
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "contiguous": Contiguous(),
+        "striped": Striped(),
+        "random": Random(),
+        "by_load": ByLoad(),
+        "eplb": Eplb(hierarchical=True),  # global where the nodes do not divide the groups, as the original
+        "eplb_global": Eplb(),
+        "search": Search(),
+        "search_hierarchical": Search(hierarchical=True),
+        "node_aware": NodeAware(),
+    }
+)
+PAIR_TOKENS = 6144  # of each layer, to see which experts serve a token together; fewer, and chance pairs mislead
+COUNTED_TOKENS = 2048  # others, to count copies between nodes by
 OWNER = "place"
 
 
@@ -72,13 +91,15 @@ def place_load(
     given: LayerPlacements | None = None,
     num_groups: int = 1,
     previous: LayerPlacements | None = None,
+    choices: Choices | None = None,
     rng: np.random.Generator,
 ) -> PlacedLoad:
     """Place a load by a policy's name and measure what comes out.
 
     load_LE: layers x experts, any unit; policy: one of POLICIES (None: search); given: a placement to measure instead;
-    num_groups: expert groups that EPLB keeps on a node where it can; previous: the placement of today. Raises
-    InputError for what is no load, for slots that do not suffice and for an unknown policy.
+    num_groups: the router's expert groups, which hierarchical policies keep on a node; previous: today's placement,
+    which searches stay close to; choices: tokens of the load, which node_aware needs. Raises InputError for what is no
+    load, for slots that do not suffice and for an unknown policy.
 
     >>> from moesim.placement.slots import even_slots
     >>> ranks = even_slots(4, 2)
@@ -92,36 +113,42 @@ def place_load(
         total = load.sum()
     check(bool(np.isfinite(total)), OWNER, "loads", "must sum to a finite number", float(load.max()))
     name = "map" if given is not None else policy or DEFAULT_POLICY
-    placements = given or placements_by(name, load, ranks, num_groups=num_groups, rng=rng)
-    max_mean_L = placements.max_mean(load)
+    placements = given
+    if placements is None:
+        together = None if choices is None else choices.together_LEE
+        known = Known(num_groups=num_groups, previous=previous, coactivation_LEE=together)
+        placements = policy_of(name)(load, ranks, rng=rng, known=known)
+    return measured(name, placements, load, previous=previous, choices=choices)
+
+
+def measured(
+    policy: str,
+    placements: LayerPlacements,
+    load_LE: Floats,
+    *,
+    previous: LayerPlacements | None = None,
+    choices: Choices | None = None,
+) -> PlacedLoad:
+    """What a load comes to under placements that stand."""
+    max_mean_L = placements.max_mean(load_LE)
     return PlacedLoad(
-        policy=name,
+        policy=policy,
         placements=placements,
-        load_LE=load,
-        rank_loads_LR=placements.rank_loads(load),
+        load_LE=load_LE,
+        rank_loads_LR=placements.rank_loads(load_LE),
         max_mean_L=max_mean_L,
-        lower_bound_L=_bounds(load, placements.ranks, max_mean_L),
-        cross_node_tokens_L=_cross_node_tokens(placements, load),
+        lower_bound_L=_bounds(load_LE, placements.ranks, max_mean_L),
+        cross_node_tokens_L=_crossing(placements, load_LE, choices),
         moved_slots_L=None if previous is None else moved_slots(previous, placements),
-        contiguous_max_mean_L=_contiguous_max_mean(load, ranks),
+        contiguous_max_mean_L=_contiguous_max_mean(load_LE, placements.ranks),
     )
 
 
-def placements_by(
-    policy: str, load_LE: Floats, ranks: RankSlots, *, num_groups: int, rng: np.random.Generator
-) -> LayerPlacements:
-    """What the policy of this name makes of the load. Raises InputError, with the nearest name, for an unknown one."""
-    num_layers, num_experts = load_LE.shape
-    if policy == "contiguous":
-        expert_LS = np.tile(np.arange(ranks.num_slots) % num_experts, (num_layers, 1))
-    elif policy == "eplb":
-        nodes = ranks.num_nodes
-        expert_LS = eplb_layers(load_LE, ranks.num_slots, ranks.num_ranks, num_nodes=nodes, num_groups=num_groups)
-    elif policy == "search":
-        return least_max_load(load_LE, ranks, rng=rng)
-    else:
-        raise InputError(OWNER, "policy", "is not known", policy, near_match(policy, POLICIES))
-    return LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=num_experts, ranks=ranks)
+def policy_of(name: str) -> Policy:
+    """The policy of a name. Raises InputError, with the nearest name, for an unknown one."""
+    if name not in POLICIES:
+        raise InputError(OWNER, "policy", "is not known", name, near_match(name, POLICIES))
+    return POLICIES[name]
 
 
 def _bounds(load_LE: Floats, ranks: RankSlots, reached_L: Floats) -> Floats:
@@ -141,25 +168,55 @@ def _contiguous_max_mean(load_LE: Floats, ranks: RankSlots) -> Floats | None:
     )
 
 
-def _cross_node_tokens(placements: LayerPlacements, load_LE: Floats) -> Floats:
-    """(L,) assignments that leave the node they come from, senders alike, each to its nearest replica."""
+def _crossing(placements: LayerPlacements, load_LE: Floats, choices: Choices | None) -> Floats:
+    """(L,) see PlacedLoad.cross_node_tokens_L."""
+    if choices is not None:
+        tokens_L = load_LE.sum(axis=1) / choices.counted_LTK.shape[2]
+        return cross_node_tokens(placements, choices.counted_LTK) * tokens_L
     nodes = placements.ranks.num_nodes
     crossing_L = np.zeros(len(load_LE))
     for layer, load_E in enumerate(load_LE):
         share_NEN = share_by_sender_NEN(placements, Nearest(), load_LE, layer)
-        stays_E = np.einsum("nen->e", share_NEN) / nodes
-        crossing_L[layer] = load_E @ (1.0 - stays_E)
+        crossing_L[layer] = load_E @ (1.0 - np.einsum("nen->e", share_NEN) / nodes)
     return crossing_L
 
 
-def scenario_load(scenario: Scenario) -> tuple[Floats, Router]:
-    """(load_LE, router) of a scenario's step: every expert's assignments after drops, over groups and micro-batches.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choices:
+    """Experts of some tokens of each layer: how often two serve one token, and other tokens to count copies by."""
 
-    Raises NotModelledError where MoE layers differ.
-    """
+    together_LEE: Floats
+    counted_LTK: NDArray[np.int16]
+
+
+def token_choices(popularities: Popularities, rng: np.random.Generator) -> Choices | None:
+    """Tokens of the popularity, from its own pool where it has one; None for routers whose tokens miss experts."""
+    router, num_experts = popularities.router, popularities.num_experts
+    num_tokens = PAIR_TOKENS + COUNTED_TOKENS
+    pool_LTK = popularities.pool_LTK
+    if pool_LTK is not None and pool_LTK.shape[1] >= num_tokens:
+        drawn_LTK = np.repeat(pool_LTK, popularities.num_layers // len(pool_LTK), axis=0)[:, :num_tokens]
+    elif popularities.zero_log_weights_LZ is not None or router.choice != "top_k":
+        return None
+    else:
+        rows = popularities.log_weights_LE
+        drawn_LTK = np.stack([draw_choices(log_weights_E, router, num_tokens, rng) for log_weights_E in rows])
+    if int(drawn_LTK.min()) < 0 or int(drawn_LTK.max()) >= num_experts:
+        return None
+    together_LEE = np.stack([coactivation_EE(chosen_TK[:PAIR_TOKENS], num_experts) for chosen_TK in drawn_LTK])
+    return Choices(together_LEE=together_LEE, counted_LTK=drawn_LTK[:, PAIR_TOKENS:])
+
+
+def scenario_load(scenario: Scenario) -> tuple[Floats, Choices | None, Router]:
+    """(load_LE, tokens, router) of a scenario's step. Raises NotModelledError where MoE layers differ."""
     drawn = step_load(scenario)
     assert drawn is not None, "a model without experts has nothing to place"
-    return drawn.load.kept_GMLE.sum(axis=(0, 1), dtype=np.float64), drawn.moe.router
+    return load_of(drawn), token_choices(drawn.popularities, stream(scenario.seed, "tokens")), drawn.moe.router
+
+
+def load_of(drawn: StepLoad) -> Floats:
+    """(L, E) assignments of a drawn step after drops, over its groups and micro-batches."""
+    return drawn.load.kept_GMLE.sum(axis=(0, 1), dtype=np.float64)
 
 
 def scenario_ranks(scenario: Scenario, num_slots: int) -> RankSlots:
