@@ -72,3 +72,37 @@ def test_dead_experts_are_those_at_or_below_a_share_of_the_mean() -> None:
 def test_a_row_without_load_has_no_statistic() -> None:
     with pytest.raises(AssertionError, match="not all zero"):
         stat.gini([[0.0, 0.0], [1.0, 2.0]])
+
+
+def test_a_router_collapses_when_one_expert_is_used_by_more_than_half_of_all_tokens() -> None:
+    load_LE = np.ones((2, 8))
+    load_LE[1, 2] = 6.0  # of 13 assignments of top-2 routing: 12/13 of the tokens
+    assert stat.collapse_alerts(load_LE) == ()
+    alerts = stat.collapse_alerts(load_LE, top_k=2)
+    assert [(alert.layer, alert.expert) for alert in alerts] == [(1, 2)]
+    assert alerts[0].ratio == pytest.approx(6 * 8 / 13)
+    assert stat.collapse_alerts(load_LE, top_k=2, share=0.95) == ()
+
+
+def test_load_statistics_hold_every_statistic_and_who_stands_out() -> None:
+    load_LE = np.random.default_rng(2).random((3, 64)) + 0.5
+    load_LE[0, 5], load_LE[2, 9] = 400.0, 0.001
+    found = stat.load_statistics(load_LE)
+    assert found.gini_L == pytest.approx(stat.gini(load_LE))
+    assert found.entropy_L == pytest.approx(stat.entropy(load_LE, normalised=True))
+    assert found.cv_L == pytest.approx(stat.cv(load_LE))
+    assert found.max_vio_L == pytest.approx(found.max_mean_L - 1)
+    assert found.num_active_L.tolist() == [64, 64, 64]
+    assert [(alert.layer, alert.expert) for alert in found.hot] == [(0, 5)]
+    assert [(alert.layer, alert.expert) for alert in found.collapsed] == [(0, 5)]
+    assert found.dead == ((2, 9),)
+
+
+def test_imbalance_that_changes_from_batch_to_batch_is_no_global_imbalance() -> None:
+    load_SLE = np.ones((4, 1, 4))
+    for step in range(4):
+        load_SLE[step, 0, step] = 5.0
+    assert stat.max_vio_global(load_SLE) == pytest.approx(0.0)
+    assert stat.max_vio_batch(load_SLE) == pytest.approx(5 / 2 - 1)
+    lasting = np.repeat(load_SLE[:1], 4, axis=0)
+    assert stat.max_vio_global(lasting) == pytest.approx(stat.max_vio_batch(lasting))

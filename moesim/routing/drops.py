@@ -11,15 +11,17 @@ arXiv 2101.03961 appendix B).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.describe.workload import DropPolicy, Routing
+from moesim.describe.model import Router
+from moesim.describe.workload import Capacity, DropPolicy, Lognormal, Routing
 from moesim.errors import check
-from moesim.routing.capacity import Limit, limit_of
-from moesim.routing.popularity import Popularities
+from moesim.routing.capacity import Limit, expected_drop_L, limit_of
+from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.routers import draw_expert_choice, draw_preferences, draw_token_sequence
 from moesim.routing.sampler import Choices, draw_choices
 
@@ -287,6 +289,51 @@ def drop_by_domain(popularities: Popularities, drop_LE: Floats) -> Floats:
     assert parts is not None
     lost_DL = (parts.inclusion_DLE * drop_LE).sum(axis=-1) / parts.inclusion_DLE.sum(axis=-1)
     return lost_DL.T
+
+
+def drop_surface(
+    ginis: Sequence[float],
+    capacity_factors: Sequence[float],
+    capacity: Capacity,
+    *,
+    num_layers: int,
+    num_experts: int,
+    router: Router,
+    tokens_per_rank: int,
+    num_source_ranks: int,
+    seed: int,
+    rank_of_E: Ints | None = None,
+) -> Floats:
+    """drop_GF: expected dropped share over skew (Gini of a lognormal popularity) and capacity factor, layers' mean.
+
+    The same experts are popular at every Gini, so that a row differs from the next by its skew alone.
+
+    >>> from moesim.describe.workload import Megatron
+    >>> drop_surface([0.0, 0.4], [1.0, 2.0], Megatron(), num_layers=2, num_experts=16, router=Router(top_k=2),
+    ...              tokens_per_rank=512, num_source_ranks=4, seed=0).round(2)
+    array([[0.05, 0.  ],
+           [0.3 , 0.09]])
+    """
+    drop_GF = np.empty((len(ginis), len(capacity_factors)))
+    for row, skew in zip(drop_GF, ginis, strict=True):
+        drawn = popularity_LE(
+            Lognormal(gini=skew),
+            num_layers=num_layers,
+            num_experts=num_experts,
+            router=router,
+            rng=np.random.default_rng(seed),
+        )
+        for at, factor in enumerate(capacity_factors):
+            limit = limit_of(
+                capacity,
+                capacity_factor=factor,
+                tokens_per_rank=tokens_per_rank,
+                num_source_ranks=num_source_ranks,
+                num_experts=num_experts,
+                top_k=router.top_k,
+            )
+            row[at] = expected_drop_L(drawn.inclusion_LE, limit, rank_of_E).mean()
+    return drop_GF
 
 
 def _drawn_layer(

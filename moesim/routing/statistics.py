@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 ALERT_RATIO = 3.0  # an expert that takes over 3x the mean is worth an alert (a planning convention, not a law)
+COLLAPSE_SHARE = 0.5  # an expert that over half of all tokens use has made its router collapse (a convention too)
+DEAD_SHARE_OF_MEAN = 0.01  # an expert below a hundredth of the mean no longer learns (a convention too)
 
 
 def _checked(load_E: ArrayLike) -> Floats:
@@ -70,6 +72,20 @@ def max_vio(load_E: ArrayLike) -> Floats:
     return np.asarray(max_mean(load_E) - 1.0)
 
 
+def max_vio_global(load_SLE: ArrayLike) -> float:
+    """MaxVio of the load summed over steps, mean over layers: lasting imbalance (arXiv 2408.15664, section 4.1)."""
+    load = _checked(load_SLE)
+    assert load.ndim == 3, "steps, layers, experts"
+    return float(max_vio(load.sum(axis=0)).mean())
+
+
+def max_vio_batch(load_SLE: ArrayLike) -> float:
+    """MaxVio of each step's load, mean over steps and layers: what every batch waits for; at least the global one."""
+    load = _checked(load_SLE)
+    assert load.ndim == 3, "steps, layers, experts"
+    return float(max_vio(load).mean())
+
+
 def num_active_experts(load_E: ArrayLike) -> NDArray[np.int64]:
     """Experts with any load, per row."""
     return np.asarray((_checked(load_E) > 0).sum(axis=-1), dtype=np.int64)
@@ -112,3 +128,61 @@ def dead_experts(load_LE: ArrayLike, *, share_of_mean: float = 0.0) -> tuple[tup
     load = np.atleast_2d(_checked(load_LE))
     layers, experts = np.nonzero(load <= share_of_mean * load.mean(axis=-1, keepdims=True))
     return tuple(zip(layers.tolist(), experts.tolist(), strict=True))
+
+
+def collapse_alerts(load_LE: ArrayLike, *, top_k: int = 1, share: float = COLLAPSE_SHARE) -> tuple[LoadAlert, ...]:
+    """Every (layer, expert) that more than this share of all tokens use, hottest first.
+
+    A token makes top_k assignments and uses an expert once, so an expert's share of tokens is top_k times its share of
+    assignments. ratio is over the mean load, as in load_alerts.
+
+    >>> collapse_alerts([[1, 1, 1, 1, 12]])
+    (LoadAlert(layer=0, expert=4, ratio=3.75),)
+    """
+    load = np.atleast_2d(_checked(load_LE))
+    return load_alerts(load, ratio=share * load.shape[1] / top_k)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadStatistics:
+    """All statistics of a load, layer by layer, and the experts that stand out.
+
+    hot: over three times the mean; collapsed: used by over half of all tokens; dead: below a hundredth of the mean.
+    """
+
+    gini_L: Floats
+    entropy_L: Floats  # 1: even
+    cv_L: Floats
+    max_mean_L: Floats
+    max_vio_L: Floats
+    num_active_L: NDArray[np.int64]
+    hot: tuple[LoadAlert, ...]
+    collapsed: tuple[LoadAlert, ...]
+    dead: tuple[tuple[int, int], ...]
+
+
+def load_statistics(
+    load_LE: ArrayLike,
+    *,
+    top_k: int = 1,
+    hot_ratio: float = ALERT_RATIO,
+    collapse_share: float = COLLAPSE_SHARE,
+    dead_share_of_mean: float = DEAD_SHARE_OF_MEAN,
+) -> LoadStatistics:
+    """The statistics of load_LE (assignments of each expert); top_k makes shares of assignments shares of tokens.
+
+    >>> load_statistics([[5, 5, 5, 5]]).max_mean_L
+    array([1.])
+    """
+    load = np.atleast_2d(_checked(load_LE))
+    return LoadStatistics(
+        gini_L=gini(load),
+        entropy_L=entropy(load, normalised=True),
+        cv_L=cv(load),
+        max_mean_L=max_mean(load),
+        max_vio_L=max_vio(load),
+        num_active_L=num_active_experts(load),
+        hot=load_alerts(load, ratio=hot_ratio),
+        collapsed=collapse_alerts(load, top_k=top_k, share=collapse_share),
+        dead=dead_experts(load, share_of_mean=dead_share_of_mean),
+    )
