@@ -6,11 +6,11 @@ Legend: L MoE layers, E experts. A load is a ratio to the layer's mean expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from moesim.metrics.step import StepResult
 from moesim.report.style import COLOURS, Picture, behind, finish, headline, house_style, light_grid, new_figure
 
 if TYPE_CHECKING:
@@ -20,7 +20,16 @@ ALERT_RATIO = 3.0
 MAX_MARKS = 60
 
 
-def load_map(result: StepResult, layers: Sequence[int]) -> Picture:
+class Loaded(Protocol):
+    """What a figure of load needs: a simulated step, or one that was only routed."""
+
+    @property
+    def load_LE(self) -> NDArray[np.float64]: ...
+    @property
+    def alerts(self) -> list[dict[str, Any]]: ...
+
+
+def load_map(result: Loaded, layers: Sequence[int]) -> Picture:
     """Load of every expert in every MoE layer, as a ratio to the layer's mean; blue is idle, red is crowded.
 
     layers: where the rows of load_LE stand in the model, counted from 0.
@@ -76,7 +85,7 @@ def load_map(result: StepResult, layers: Sequence[int]) -> Picture:
     return finish(figure, alt)
 
 
-def load_curve(result: StepResult) -> Picture:
+def load_curve(result: Loaded) -> Picture:
     """Experts sorted by load: the median layer, the band from the calmest to the most uneven layer, the alert line."""
     ratio_LE = np.sort(_ratios(result), axis=1)[:, ::-1]
     num_layers, num_experts = ratio_LE.shape
@@ -175,7 +184,7 @@ def drop_curve(points: Sequence[DropPoint], *, asked: float | None) -> Picture:
     return finish(figure, f"{title}. " + "; ".join(f"{f:g}: {d:.1f}%" for f, d in zip(factors, drops, strict=True)))
 
 
-def _ratios(result: StepResult) -> np.ndarray:
+def _ratios(result: Loaded) -> np.ndarray:
     ratio_LE = np.asarray(result.load_LE, dtype=float) * result.load_LE.shape[1]
     assert ratio_LE.size, "the figure needs at least one MoE layer"
     return ratio_LE

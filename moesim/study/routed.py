@@ -92,6 +92,17 @@ class RoutedLoad:
         whole_LE = np.rint(self.assigned_LE).astype(np.int64)
         return Histogram(steps_S=np.zeros(1, dtype=np.int64), layers=self.layers, tokens_SLE=whole_LE[None])
 
+    @property
+    def load_LE(self) -> Floats:
+        """Shares of each layer's assignments before drops; rows sum to 1."""
+        return self.assigned_LE / self.assigned_LE.sum(axis=1, keepdims=True)
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """Experts over 3 times their layer's mean, the worst first: layer (the model's number), expert, ratio."""
+        found = [dataclasses.asdict(alert) for alert in load_alerts(self.assigned_LE)]
+        return [alert | {"layer": self.layers[alert["layer"]]} for alert in found]
+
     def by_layer(self) -> list[dict[str, Any]]:
         """Statistics of each layer's load over its experts, drops and ranks included."""
         load = self.assigned_LE
@@ -119,7 +130,6 @@ class RoutedLoad:
         layer by layer.
         """
         rows = self.by_layer()
-        alerts = [dataclasses.asdict(alert) for alert in load_alerts(self.assigned_LE)]
         dead = [{"layer": self.layers[i], "expert": e} for i, e in dead_experts(self.assigned_LE)]
         worst = max(row["max_mean"] for row in rows)
         return {
@@ -136,10 +146,10 @@ class RoutedLoad:
             "tokens_lost_per_step": float(self.tokens_lost_L.mean()),
             "padding_fraction": self.padding_fraction,
             "busiest_rank_ratio": float(self.busiest_L.mean()),
-            "alerts": [alert | {"layer": self.layers[alert["layer"]]} for alert in alerts],
+            "alerts": self.alerts,
             "dead_experts": dead,
             "by_layer": rows,
-            "load_LE": (self.assigned_LE / self.assigned_LE.sum(axis=1, keepdims=True)).tolist(),
+            "load_LE": self.load_LE.tolist(),
             "source": self.source,
         }
 

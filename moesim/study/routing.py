@@ -31,6 +31,7 @@ from moesim.study.skew import (
 Progress = Callable[[str], None]
 Row = tuple[str, str, float | str, float | str | bool, str]  # section, name, x, value, unit
 WANTED_DROP_FRACTION = 0.01
+OTHER_DROP_FRACTIONS = (0.1, 0.05, 0.01, 0.001)  # whose capacity is shown beside the wanted one's
 LEARNING_RATE = 3e-4  # assumed; published runs of this size take 2e-4 to 1e-3
 _UNITS = {"step_s": "s", "wait_s": "s", "tokens_per_s_per_gpu": "tokens/s", "peak_bytes": "B", "drop_fraction": "1"}
 
@@ -45,6 +46,7 @@ class RoutingStudy:
     scenario: Scenario
     load: RoutedLoad
     needed: NeededCapacity
+    needed_for: tuple[NeededCapacity, ...]  # several shares, the wanted one among them, the largest first
     drop_curves: tuple[DropCurve, ...]
     step: StepResult
     over_skew: tuple[CostPoint, ...]
@@ -56,6 +58,7 @@ class RoutingStudy:
         """Plain values, the same for the same scenario, recording and seed; the results of ``moesim route`` on top."""
         return self.load.to_dict() | {
             "needed_capacity": dataclasses.asdict(self.needed),
+            "needed_capacity_for": [dataclasses.asdict(needed) for needed in self.needed_for],
             "drop_curves": [dataclasses.asdict(curve) for curve in self.drop_curves],
             "over_skew": [dataclasses.asdict(point) for point in self.over_skew],
             "over_capacity": [dataclasses.asdict(point) for point in self.over_capacity],
@@ -130,7 +133,10 @@ def routing_study(
     say("routing one step")
     load, inclusion = routed_load(scenario, recorded)
     # Before anything long, since it refuses a share that is none.
-    needed = needed_capacity(scenario, inclusion, top_k=load.top_k, wanted_drop_fraction=wanted_drop_fraction)
+    shares = sorted({wanted_drop_fraction, *OTHER_DROP_FRACTIONS}, reverse=True)
+    needed = {
+        share: needed_capacity(scenario, inclusion, top_k=load.top_k, wanted_drop_fraction=share) for share in shares
+    }
     own = step
     if own is None:
         say("simulating the step")
@@ -145,7 +151,8 @@ def routing_study(
     return RoutingStudy(
         scenario=scenario,
         load=load,
-        needed=needed,
+        needed=needed[wanted_drop_fraction],
+        needed_for=tuple(needed.values()),
         drop_curves=tuple(drop_curves(scenario, inclusion, progress=progress)),
         step=own,
         over_skew=tuple(cost_over_skew(scenario, step=own, progress=progress)),

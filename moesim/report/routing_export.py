@@ -1,0 +1,57 @@
+"""A routing study as files for other programs: results.json, results.csv, histogram.csv."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from moesim.door import write_text_atomically
+from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.routing.histogram import write_histogram
+from moesim.study.routing import RoutingStudy
+
+
+def write_routing(study: RoutingStudy, out_dir: str | Path) -> list[Path]:
+    """Write results.json, results.csv and histogram.csv [step, layer, expert, tokens]; none where out_dir is "".
+
+    The same study gives the same bytes. Raises InputError where the folder cannot be written.
+
+    >>> write_routing(study, "out/routing")  # doctest: +SKIP
+    """
+    if not str(out_dir):
+        return []
+    folder = Path(out_dir)
+    paths = [folder / name for name in ("results.json", "results.csv", "histogram.csv")]
+    write_text_atomically(paths[0], routing_json(study))
+    write_text_atomically(paths[1], _routing_csv(study))
+    write_histogram(study.load.histogram, paths[2])
+    return paths
+
+
+def routing_json(study: RoutingStudy) -> str:
+    """The study in the envelope of every --json, without ``run``: nothing of when or where it ran."""
+    envelope: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "command": "report",
+        "inputs": {
+            "scenario": study.scenario.to_dict(),
+            "recorded": None if study.load.source == "popularity" else study.load.source,
+            "wanted_drop_fraction": study.needed.wanted_drop_fraction,
+        },
+        "result": study.to_dict(),
+        "provenance": [dataclasses.asdict(item) for item in study.step.provenance],
+        "warnings": list(study.step.warnings),
+    }
+    return json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _routing_csv(study: RoutingStudy) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    writer.writerows(study.rows())
+    return text.getvalue()
