@@ -47,16 +47,16 @@ def place(
     num_slots: Annotated[int | None, _given("N", "Expert slots of all GPUs; above the experts: replicas.")] = None,
     num_groups: Annotated[int | None, _given("N", "Expert groups, with --loads (1).", min=1)] = None,
     policy: Annotated[str | None, _given("NAME", "How to place (search).")] = None,
-    map_file: Annotated[
-        Path | None, _given("FILE.json", "Measure this placement instead of making one.", "--map")
-    ] = None,
+    map: Annotated[Path | None, _given("FILE.json", "Measure this placement instead of making one.")] = None,
     previous: Annotated[Path | None, _given("FILE.json", "Placement that stands today: what must move?")] = None,
 ) -> Answer:
     """Place experts and their replicas on GPUs: how even, how far from the best, what moves."""
     from moesim.seeds import stream
     from moesim.study.place import place_load
 
-    check(policy is None or map_file is None, "--map", "", "says where experts go, as --policy does; give one", policy)
+    own_policy = policy not in (None, "map")
+    check(not (own_policy and map), "--map", "", "says where experts go, as --policy does; give one", policy)
+    check(policy != "map" or map is not None, "--map", "", "must name a file where the policy is map", None)
     if loads is not None:
         load_LE, ranks, groups = _from_file(call, scenario_file, loads, num_gpus, num_nodes, num_slots, num_groups)
         asked: dict[str, Any] = {"loads": str(loads), "num_gpus": num_gpus, "num_nodes": num_nodes or 1}
@@ -67,10 +67,11 @@ def place(
         )
         asked = {"scenario": scenario.to_dict()}
         wanted, seed = policy or _policy_of(scenario), scenario.seed
+        map = map or (Path(scenario.placement.map) if scenario.placement.map and not own_policy else None)
     shape = load_LE.shape
     with working(call, f"Placing {shape[1]} experts of {shape[0]} layers"):
         before = None if previous is None else _read_map(previous, ranks, shape)
-        given = None if map_file is None else _read_map(map_file, ranks, shape, as_asked=num_slots is not None)
+        given = None if map is None else _read_map(map, ranks, shape, as_asked=num_slots is not None)
         placed = place_load(
             load_LE,
             ranks,
@@ -87,7 +88,7 @@ def place(
         "policy": placed.policy,
         "seed": seed,
     }
-    asked |= {"map": _name(map_file), "previous": _name(previous)}
+    asked |= {"map": _name(map), "previous": _name(previous)}
     files = _write_maps(call.out, placed.placements) if call.out is not None else []
     answer = Answer(
         inputs=asked,
