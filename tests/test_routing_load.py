@@ -19,7 +19,7 @@ from moesim.describe.workload import (
 )
 from moesim.errors import InputError
 from moesim.routing.capacity import drop_curve, expected_kept_fraction, kept_of_count, megatron_capacity
-from moesim.routing.load import ExpertLoad, draw_load
+from moesim.routing.load import ExpertLoad, _tokens_of_domains, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.routers import draw_token_sequence
 from moesim.routing.sampler import draw_choices
@@ -264,9 +264,16 @@ def test_runs_of_one_domain_widen_counts_alike_in_all_layers_and_leave_their_mea
     assert np.corrcoef(code_heavy, same_in_layer_1)[0, 1] > 0.8
 
 
+def test_domains_share_out_all_tokens_of_a_micro_batch_though_the_last_run_be_short() -> None:
+    tokens_GMD = _tokens_of_domains(np.array([0.25, 0.75]), 100, 512, (2, 500), np.random.default_rng(0))
+    assert np.array_equal(tokens_GMD.sum(axis=-1), np.full((2, 500), 512.0))
+    assert tokens_GMD[..., 0].mean() == pytest.approx(128.0, abs=4 * 100 * np.sqrt(5 * 0.25 * 0.75 / 1000))
+    assert set(np.unique(tokens_GMD % 100)) == {0.0, 12.0}
+
+
 @pytest.mark.parametrize(
     "router",
-    [Router(top_k=2, choice="random_second"), Router(top_k=3, num_zero_experts=8), Router(top_k=1, num_zero_experts=4)],
+    [Router(top_k=2, choice="random_second"), Router(top_k=6, num_zero_experts=8), Router(top_k=1, num_zero_experts=4)],
 )
 def test_assignments_that_reach_nobody_leave_the_rows_as_drawn_tokens_do(router: Router) -> None:
     popularity = Lognormal(gini=0.2)
@@ -282,7 +289,7 @@ def test_assignments_that_reach_nobody_leave_the_rows_as_drawn_tokens_do(router:
     reached = ((choices >= 0) & (choices < EXPERTS)).sum(axis=1)
     assert counts.shape == (2000, EXPERTS)
     assert counts.sum(axis=1).mean() == pytest.approx(reached.mean(), rel=0.005)
-    assert counts.sum(axis=1).std() == pytest.approx(reached.std(), rel=0.12)
+    assert counts.sum(axis=1).std() == pytest.approx(reached.std(), rel=0.07)  # 4 x 1.6 %
     first = (choices == 0).sum(axis=1)
     assert counts[:, 0].mean() == pytest.approx(first.mean(), rel=0.03)
     assert counts[:, 0].std() == pytest.approx(first.std(), rel=0.1)

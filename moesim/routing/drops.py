@@ -97,7 +97,7 @@ def keep_choices(
     rank_of_E: Ints | None = None,
     rng: np.random.Generator | None = None,
 ) -> Choices:
-    """As keep_token_by_token, in arrays: some ten million assignments a second.
+    """As keep_token_by_token, in arrays: a few million assignments a second.
 
     >>> one_place = Limit(places=1, bin_tokens=3, num_bins=1)
     >>> keep_choices(np.array([[0], [0], [1]], dtype=np.int16), one_place, "position").ravel().tolist()

@@ -74,7 +74,6 @@ def draw_token_sequence(
     check(0.0 <= copy_probability < 1.0, "router", "copy_probability", "must lie in 0..1", copy_probability)
     fresh_TK = draw_choices(log_weights_E, router, num_tokens, rng, engine=engine)
     copies_T = rng.random(num_tokens) < copy_probability
-    copies_T[:1] = False
     if not copies_T.any():
         return fresh_TK
     run_start_T = np.maximum.accumulate(np.where(copies_T, 0, np.arange(num_tokens)))
