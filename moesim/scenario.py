@@ -27,7 +27,18 @@ from moesim.door.parse import apply_overrides, parse_as
 from moesim.errors import InputError, check, near_match
 
 SCHEMA = 1
-PolicyName = Literal["contiguous", "striped", "eplb", "search", "map"]
+PolicyName = Literal[
+    "contiguous",
+    "striped",
+    "random",
+    "by_load",
+    "eplb",
+    "eplb_global",
+    "search",
+    "search_hierarchical",
+    "node_aware",
+    "map",
+]
 DEFAULTS: Mapping[str, Any] = {
     "model": "deepseek-v3",
     "cluster": "h800-8x-ib400",

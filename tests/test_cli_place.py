@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moesim.cli import app
-from moesim.study.place import POLICIES
+from moesim.placement.policies import POLICIES
 
 # github.com/deepseek-ai/EPLB, README: 12 experts, 16 slots, 4 groups, 2 nodes, 8 GPUs.
 README_LOADS = [

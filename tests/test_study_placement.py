@@ -9,12 +9,15 @@ import pytest
 from moesim.door import write_text_atomically
 from moesim.errors import InputError
 from moesim.placement import LayerPlacements, even_slots
+from moesim.placement.policies import POLICIES
 from moesim.routing.popularity import popularity_LE
 from moesim.scenario import Scenario
 from moesim.seeds import stream
-from moesim.study.place import POLICIES, place_load, scenario_ranks, slots_of_map, token_choices
-from moesim.study.placement import PlacementStudy, drifted, expert_bytes, placement_study
+from moesim.study.ageing import drifted
+from moesim.study.place import expert_bytes, place_load, slots_of_map
+from moesim.study.placement import PlacementStudy, placement_study
 from moesim.study.simulate import simulate
+from moesim.timeline.placed import scenario_ranks, token_choices
 
 SMALL = {"model": "olmoe-1b-7b", "cluster": "h100-8x-ib400", "num_gpus": 32, "ep": 16, "pp": 2, "seq_len": 512}
 SMALL |= {"global_batch": 32, "gini": 0.3}
@@ -96,6 +99,17 @@ def test_a_layout_ages_towards_chance_and_a_fresh_one_does_not(study: PlacementS
     ageing = study.ageing.max_mean
     assert ageing["search"][0] < ageing["search"][4] < ageing["search"][-1]
     assert max(ageing["fresh"]) < min(ageing["today"])
+
+
+def test_with_one_expert_on_each_gpu_rearranging_cannot_help_and_copies_can() -> None:
+    one_each = Scenario.make(**SMALL | {"model": "mixtral-8x7b", "num_gpus": 8, "ep": 8, "pp": 1, "global_batch": 8})
+    found = placement_study(one_each, policies=("contiguous", "eplb", "search"))
+    assert not found.rearranging_helps
+    assert found.best.max_mean == pytest.approx(found.base.max_mean)
+    assert found.best.lower_bound == pytest.approx(found.base.max_mean)
+    assert found.after.num_slots > 8
+    assert found.after.max_mean < 0.8 * found.base.max_mean
+    assert found.ageing.num_slots == found.after.num_slots
 
 
 def test_a_drifting_load_keeps_its_total_and_has_the_correlation_asked_for() -> None:

@@ -15,7 +15,8 @@ from moesim.errors import check
 if TYPE_CHECKING:
     from moesim.placement.slots import LayerPlacements, RankSlots
     from moesim.scenario import Scenario
-    from moesim.study.place import Choices, PlacedLoad
+    from moesim.study.place import PlacedLoad
+    from moesim.timeline.placed import Choices
 
 PANEL = "What to place"
 SHOWN_LAYERS = 12
@@ -161,7 +162,8 @@ def _from_scenario(
 ) -> tuple[Scenario, Any, Choices | None, RankSlots, int]:
     """(scenario, load_LE, tokens, ranks, expert groups): one step's load, on the ranks of its first expert group."""
     from moesim.cli.question import scenario_of, typed_parameters
-    from moesim.study.place import scenario_load, scenario_ranks
+    from moesim.study.place import scenario_load
+    from moesim.timeline.placed import scenario_ranks
 
     for flag, value in (("--num-nodes", num_nodes), ("--num-groups", num_groups)):
         check(value is None, flag, "", "goes with --loads; a scenario knows its own", value)

@@ -8,7 +8,9 @@ Legend: L layers, E experts, R ranks, S slots, N nodes, G groups of experts. Eve
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -191,6 +193,19 @@ class NodeAware:
 
 
 Policy = Contiguous | Striped | Random | ByLoad | Eplb | Search | NodeAware
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "contiguous": Contiguous(),
+        "striped": Striped(),
+        "random": Random(),
+        "by_load": ByLoad(),
+        "eplb": Eplb(hierarchical=True),  # global where the nodes do not divide the groups, as the original
+        "eplb_global": Eplb(),
+        "search": Search(),
+        "search_hierarchical": Search(hierarchical=True),
+        "node_aware": NodeAware(),
+    }
+)
 
 
 def _checked(load_LE: ArrayLike, ranks: RankSlots) -> Floats:

@@ -7,45 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.describe.model import Router
+from moesim.describe.model import MoeFfn, Router
+from moesim.describe.parameters import layer_parameters
 from moesim.errors import InputError, check, near_match
-from moesim.placement.nodes import coactivation_EE, cross_node_tokens
-from moesim.placement.policies import ByLoad, Contiguous, Eplb, Known, NodeAware, Policy, Random, Search, Striped
-from moesim.placement.price import moved_slots
+from moesim.placement.nodes import cross_node_tokens
+from moesim.placement.policies import POLICIES, Known, Policy
+from moesim.placement.price import SlotBytes, moved_slots, slot_bytes
 from moesim.placement.search import check_fits, checked_loads, lower_bounds
-from moesim.placement.slots import LayerPlacements, RankSlots, even_slots
+from moesim.placement.slots import LayerPlacements, RankSlots
 from moesim.placement.splits import Nearest, share_by_sender_NEN
-from moesim.routing.popularity import Popularities
-from moesim.routing.sampler import draw_choices
 from moesim.scenario import Scenario
 from moesim.seeds import stream
 from moesim.timeline.load import StepLoad, step_load
+from moesim.timeline.placed import Choices, token_choices
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
 
 DEFAULT_POLICY = "search"
-POLICIES: Mapping[str, Policy] = MappingProxyType(
-    {
-        "contiguous": Contiguous(),
-        "striped": Striped(),
-        "random": Random(),
-        "by_load": ByLoad(),
-        "eplb": Eplb(hierarchical=True),  # global where the nodes do not divide the groups, as the original
-        "eplb_global": Eplb(),
-        "search": Search(),
-        "search_hierarchical": Search(hierarchical=True),
-        "node_aware": NodeAware(),
-    }
-)
-PAIR_TOKENS = 6144  # of each layer, to see which experts serve a token together; fewer, and chance pairs mislead
-COUNTED_TOKENS = 2048  # others, to count copies between nodes by
 OWNER = "place"
 
 
@@ -181,32 +165,6 @@ def _crossing(placements: LayerPlacements, load_LE: Floats, choices: Choices | N
     return crossing_L
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Choices:
-    """Experts of some tokens of each layer: how often two serve one token, and other tokens to count copies by."""
-
-    together_LEE: Floats
-    counted_LTK: NDArray[np.int16]
-
-
-def token_choices(popularities: Popularities, rng: np.random.Generator) -> Choices | None:
-    """Tokens of the popularity, from its own pool where it has one; None for routers whose tokens miss experts."""
-    router, num_experts = popularities.router, popularities.num_experts
-    num_tokens = PAIR_TOKENS + COUNTED_TOKENS
-    pool_LTK = popularities.pool_LTK
-    if pool_LTK is not None and pool_LTK.shape[1] >= num_tokens:
-        drawn_LTK = np.repeat(pool_LTK, popularities.num_layers // len(pool_LTK), axis=0)[:, :num_tokens]
-    elif popularities.zero_log_weights_LZ is not None or router.choice != "top_k":
-        return None
-    else:
-        rows = popularities.log_weights_LE
-        drawn_LTK = np.stack([draw_choices(log_weights_E, router, num_tokens, rng) for log_weights_E in rows])
-    if int(drawn_LTK.min()) < 0 or int(drawn_LTK.max()) >= num_experts:
-        return None
-    together_LEE = np.stack([coactivation_EE(chosen_TK[:PAIR_TOKENS], num_experts) for chosen_TK in drawn_LTK])
-    return Choices(together_LEE=together_LEE, counted_LTK=drawn_LTK[:, PAIR_TOKENS:])
-
-
 def scenario_load(scenario: Scenario) -> tuple[Floats, Choices | None, Router]:
     """(load_LE, tokens, router) of a scenario's step. Raises NotModelledError where MoE layers differ."""
     drawn = step_load(scenario)
@@ -219,13 +177,21 @@ def load_of(drawn: StepLoad) -> Floats:
     return drawn.load.kept_GMLE.sum(axis=(0, 1), dtype=np.float64)
 
 
-def scenario_ranks(scenario: Scenario, num_slots: int) -> RankSlots:
-    """num_slots over the ranks of the scenario's first expert-parallel group, on the nodes that they stand in."""
-    parallel = scenario.parallel
-    ranks_R = scenario.layout.stage_ranks(0)[: parallel.ep * parallel.etp : parallel.etp]
-    node_of_rank_R = np.unique(ranks_R // scenario.cluster.ranks_per_node, return_inverse=True)[1]
-    even = even_slots(num_slots, parallel.ep)
-    return RankSlots(num_slots_R=even.num_slots_R, speed_R=even.speed_R, node_of_rank_R=node_of_rank_R)
+def expert_bytes(scenario: Scenario) -> SlotBytes:
+    """Memory of one slot of one layer on each of its GPUs in training [bytes]: weights, gradients, Adam's states.
+
+    ZeRO shares the states (stage 1), the gradients (2) and the weights (3) over the replicas of the expert-parallel
+    group, as ``moesim.cost.memory`` counts them.
+    """
+    layer = next(layer for layer in scenario.model.layers if isinstance(layer.ffn, MoeFfn))
+    parameters = layer_parameters(scenario.model, layer).per_expert / scenario.parallel.etp
+    whole = slot_bytes(parameters, training=True)
+    shards, zero = scenario.layout.edp, scenario.parallel.zero
+    return SlotBytes(
+        weights_bytes=whole.weights_bytes / (shards if zero >= 3 else 1),
+        gradients_bytes=whole.gradients_bytes / (shards if zero >= 2 else 1),
+        optimizer_bytes=whole.optimizer_bytes / (shards if zero >= 1 else 1),
+    )
 
 
 def slots_of_map(raw: object, ranks: RankSlots, num_experts: int) -> RankSlots:

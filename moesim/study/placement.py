@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,29 +19,27 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.describe.model import MoeFfn, Router
-from moesim.describe.parameters import layer_parameters
+from moesim.describe.model import Router
 from moesim.errors import InputError, NotModelledError, check
 from moesim.metrics.step import StepResult
 from moesim.placement.maps import save_map
 from moesim.placement.nodes import cross_node_tokens
-from moesim.placement.policies import Known, NodeAware, Policy
-from moesim.placement.price import Migration, SlotBytes, migration, moved_slots, slot_bytes, staleness
+from moesim.placement.policies import POLICIES, Known, NodeAware, Policy
+from moesim.placement.price import Migration, SlotBytes, migration, moved_slots
 from moesim.placement.slots import LayerPlacements
 from moesim.scenario import PolicyName, Scenario
 from moesim.seeds import stream
+from moesim.study.ageing import NOT_AGED, Ageing, aged_layouts
 from moesim.study.place import (
-    POLICIES,
-    Choices,
     PlacedLoad,
+    expert_bytes,
     load_of,
     measured,
     policy_of,
-    scenario_ranks,
-    token_choices,
 )
 from moesim.study.simulate import simulate
 from moesim.timeline.load import step_load
+from moesim.timeline.placed import Choices, scenario_ranks, token_choices
 
 Floats = NDArray[np.float64]
 Progress = Callable[[str], None]
@@ -49,9 +47,8 @@ Row = tuple[str, str, float | str, float | str | bool, str]  # section, name, x,
 
 BEST_POLICY = "search"
 EXTRA_SLOTS = (0, 1, 2, 4)  # expert slots of a GPU beyond its even part, where nobody says which to try
-NO_LOAD = 1e-6  # of the mean: an expert without load has no logarithm
 LOAD_LIMITS = (0.0, 0.02, 0.05, 0.1, 0.2)  # of the search's max/mean, traded for fewer copies between nodes
-CORRELATIONS = (1.0, 0.99, 0.97, 0.94, 0.9, 0.8, 0.6, 0.3, 0.0)
+GAIN = 0.005  # of the busiest GPU's load, or of a step: less is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +131,6 @@ class TradePoint:
     num_moved_slots: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ageing:
-    """Balance of layouts that stay while the load drifts, over the correlation of its logarithm with that of today.
-
-    max_mean[policy][i] belongs to correlations[i], mean over layers; ``today`` is today's layout, ``fresh`` the
-    search run anew on each load.
-    """
-
-    num_slots: int
-    correlations: tuple[float, ...]
-    max_mean: Mapping[str, tuple[float, ...]]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlacementStudy:
     """What the placement notebook shows. base: the scenario's own placement, today's. by_slots: the search."""
@@ -179,6 +163,25 @@ class PlacementStudy:
         """The policy with the shortest simulated step, where any was simulated; else the most even one."""
         simulated = [point for point in self.by_policy if point.step is not None]
         return min(simulated, key=lambda point: point.step.step_s if point.step else 0.0) if simulated else self.best
+
+    @property
+    def rearranging_helps(self) -> bool:
+        """Whether any policy makes the load more even with as many slots as today."""
+        return self.best.max_mean < self.base.max_mean * (1 - GAIN)
+
+    @property
+    def chosen_slots(self) -> PlacementPoint:
+        """The fewest slots whose step is within GAIN of the shortest that fits; by balance where none was simulated."""
+        fitting = [point for point in self.by_slots if point.step is not None and point.step.fits]
+        costs = [point.step.step_s for point in fitting if point.step is not None]
+        if not fitting:
+            fitting, costs = list(self.by_slots), [point.max_mean for point in self.by_slots]
+        return next(point for point, cost in zip(fitting, costs, strict=True) if cost <= min(costs) * (1 + GAIN))
+
+    @property
+    def after(self) -> PlacementPoint:
+        """What to show beside today: the most even policy, or copies where rearranging does not help."""
+        return self.best if self.rearranging_helps else self.chosen_slots
 
     @property
     def points(self) -> tuple[PlacementPoint, ...]:
@@ -277,7 +280,7 @@ def placement_study(
     by_policy = tuple(point(policy, asked) for policy in dict.fromkeys(policies or possible_policies(drawn)))
     by_slots = tuple(point(BEST_POLICY, num_slots) for num_slots in tried if num_slots <= most)
     say("traffic against balance, and ageing")
-    return PlacementStudy(
+    study = PlacementStudy(
         scenario=scenario,
         layers=drawn.layers,
         ranks_per_node=scenario.cluster.ranks_per_node,
@@ -285,8 +288,17 @@ def placement_study(
         by_policy=by_policy,
         by_slots=by_slots,
         trades=_trades(drawn, asked),
-        ageing=_ageing(drawn, by_policy, asked),
+        ageing=NOT_AGED,
     )
+    num_slots = study.after.num_slots
+    names = dict.fromkeys([*(point.policy for point in by_policy), BEST_POLICY])
+    aged = aged_layouts(
+        {name: drawn.placements(POLICIES[name], num_slots) for name in names} | {"today": drawn.today},
+        drawn.load_LE,
+        anew=lambda load_LE: drawn.placements(POLICIES[BEST_POLICY], num_slots, load_LE, Known()),
+        rng=stream(scenario.seed, "drift"),
+    )
+    return dataclasses.replace(study, ageing=aged)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -399,23 +411,6 @@ def _layers_of(placed: LayerPlacements, positions: Sequence[int]) -> LayerPlacem
     return LayerPlacements(physical_to_logical_LS=rows, num_experts=placed.num_experts, ranks=placed.ranks)
 
 
-def expert_bytes(scenario: Scenario) -> SlotBytes:
-    """Memory of one slot of one layer on each of its GPUs in training [bytes]: weights, gradients, Adam's states.
-
-    ZeRO shares the states (stage 1), the gradients (2) and the weights (3) over the replicas of the expert-parallel
-    group, as ``moesim.cost.memory`` counts them.
-    """
-    layer = next(layer for layer in scenario.model.layers if isinstance(layer.ffn, MoeFfn))
-    parameters = layer_parameters(scenario.model, layer).per_expert / scenario.parallel.etp
-    whole = slot_bytes(parameters, training=True)
-    shards, zero = scenario.layout.edp, scenario.parallel.zero
-    return SlotBytes(
-        weights_bytes=whole.weights_bytes / (shards if zero >= 3 else 1),
-        gradients_bytes=whole.gradients_bytes / (shards if zero >= 2 else 1),
-        optimizer_bytes=whole.optimizer_bytes / (shards if zero >= 1 else 1),
-    )
-
-
 def _step(
     scenario: Scenario, policy: str, placements: LayerPlacements, changed: Callable[[], Scenario]
 ) -> tuple[StepNumbers | None, str]:
@@ -445,26 +440,6 @@ def step_numbers(result: StepResult) -> StepNumbers:
     )
 
 
-def drifted(load_LE: Floats, correlations: Sequence[float], rng: np.random.Generator) -> Floats:
-    """(D, L, E) loads whose logarithm correlates with today's as asked; each keeps its layer's total and its spread.
-
-    The other part of the logarithm is today's own, dealt to the experts anew: a stationary first-order process seen
-    after as many steps as bring its correlation to that value.
-
-    >>> drifted(np.array([[1.0, 3.0]]), [1.0], np.random.default_rng(0)).tolist()
-    [[[1.0, 3.0]]]
-    """
-    floor = np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-300) * NO_LOAD
-    log_LE = np.log(np.maximum(load_LE, floor))
-    log_LE -= log_LE.mean(axis=1, keepdims=True)
-    other_LE = rng.permuted(log_LE, axis=1)
-    loads = []
-    for correlation in correlations:
-        mixed_LE = np.exp(correlation * log_LE + np.sqrt(1.0 - correlation**2) * other_LE)
-        loads.append(mixed_LE / mixed_LE.sum(axis=1, keepdims=True) * load_LE.sum(axis=1, keepdims=True))
-    return np.stack(loads)
-
-
 def _trades(drawn: _Drawn, num_slots: int) -> tuple[TradePoint, ...]:
     """node_aware at each of LOAD_LIMITS."""
     if drawn.today.ranks.num_nodes == 1 or drawn.choices is None:
@@ -483,16 +458,3 @@ def _trades(drawn: _Drawn, num_slots: int) -> tuple[TradePoint, ...]:
             )
         )
     return tuple(points)
-
-
-def _ageing(drawn: _Drawn, points: Sequence[PlacementPoint], num_slots: int) -> Ageing:
-    load_DLE = drifted(drawn.load_LE, CORRELATIONS, stream(drawn.scenario.seed, "drift"))
-    ages = {point.policy: staleness(point.placed.placements, load_DLE) for point in points}
-    best = POLICIES[BEST_POLICY]
-    fresh = [drawn.placements(best, num_slots, load_LE, Known()).max_mean(load_LE) for load_LE in load_DLE]
-    ages |= {"today": staleness(drawn.today, load_DLE), "fresh": np.stack(fresh)}
-    return Ageing(
-        num_slots=num_slots,
-        correlations=CORRELATIONS,
-        max_mean={name: tuple(ages_DL.mean(axis=1).tolist()) for name, ages_DL in ages.items()},
-    )

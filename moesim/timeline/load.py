@@ -6,7 +6,6 @@ ranks.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -23,16 +22,15 @@ from moesim.fabric.collectives import allgather_s, alltoall_finish_s
 from moesim.fabric.ports import ports_of
 from moesim.fabric.traffic import Dedup, PortBytes, combine_ports, dispatch_ports, expected_copies
 from moesim.placement import Placement
-from moesim.placement.eplb import eplb_layers
 from moesim.placement.maps import load_map
-from moesim.placement.search import check_fits, least_max_load
-from moesim.placement.slots import LayerPlacements, even_slots
+from moesim.placement.policies import POLICIES, Known
+from moesim.placement.slots import LayerPlacements
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.visits import visit_probabilities
 from moesim.scenario import Scenario
 from moesim.seeds import stream
-from moesim.timeline.placed import PlacedExperts, placed_experts
+from moesim.timeline.placed import PlacedExperts, placed_experts, scenario_ranks, token_choices
 from moesim.timeline.stage import StageLoad
 from moesim.units import BYTES_PER_ELEMENT
 
@@ -213,25 +211,16 @@ def _by_rank(seconds_GMLR: Floats, etp: int) -> Floats:
 def _placement(scenario: Scenario, popularities: Popularities) -> LayerPlacements:
     """The scenario's placement, by what can be known beforehand: expected loads, not the step's own counts."""
     choice, num_experts = scenario.placement, popularities.num_experts
-    ranks = even_slots(choice.num_slots or num_experts, scenario.parallel.ep)
-    nodes = np.array(_nodes_of_groups(scenario, 0)[0])
-    ranks = dataclasses.replace(ranks, node_of_rank_R=np.unique(nodes, return_inverse=True)[1])
-    check_fits(num_experts, ranks)
+    ranks = scenario_ranks(scenario, choice.num_slots or num_experts)
     if choice.map is not None:
         return load_map(choice.map, num_layers=popularities.num_layers, num_experts=num_experts, ranks=ranks)
-    if choice.policy == "search":
-        return least_max_load(popularities.inclusion_LE, ranks, rng=stream(scenario.seed, "placement"))
-    if choice.policy == "eplb":
-        groups = popularities.router.num_groups
-        expert_LS = eplb_layers(
-            popularities.inclusion_LE, ranks.num_slots, ranks.num_ranks, num_nodes=ranks.num_nodes, num_groups=groups
-        )
-    else:
-        slot_S = np.arange(ranks.num_slots)
-        if choice.policy == "striped":
-            slot_S = slot_S.reshape(-1, ranks.num_ranks).T.reshape(-1)
-        expert_LS = np.tile(slot_S % num_experts, (popularities.num_layers, 1))
-    return LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=num_experts, ranks=ranks)
+    together = token_choices(popularities, stream(scenario.seed, "tokens")) if choice.policy == "node_aware" else None
+    known = Known(
+        num_groups=popularities.router.num_groups,
+        coactivation_LEE=None if together is None else together.together_LEE,
+    )
+    policy = POLICIES[choice.policy]
+    return policy(popularities.inclusion_LE, ranks, rng=stream(scenario.seed, "placement"), known=known)
 
 
 @lru_cache(maxsize=8)

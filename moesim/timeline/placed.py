@@ -17,10 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.placement import Placement
-from moesim.placement.slots import LayerPlacements
+from moesim.placement.nodes import coactivation_EE
+from moesim.placement.slots import LayerPlacements, RankSlots, even_slots
 from moesim.routing.popularity import Popularities
+from moesim.routing.sampler import draw_choices
+from moesim.scenario import Scenario
 
 Floats = NDArray[np.floating]
+PAIR_TOKENS = 6144  # of each layer, to see which experts serve a token together; fewer, and chance pairs mislead
+COUNTED_TOKENS = 2048  # others, to count copies between nodes by
 _POOL_TOKENS = 8192  # of a pool that all layers shared, once each layer places its experts otherwise
 
 
@@ -87,3 +92,38 @@ def _pool_of_slots(pool_LTK: NDArray[np.int16], layers: LayerPlacements) -> NDAr
         experts_TK = pool_LTK[0 if shared else layer, :num_tokens].astype(np.int64)
         out[layer] = slots_LEX[layer][experts_TK, token_T1 % counts_LE[layer][experts_TK]]
     return out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choices:
+    """Experts of some tokens of each layer: how often two serve one token, and other tokens to count copies by."""
+
+    together_LEE: NDArray[np.float64]
+    counted_LTK: NDArray[np.int16]
+
+
+def token_choices(popularities: Popularities, rng: np.random.Generator) -> Choices | None:
+    """Tokens of the popularity, from its own pool where it has one; None for routers whose tokens miss experts."""
+    router, num_experts = popularities.router, popularities.num_experts
+    num_tokens = PAIR_TOKENS + COUNTED_TOKENS
+    pool_LTK = popularities.pool_LTK
+    if pool_LTK is not None and pool_LTK.shape[1] >= num_tokens:
+        drawn_LTK = np.repeat(pool_LTK, popularities.num_layers // len(pool_LTK), axis=0)[:, :num_tokens]
+    elif popularities.zero_log_weights_LZ is not None or router.choice != "top_k":
+        return None
+    else:
+        rows = popularities.log_weights_LE
+        drawn_LTK = np.stack([draw_choices(log_weights_E, router, num_tokens, rng) for log_weights_E in rows])
+    if int(drawn_LTK.min()) < 0 or int(drawn_LTK.max()) >= num_experts:
+        return None
+    together_LEE = np.stack([coactivation_EE(chosen_TK[:PAIR_TOKENS], num_experts) for chosen_TK in drawn_LTK])
+    return Choices(together_LEE=together_LEE, counted_LTK=drawn_LTK[:, PAIR_TOKENS:])
+
+
+def scenario_ranks(scenario: Scenario, num_slots: int) -> RankSlots:
+    """num_slots over the ranks of the scenario's first expert-parallel group, on the nodes that they stand in."""
+    parallel = scenario.parallel
+    ranks_R = scenario.layout.stage_ranks(0)[: parallel.ep * parallel.etp : parallel.etp]
+    node_of_rank_R = np.unique(ranks_R // scenario.cluster.ranks_per_node, return_inverse=True)[1]
+    even = even_slots(num_slots, parallel.ep)
+    return RankSlots(num_slots_R=even.num_slots_R, speed_R=even.speed_R, node_of_rank_R=node_of_rank_R)
