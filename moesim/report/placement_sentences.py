@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from moesim.report.sentences import Page, Sentence
 from moesim.report.style import signed_percent
-from moesim.study.placement import PlacementPoint, PlacementStudy
+from moesim.study.placement import GAIN, PlacementPoint, PlacementStudy
 from moesim.units import format_bytes, format_seconds
-
-_ENOUGH = 0.005  # of the step: a change below it is none
 
 
 def verdict(study: PlacementStudy) -> Page:
@@ -30,31 +28,36 @@ def verdict(study: PlacementStudy) -> Page:
 
 def _where(study: PlacementStudy) -> Sentence:
     fastest, base = study.fastest, study.base
+    if not study.rearranging_helps:
+        text = (
+            f"Where they are today ({base.policy}): the busiest GPU of a layer gets {base.max_mean:.3f} times the "
+            f"mean, and no layout of {base.num_slots} slots gets below {base.lower_bound:.3f}."
+        )
+        return Sentence(text=text + (" Only copies of experts can help." if base.lower_bound > 1 + GAIN else ""))
     text = (
         f"By {fastest.policy}: the busiest GPU of a layer gets {fastest.max_mean:.3f} times the mean, against "
         f"{base.max_mean:.3f} today ({base.policy}); no layout of {fastest.num_slots} slots gets below "
         f"{fastest.lower_bound:.3f}."
     )
     gain = _gain(study, fastest)
-    if gain is None:
+    if gain is None or fastest.step is None or base.step is None:
         return Sentence(text=text)
-    assert fastest.step is not None
-    assert base.step is not None
     text += (
         f" A step takes {format_seconds(fastest.step.step_s)} instead of {format_seconds(base.step.step_s)} "
         f"({signed_percent(-gain)})."
     )
-    return Sentence(text=text, tone="good" if gain > _ENOUGH else "plain")
+    return Sentence(text=text, tone="good" if gain > GAIN else "plain")
 
 
 def about_before_after(study: PlacementStudy) -> Sentence:
     """How uneven GPUs were and are, and the layer that stays worst."""
-    best, base = study.best, study.base
+    best, base = study.after, study.base
     worst = int(best.placed.max_mean_L.argmax())
     expert_share = best.placed.load_LE[worst].max() / best.placed.load_LE[worst].sum()
     text = (
         f"Today ({base.policy}) the busiest GPU gets {base.max_mean:.2f} times the mean in the mean layer and "
-        f"{base.worst_max_mean:.2f} in the worst. {best.policy}: {best.max_mean:.2f} and {best.worst_max_mean:.2f}."
+        f"{base.worst_max_mean:.2f} in the worst layer. {best.policy} with {best.num_slots} slots: "
+        f"{best.max_mean:.2f} and {best.worst_max_mean:.2f}."
     )
     ranks = best.placed.placements.ranks.num_ranks
     bound = best.placed.lower_bound_L[worst]
@@ -84,24 +87,20 @@ def about_policies(study: PlacementStudy) -> Sentence:
 
 def about_slots(study: PlacementStudy) -> Sentence:
     """The number of slots with the shortest step that fits, or where balance stops improving."""
-    points, ranks = study.by_slots, study.base.placed.placements.ranks.num_ranks
-    simulated = [point for point in points if point.step is not None and point.step.fits]
-    if simulated:
-        shortest = min(point.step.step_s for point in simulated if point.step is not None)
-        # The fewest slots within a half percent of the shortest step.
-        chosen = next(p for p in simulated if p.step is not None and p.step.step_s <= shortest * (1 + _ENOUGH))
-        why = "more of them make no step shorter that fits"
-    else:
-        least = min(point.max_mean for point in points)
-        chosen = next(point for point in points if point.max_mean <= least * (1 + _ENOUGH))
-        why = "more of them balance no better"
-    extra = chosen.num_slots - study.num_experts
-    if extra == 0:
-        return Sentence(text=f"One of each expert ({chosen.num_slots} slots): {why}.")
+    points, chosen = study.by_slots, study.chosen_slots
+    ranks, extra = study.base.placed.placements.ranks.num_ranks, chosen.num_slots - study.num_experts
+    why = ""
+    if chosen is not points[-1]:
+        too_large = [p.num_slots for p in points if p.step is not None and not p.step.fits]
+        why = " More copies make no step shorter" + (" that still fits." if too_large else ".")
+        if chosen.step is None:
+            why = " More copies balance no better."
+    if extra <= 0:
+        return Sentence(text=f"One of each expert ({chosen.num_slots} slots).{why}")
     text = (
         f"{chosen.num_slots} slots, {chosen.num_slots / ranks:g} on each GPU and layer ({extra} beyond one copy of "
         f"each expert): the busiest GPU gets {chosen.max_mean:.3f} times the mean for "
-        f"{format_bytes(chosen.replica_bytes.total_bytes)} more per GPU; {why}."
+        f"{format_bytes(chosen.replica_bytes.total_bytes)} more per GPU.{why}"
     )
     alone = next((point for point in points if point.num_slots == study.num_experts), None)
     if alone is not None and alone.step is not None and chosen.step is not None:
@@ -157,12 +156,13 @@ def about_moves(study: PlacementStudy) -> Sentence:
 
 def about_ageing(study: PlacementStudy) -> Sentence:
     """How a layout ages, and what placing anew keeps."""
-    found, best = study.ageing, study.best.policy
+    found, best = study.ageing, study.ageing.best
     stale, fresh = found.max_mean[best], found.max_mean["fresh"]
     mild = next((i for i, c in enumerate(found.correlations) if c <= 0.9), len(stale) - 1)
     text = (
-        f"When the load's correlation with the one placed for has fallen to {found.correlations[mild]:g}, {best} gives "
-        f"{stale[mild]:.2f} times the mean instead of {stale[0]:.2f}; on another load altogether {stale[-1]:.2f}. "
+        f"When the load's correlation with the one placed for has fallen to {found.correlations[mild]:g}, {best} "
+        f"({found.num_slots} slots) gives {stale[mild]:.2f} times the mean instead of {stale[0]:.2f}; "
+        f"on another load altogether {stale[-1]:.2f}. "
         f"Placed anew each time it stays at {max(fresh):.2f} or below."
     )
     return Sentence(text=text)
