@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from moesim.routing.sampler import warm
+import numpy as np
+
+from moesim.placement import search
+from moesim.routing import sampler
+from moesim.routing.balancing import LossFreeBias, TrainingSetting, simulate_balancing
+
+
+def warm() -> None:
+    """Call every room's kernels once."""
+    sampler.warm()
+    search.warm()
+    setting = TrainingSetting(
+        num_experts=4, top_k=1, num_layers=1, num_steps=2, sequences_per_batch=8, seq_len=16, learning_rate=1e-3
+    )
+    simulate_balancing(LossFreeBias(), setting, rng=np.random.default_rng(0))
+
 
 if __name__ == "__main__":
     warm()

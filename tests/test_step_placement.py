@@ -104,3 +104,15 @@ def test_a_map_of_ones_own_is_read_and_a_wrong_one_refused(tmp_path):
 def test_an_impossible_placement_is_refused_by_name(changes, message):
     with pytest.raises(InputError, match=message):
         run_step(scenario(**changes))
+
+
+def test_padding_to_capacity_costs_compute_and_memory_and_sends_no_more():
+    at = {"gini": 0.3, "capacity_factor": 1.5}
+    plain = run_step(scenario(**at))
+    raw = plain.scenario.to_dict()
+    padded = run_step(Scenario.from_mapping(raw | {"routing": raw["routing"] | {"pad_to_capacity": True}}))
+    one, other = summarise(plain), summarise(padded)
+    assert other.step_parts_s["experts"] > 1.1 * one.step_parts_s["experts"]
+    assert other.memory["activations_bytes"] > one.memory["activations_bytes"]
+    assert other.step_parts_s["dispatch"] == one.step_parts_s["dispatch"]
+    assert other.drop_fraction == one.drop_fraction

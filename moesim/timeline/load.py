@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
+from moesim.describe.capacity import RankBuffer
 from moesim.describe.model import MoeFfn, Router
 from moesim.describe.pipeline import stage_layers
 from moesim.describe.workload import Popularity
@@ -64,7 +65,8 @@ class StepLoad:
     popularities: Popularities
     placed: PlacedExperts
     load: ExpertLoad
-    kept_GMLS: Floats  # kept assignments of each slot
+    kept_GMLS: Floats  # kept assignments of each slot: what travels
+    rows_GMLS: Floats  # rows of each slot: what is computed and held, padding included
     exchange_by_stage: tuple[Exchange, ...]
     etp: int
 
@@ -76,12 +78,12 @@ class StepLoad:
     @property
     def rows_GMLRE(self) -> Floats:
         """Kept assignments of each slot, by the rank that has it; E counts a rank's slots."""
-        return self.kept_GMLS.reshape(*self.kept_GMLS.shape[:-1], self.placement.num_ranks, -1)
+        return self.rows_GMLS.reshape(*self.rows_GMLS.shape[:-1], self.placement.num_ranks, -1)
 
     def received_GMLR(self, stage: int) -> Floats | None:
         """Kept assignments that each expert-parallel rank of a stage receives in its MoE layers; None without any."""
         positions = list(self.positions_by_stage[stage])
-        return self.placement.rank_loads(self.kept_GMLS[:, :, positions]) if positions else None
+        return self.placement.rank_loads(self.rows_GMLS[:, :, positions]) if positions else None
 
     def of_stage(self, stage: int) -> StageLoad | None:
         """What a stage's phases need; ranks in rank order, expert-tensor ranks sharing their rows. None without MoE."""
@@ -112,6 +114,9 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         raise NotModelledError(f"model {model.name}: MoE layers that differ from one another are not modelled")
     popularities = _popularities(scenario.routing.popularity, len(layers), moe.num_experts, moe.router, scenario.seed)
     placed = placed_experts(_placement(scenario, popularities), popularities)
+    if isinstance(scenario.routing.capacity, RankBuffer) and placed.rank_of_expert_E is None:
+        what = "rank-level buffers with replicas, or with a placement that differs from layer to layer"
+        raise NotModelledError(f"scenario.routing.capacity: {what}, are not modelled")
     load = draw_load(
         popularities,
         scenario.routing,
@@ -120,6 +125,7 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         num_groups=scenario.layout.edp,
         num_micro_batches=scenario.num_micro_batches,
         rng=stream(scenario.seed, "load"),
+        rank_of_E=placed.rank_of_expert_E,
     )
     kept_GMLS = placed.of_slots(load.kept_GMLE)
     exchanges: dict[Nodes, Exchange] = {}
@@ -134,6 +140,7 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         placed=placed,
         load=load,
         kept_GMLS=kept_GMLS,
+        rows_GMLS=kept_GMLS if load.rows_GMLE is load.kept_GMLE else placed.of_slots(load.rows_GMLE),
         exchange_by_stage=tuple(exchanges[_nodes_of_groups(scenario, stage)] for stage in range(parallel.pp)),
         etp=parallel.etp,
     )

@@ -47,6 +47,14 @@ class PlacedExperts:
         return slots * self.share_LS.astype(load_LE.dtype)
 
     @property
+    def rank_of_expert_E(self) -> NDArray[np.int64] | None:
+        """Where each expert is, the same in all layers; None where layers place their experts otherwise."""
+        expert_LS = self.layers.physical_to_logical_LS
+        if expert_LS.shape[1] != self.layers.num_experts or (expert_LS != expert_LS[0]).any():
+            return None
+        return self.layers.layer(0).expert_to_rank_E
+
+    @property
     def _is_identity(self) -> bool:
         expert_LS = self.layers.physical_to_logical_LS
         return expert_LS.shape[1] == self.layers.num_experts and bool(
