@@ -9,6 +9,7 @@ import pytest
 from moesim.door import write_text_atomically
 from moesim.errors import InputError
 from moesim.placement import LayerPlacements, even_slots
+from moesim.placement.nodes import cross_node_tokens
 from moesim.placement.policies import POLICIES
 from moesim.routing.popularity import popularity_LE
 from moesim.scenario import Scenario
@@ -17,6 +18,7 @@ from moesim.study.ageing import drifted
 from moesim.study.place import expert_bytes, place_load, slots_of_map
 from moesim.study.placement import PlacementStudy, placement_study
 from moesim.study.simulate import simulate
+from moesim.timeline.load import step_load
 from moesim.timeline.placed import scenario_ranks, token_choices
 
 SMALL = {"model": "olmoe-1b-7b", "cluster": "h100-8x-ib400", "num_gpus": 32, "ep": 16, "pp": 2, "seq_len": 512}
@@ -59,6 +61,17 @@ def test_every_policy_that_the_ranks_allow_is_placed_and_simulated(study: Placem
 
 def test_the_base_step_is_the_scenarios_own(study: PlacementStudy, scenario: Scenario) -> None:
     assert study.base.step.step_s == simulate(scenario).step_s
+
+
+def test_the_layouts_judged_are_those_of_the_simulated_steps(study: PlacementStudy, scenario: Scenario) -> None:
+    for point in study.by_policy:
+        drawn = step_load(scenario.with_(policy=point.policy, num_slots=point.num_slots))
+        simulated = drawn.placed.layers
+        load_LE = point.placed.load_LE
+        assert simulated.max_mean(load_LE) == pytest.approx(point.placed.max_mean_L), point.policy
+        choices = token_choices(drawn.popularities, stream(scenario.seed, "tokens"))
+        crossing_L = cross_node_tokens(simulated, choices.counted_LTK)
+        assert crossing_L == pytest.approx(point.cross_node_per_token_L), point.policy
 
 
 def test_copies_price_exactly_the_memory_that_the_simulated_step_grows_by(

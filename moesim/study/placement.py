@@ -9,12 +9,10 @@ traffic come from the layouts themselves; step time and memory come from simulat
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +20,11 @@ from numpy.typing import NDArray
 from moesim.describe.model import Router
 from moesim.errors import InputError, NotModelledError, check
 from moesim.metrics.step import StepResult
-from moesim.placement.maps import save_map
-from moesim.placement.nodes import cross_node_tokens
+from moesim.placement.nodes import cross_node_tokens, renumbered
 from moesim.placement.policies import POLICIES, Known, NodeAware, Policy
 from moesim.placement.price import Migration, SlotBytes, migration, moved_slots
 from moesim.placement.slots import LayerPlacements
-from moesim.scenario import PolicyName, Scenario
+from moesim.scenario import Scenario
 from moesim.seeds import stream
 from moesim.study.ageing import NOT_AGED, Ageing, aged_layouts
 from moesim.study.place import (
@@ -46,6 +43,7 @@ Progress = Callable[[str], None]
 Row = tuple[str, str, float | str, float | str | bool, str]  # section, name, x, value, unit
 
 BEST_POLICY = "search"
+IN_ORDER = ("contiguous", "striped", "eplb", "eplb_global")  # layouts that come with the order of their GPUs
 EXTRA_SLOTS = (0, 1, 2, 4)  # expert slots of a GPU beyond its even part, where nobody says which to try
 LOAD_LIMITS = (0.0, 0.02, 0.05, 0.1, 0.2)  # of the search's max/mean, traded for fewer copies between nodes
 GAIN = 0.005  # of the busiest GPU's load, or of a step: less is none
@@ -268,7 +266,10 @@ def placement_study(
     def point(policy: str, num_slots: int) -> PlacementPoint:
         if (policy, num_slots) not in known:
             say(f"{policy}, {num_slots:,} slots")
+            # The layout of the simulated step; only GPUs are renumbered, so that little moves.
             placements = drawn.placements(POLICIES[policy], num_slots)
+            if policy not in IN_ORDER:
+                placements = renumbered(placements, drawn.today)
             changed = partial(scenario.with_, policy=policy, num_slots=num_slots, map=None)
             known[policy, num_slots] = _point(drawn, policy, placements, changed)
         return known[policy, num_slots]
@@ -333,7 +334,7 @@ class _Drawn:
     @property
     def known(self) -> Known:
         together = None if self.choices is None else self.choices.together_LEE
-        return Known(num_groups=self.router.num_groups, previous=self.today, coactivation_LEE=together)
+        return Known(num_groups=self.router.num_groups, coactivation_LEE=together)
 
 
 def _draw(scenario: Scenario) -> _Drawn:
@@ -369,7 +370,7 @@ def _point(drawn: _Drawn, policy: str, placements: LayerPlacements, changed: Cal
     placed = measured(policy, placements, drawn.load_LE, previous=drawn.today, choices=drawn.choices)
     layers_of_rank = max(len(positions) for positions in drawn.positions_by_stage)
     extra = (num_slots - drawn.num_experts) / placements.ranks.num_ranks * layers_of_rank
-    step, reason = _step(drawn.scenario, policy, placements, changed)
+    step, reason = _step(changed)
     tokens_L = np.maximum(drawn.load_LE.sum(axis=1), 1e-300) / drawn.router.top_k
     return PlacementPoint(
         policy=policy,
@@ -411,18 +412,10 @@ def _layers_of(placed: LayerPlacements, positions: Sequence[int]) -> LayerPlacem
     return LayerPlacements(physical_to_logical_LS=rows, num_experts=placed.num_experts, ranks=placed.ranks)
 
 
-def _step(
-    scenario: Scenario, policy: str, placements: LayerPlacements, changed: Callable[[], Scenario]
-) -> tuple[StepNumbers | None, str]:
-    """The simulated step under a policy, or why there is none. A policy that scenarios do not name goes in as a map."""
+def _step(changed: Callable[[], Scenario]) -> tuple[StepNumbers | None, str]:
+    """The simulated step of the scenario that changed makes, or why there is none."""
     try:
-        if policy in get_args(PolicyName):
-            return step_numbers(simulate(changed())), ""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "map.json"
-            save_map(path, placements)
-            mapped = scenario.with_(policy="map", num_slots=placements.ranks.num_slots, map=str(path))
-            return step_numbers(simulate(mapped)), ""
+        return step_numbers(simulate(changed())), ""
     except (InputError, NotModelledError) as error:
         return None, str(error)
 
@@ -446,7 +439,7 @@ def _trades(drawn: _Drawn, num_slots: int) -> tuple[TradePoint, ...]:
         return ()
     points = []
     for limit in LOAD_LIMITS:
-        placements = drawn.placements(NodeAware(load_limit_fraction=limit), num_slots)
+        placements = renumbered(drawn.placements(NodeAware(load_limit_fraction=limit), num_slots), drawn.today)
         crossing_L = cross_node_tokens(placements, drawn.choices.counted_LTK)
         points.append(
             TradePoint(
