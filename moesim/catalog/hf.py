@@ -294,6 +294,8 @@ def _router(config: Config, family: Family) -> Router:
         normalise_top_k=config.flag("norm_topk_prob", family.normalise_top_k),
         num_groups=config.whole("n_group") if grouped else 1,
         top_groups=config.whole("topk_group") if grouped else 1,
+        # DeepSeek-V2 ranks a group by its best expert, V3 (noaux_tc) by the sum of its best two.
+        group_score="max" if method == "group_limited_greedy" else "top2_sum",
         has_score_bias=method == "noaux_tc" or (not method and family.score_bias),
         has_linear_bias=family.router_bias,
     )
