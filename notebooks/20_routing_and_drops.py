@@ -44,7 +44,7 @@ popularity: str = (
 )
 gini: float = 0.25  # of the load; real text: 0.10 to 0.38
 capacity_factor = 1.25  # type: float|None most an expert takes, over its mean load; None drops nothing
-drop_policy: str = "probability"  # what a full expert keeps: probability or position
+drop_policy: str = "probability"  # who gets a full expert's places: probability, position, random, reroute
 dispatcher: str = "alltoall"
 policy: str = "contiguous"  # placement of the experts
 num_slots = None  # type: int|None slots for experts and replicas; None: one for each expert
@@ -223,8 +223,8 @@ written = write_routing(study, out_dir)
 # %%
 load = study.load
 assert all(abs(shares.sum() - 1) < 1e-6 for shares in load.load_LE), "each layer's loads sum to one"
-assert (load.kept_LE <= load.assigned_LE + 1e-6).all(), "no expert keeps more than it was sent"
+assert load.kept_LE.sum() <= load.assigned_LE.sum() * (1 + 1e-6), "no more is kept than was sent"
 assert scenario.routing.capacity_factor or load.drop_fraction == 0, "nothing is dropped without a capacity factor"
-assert study.needed.drop_fraction <= max(wanted_drop, 1e-6), "the needed capacity drops no more than was wanted"
+assert study.needed.drop_fraction <= max(wanted_drop, 2e-6), "the needed capacity drops no more than was wanted"
 assert study.over_capacity[-1].drop_fraction == 0, "the last capacity has no limit"
 assert all(memory.p99_bytes >= memory.p50_bytes for memory in study.memory), "P99 is not below the median"

@@ -18,16 +18,16 @@ from moesim.routing.popularity import popularity_LE
 from moesim.routing.recorded import recorded_from_array
 from moesim.routing.sampler import draw_choices
 from moesim.routing.statistics import gini
+from moesim.seeds import stream
 from moesim.study.balance import balance_over_training
-from moesim.study.routed import RoutedLoad, redraw_load, routed_base, routed_load
+from moesim.study.drops import drop_point, expected_drops_L, needed_capacity, token_drops
+from moesim.study.routed import RoutedLoad, redrawn, routed_base, routed_load
 from moesim.study.routing import RoutingStudy, routing_study
 from moesim.study.skew import (
     MemoryOverSteps,
     cost_over_capacity,
     cost_over_skew,
-    drop_curves,
     memory_over_steps,
-    needed_capacity,
     other_favourites,
 )
 
@@ -55,7 +55,7 @@ def study() -> RoutingStudy:
 
 
 def test_the_realised_load_is_the_one_that_the_step_is_simulated_with() -> None:
-    load, inclusion_LE = routed_load(scenario())
+    load, popularities = routed_load(scenario())
     step = simulate(scenario())
     found = load.to_dict()
     assert np.allclose(found["load_LE"], step.load_LE)
@@ -64,7 +64,7 @@ def test_the_realised_load_is_the_one_that_the_step_is_simulated_with() -> None:
     assert found["drop_fraction"] == pytest.approx(step.drop_fraction, abs=1e-6)
     assert found["drop_fraction_by_layer"] == pytest.approx(step.drop_fraction_by_layer)
     assert found["alerts"] == step.alerts
-    assert np.allclose(inclusion_LE.sum(axis=1), 8)
+    assert np.allclose(popularities.inclusion_LE.sum(axis=1), 8)
 
 
 def test_every_token_makes_k_assignments_in_every_layer() -> None:
@@ -107,6 +107,7 @@ def test_a_load_made_by_hand_gives_what_can_be_counted_by_hand() -> None:
     assert (found["max_mean"], found["max_vio"], found["num_active_experts"]) == (3.0, 2.0, 3)
     assert found["dead_experts"] == [{"layer": 5, "expert": 3}]
     assert found["alerts"] == []  # three times the mean is not over it
+    assert found["collapsed_experts"] == [{"layer": 5, "expert": 0, "ratio": 3.0}]  # 12 of the 8 tokens' 16 choices
     assert found["by_layer"][0]["rank_max_mean"] == pytest.approx(9 / 5)
 
 
@@ -135,9 +136,9 @@ def trace(num_layers: int = 16, num_experts: int = 64, top_k: int = 8) -> np.nda
 
 def test_a_recording_replaces_the_popularity() -> None:
     experts_TLK = trace()
-    load, inclusion_LE = routed_load(scenario(), recorded_from_array(experts_TLK, num_experts=64))
+    load, popularities = routed_load(scenario(), recorded_from_array(experts_TLK, num_experts=64))
     counted_E = np.bincount(experts_TLK[:, 7].ravel(), minlength=64) / 4000
-    assert np.allclose(inclusion_LE[7], counted_E)
+    assert np.allclose(popularities.inclusion_LE[7], counted_E)
     share_E = load.assigned_LE[7] / load.assigned_LE[7].sum()
     assert np.abs(share_E - counted_E / 8).max() < 4e-3  # of 262,144 assignments
     assert load.source == "recording"
@@ -154,8 +155,10 @@ def test_a_histogram_and_the_replay_it_was_counted_from_give_the_same_load(tmp_p
 
 
 def test_a_recording_is_not_levelled_by_a_scenario_of_forced_balance() -> None:
-    load, inclusion_LE = routed_load(Scenario.make(**_balanced()), recorded_from_array(trace(), num_experts=64))
-    assert float(gini(load.assigned_LE).mean()) == pytest.approx(float(gini(inclusion_LE).mean()), abs=0.01)
+    load, popularities = routed_load(Scenario.make(**_balanced()), recorded_from_array(trace(), num_experts=64))
+    assert float(gini(load.assigned_LE).mean()) == pytest.approx(
+        float(gini(popularities.inclusion_LE).mean()), abs=0.01
+    )
 
 
 def _balanced() -> dict[str, object]:
@@ -188,23 +191,84 @@ def test_the_asked_curve_agrees_with_the_drawn_step(study: RoutingStudy) -> None
     assert at_asked.padding_fraction == pytest.approx(study.load.padding_fraction, abs=2e-3)
 
 
-@pytest.mark.parametrize("wanted", [0.1, 0.01, 0.001])
-def test_the_needed_capacity_drops_as_little_as_wanted_and_one_place_less_drops_more(wanted: float) -> None:
+CONVENTIONS = (
+    {"kind": "megatron"},
+    {"kind": "megablocks"},
+    {"kind": "tutel"},
+    {"kind": "gshard", "group_tokens": 256},
+    {"kind": "rank_buffer"},
+)
+
+
+def under(convention: dict[str, object], **routing: object) -> Scenario:
+    """The small scenario with a capacity convention and other fields of its routing."""
     asked = scenario()
-    inclusion_LE = routed_base(asked).popularities.inclusion_LE
-    found = needed_capacity(asked, inclusion_LE, top_k=8, wanted_drop_fraction=wanted)
-    curve = drop_curves(asked, ginis=(), factors=(found.capacity_factor - 1 / 128, found.capacity_factor))[0]
-    fewer, enough = (p.drop_fraction for p in curve.points if p.capacity_factor != 1.25)
-    assert enough <= wanted < fewer
-    assert enough == pytest.approx(found.drop_fraction, abs=1e-9)
+    raw = {name: value for name, value in asked.to_dict().items() if name != "routing"}
+    popularity = {"kind": "lognormal", "gini": 0.3}
+    kept = {"popularity": popularity, "capacity": convention, "capacity_factor": 1.25} | routing
+    return Scenario.from_mapping(raw | {"cluster": SMALL["cluster"], "routing": kept})
+
+
+EXPECTED = [(convention, "probability") for convention in CONVENTIONS]
+EXPECTED += [(convention, "reroute") for convention in CONVENTIONS if convention["kind"] != "rank_buffer"]
+
+
+@pytest.mark.parametrize(("convention", "policy"), EXPECTED, ids=str)
+def test_the_expected_drops_are_those_of_a_drawn_step(convention: dict[str, object], policy: str) -> None:
+    asked = under(convention, drop_policy=policy)
+    load, popularities = routed_load(asked)
+    expected = drop_point(asked, popularities, 1.25)
+    assert load.drop_fraction == pytest.approx(expected.drop_fraction, abs=4e-3)
+    assert load.padding_fraction == pytest.approx(expected.padding_fraction, abs=4e-3)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda convention: str(convention["kind"]))
+def test_the_needed_capacity_drops_as_little_as_wanted_and_a_little_less_drops_more(
+    convention: dict[str, object],
+) -> None:
+    asked = under(convention)
+    popularities = routed_base(asked).popularities
+    found = needed_capacity(asked, popularities, 0.01)
+    assert drop_point(asked, popularities, found.capacity_factor).drop_fraction <= 0.01
+    assert drop_point(asked, popularities, 0.95 * found.capacity_factor).drop_fraction > 0.01
     assert found.worst_layer_capacity_factor >= found.capacity_factor
+    at_worst = expected_drops_L(asked, popularities, found.worst_layer_capacity_factor)
+    assert float(at_worst.max()) <= 0.01
 
 
 def test_with_the_needed_capacity_a_drawn_step_drops_as_much_as_wanted() -> None:
-    inclusion_LE = routed_base(scenario()).popularities.inclusion_LE
-    found = needed_capacity(scenario(), inclusion_LE, top_k=8, wanted_drop_fraction=0.02)
+    found = needed_capacity(scenario(), routed_base(scenario()).popularities, 0.02)
     load, _ = routed_load(scenario(capacity_factor=found.capacity_factor))
     assert load.drop_fraction == pytest.approx(0.02, rel=0.05)
+
+
+def test_rerouting_loses_less_and_its_losses_still_add_up() -> None:
+    turned_away, _ = routed_load(scenario(capacity_factor=0.8))
+    taken_over, _ = routed_load(under({"kind": "megatron"}, drop_policy="reroute", capacity_factor=0.8))
+    assert 0.19 < taken_over.drop_fraction < turned_away.drop_fraction  # a fifth has no room anywhere
+    lost = (taken_over.drop_fraction_LE * taken_over.assigned_LE).sum()
+    assert lost == pytest.approx((taken_over.assigned_LE - taken_over.kept_LE).sum())
+
+
+def test_single_tokens_lose_what_the_counts_say(study: RoutingStudy) -> None:
+    tokens = study.tokens
+    assert tokens is not None
+    assert tokens.num_tokens == 8 * 1024
+    assert tokens.drop_fraction == pytest.approx(study.load.drop_fraction, abs=0.01)
+    assert tokens.drop_fraction < tokens.hurt_fraction < 8 * tokens.drop_fraction
+    assert tokens.lost_fraction < 0.01 * tokens.hurt_fraction  # eight experts rarely are full all at once
+    assert token_drops(scenario(capacity_factor=None), routed_base(scenario()).popularities) is None
+
+
+def test_domains_with_crowded_favourites_lose_more() -> None:
+    domains = [{"name": "code", "share": 0.8}, {"name": "prose", "share": 0.2}]
+    asked = under({"kind": "megatron"}, popularity={"kind": "domains", "domains": domains, "gini": 0.3})
+    load, _ = routed_load(asked)
+    found = load.to_dict()["drop_fraction_by_domain"]
+    assert set(found) == {"code", "prose"}
+    assert found["code"] > found["prose"]  # the larger domain's favourites are the ones that overflow
+    mean = 0.8 * found["code"] + 0.2 * found["prose"]
+    assert mean == pytest.approx(load.drop_fraction, abs=5e-3)
 
 
 def test_a_share_that_is_none_is_refused() -> None:
@@ -313,11 +377,13 @@ def test_balancing_evens_the_scenarios_own_skew_out_and_costs_less_wait() -> Non
     assert curves["loss_free"].lost_s < curves["aux_loss"].lost_s < curves["none"].lost_s
 
 
-def test_a_redrawn_load_has_the_sizes_of_the_step() -> None:
-    base = routed_base(scenario())
-    again = redraw_load(scenario(), base.popularities, np.random.default_rng(0))
-    assert again.assigned_GMLE.shape == base.load.assigned_GMLE.shape
-    assert again.capacity == base.load.capacity
+def test_a_redrawn_step_with_the_same_popularity_and_stream_is_the_step_itself() -> None:
+    for asked in (scenario(), under({"kind": "megatron"}, pad_to_capacity=True), under({"kind": "rank_buffer"})):
+        base = routed_base(asked)
+        again = redrawn(asked, base, base.popularities, stream(asked.seed, "load"))
+        assert np.array_equal(again.load.assigned_GMLE, base.load.assigned_GMLE)
+        assert np.array_equal(again.kept_GMLS, base.kept_GMLS)
+        assert np.array_equal(again.rows_GMLS, base.rows_GMLS)
 
 
 def test_the_study_is_plain_values_and_a_table(study: RoutingStudy) -> None:

@@ -59,7 +59,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "popularity": ("KIND", "balanced, multinomial, lognormal, dirichlet, zipf, power_law, hot_experts, domains."),
         "gini": ("0..0.95", "Gini coefficient of the load. Other measures: --set routing.popularity.cv=1."),
         "capacity_factor": ("X|null", "Expert capacity over the mean load; null drops nothing."),
-        "drop_policy": ("KIND", "What a full expert keeps: probability or position."),
+        "drop_policy": ("KIND", "Who gets a full expert's places: probability, position, random, or reroute the rest."),
         "dispatcher": ("alltoall|deepep", "How tokens travel."),
     },
 }

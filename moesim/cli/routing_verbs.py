@@ -13,8 +13,9 @@ from moesim.cli.output import Answer, Table, envelope_of, fields_table, working,
 from moesim.cli.verbs import ScenarioFile, app
 
 if TYPE_CHECKING:
+    from moesim.study.drops import NeededCapacity
     from moesim.study.routed import RoutedLoad
-    from moesim.study.skew import CostPoint, DropCurve, MemoryOverSteps, NeededCapacity
+    from moesim.study.skew import CostPoint, DropCurve, MemoryOverSteps
 
 MOST_SHOWN = 10
 EXAMPLES = (
@@ -52,9 +53,10 @@ def route(
 
     scenario = scenario_of(call, scenario_file)
     from moesim.routing.histogram import write_histogram
+    from moesim.study.drops import needed_capacity
     from moesim.study.routed import routed_load
     from moesim.study.routing import routing_study
-    from moesim.study.skew import drop_curves, needed_capacity
+    from moesim.study.skew import drop_curves
 
     text = f"Routing {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"
     with working(call, text):
@@ -63,9 +65,9 @@ def route(
             load, needed, curves, result = study.load, study.needed, study.drop_curves, study.to_dict()
             costs = [_cost_table(study.over_skew), _memory_table(study.memory)]
         else:
-            load, inclusion_LE = routed_load(scenario, recorded)
-            needed = needed_capacity(scenario, inclusion_LE, top_k=load.top_k, wanted_drop_fraction=wanted_drop)
-            curves = tuple(drop_curves(scenario, inclusion_LE, ginis=()))
+            load, popularities = routed_load(scenario, recorded)
+            needed = needed_capacity(scenario, popularities, wanted_drop)
+            curves = tuple(drop_curves(scenario, popularities, ginis=()))
             result = load.to_dict() | {
                 "needed_capacity": dataclasses.asdict(needed),
                 "drop_curves": [dataclasses.asdict(curve) for curve in curves],
@@ -110,7 +112,9 @@ def warnings_of(result: dict[str, Any], load: RoutedLoad) -> list[str]:
             f"{worst['expert']} of layer {worst['layer']} with {worst['ratio']:.1f} times"
         )
     if result["dead_experts"]:
-        found.append(f"{len(result['dead_experts'])} experts get no token in the whole step")
+        found.append(f"{len(result['dead_experts'])} experts get under 1 % of their layer's mean")
+    if result["collapsed_experts"]:
+        found.append(f"{len(result['collapsed_experts'])} experts serve over half of all tokens: routing collapses")
     if load.drop_fraction > 0.05:
         found.append(f"{load.drop_fraction:.1%} of all assignments are dropped")
     return found

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moesim.report.style import COLOURS, Picture, behind, finish, headline, house_style, light_grid, new_figure
 
 if TYPE_CHECKING:
-    from moesim.study.sizes import DropPoint
+    from moesim.study.drops import DropPoint
 
 ALERT_RATIO = 3.0
 MAX_MARKS = 60

@@ -48,7 +48,9 @@ def about_load(study: RoutingStudy) -> Sentence:
     else:
         text += "No expert is over 3 times the mean. "
     if found["dead_experts"]:
-        text += f"{len(found['dead_experts'])} experts get no token at all. "
+        text += f"{len(found['dead_experts'])} experts get under 1% of the mean and hardly learn. "
+    if found["collapsed_experts"]:
+        text += f"{len(found['collapsed_experts'])} experts serve over half of all tokens each: routing collapses. "
     text += (
         f"Over the GPUs that share the experts it is milder: in each micro-batch the busiest receives "
         f"{found['busiest_rank_ratio']:.2f} times the mean."
@@ -93,7 +95,22 @@ def about_where(study: RoutingStudy) -> Sentence:
         f"{load.layers[layer]} turns away {by_expert.max():.0%} of its tokens, and the worst GPU of a layer "
         f"{by_rank.max():.0%}."
     )
+    if study.tokens is not None:
+        tokens = study.tokens
+        text += (
+            f" Token by token, {tokens.hurt_fraction:.0%} lose at least one of their {load.top_k} experts in a layer, "
+            f"and {_small(tokens.lost_fraction)} all of them."
+        )
+    if load.domain_names:
+        shares = ", ".join(
+            f"{name} {share:.1%}" for name, share in zip(load.domain_names, load.drop_fraction_D, strict=True)
+        )
+        text += f" By kind of text: {shares}."
     return Sentence(text=text)
+
+
+def _small(share: float) -> str:
+    return "none" if share == 0 else "under 0.1%" if share < 1e-3 else f"{share:.1%}"
 
 
 def about_needed(study: RoutingStudy) -> Sentence:
@@ -164,8 +181,7 @@ def about_memory(study: RoutingStudy) -> Sentence:
         f"{format_bytes(worst.capacity_bytes)}"
     )
     chance = worst.out_of_memory_fraction
-    odds = f"{chance:.1%}" if chance >= 5e-4 else "under 0.1%"
-    text = f"{lead}; the chance that a step does not fit is {odds}. "
+    text = f"{lead}; the chance that a step does not fit is {_small(max(chance, 1e-12))}. "
     told = [
         f"{REDRAW_WORDS[m.redraw]} the peak moves by {format_bytes(max(m.peak_bytes_S) - min(m.peak_bytes_S))}"
         for m in study.memory

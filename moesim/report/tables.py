@@ -29,7 +29,6 @@ def question(scenario: Scenario) -> GT:
     """What was asked, in words: model, cluster, how the model is cut, the batch, the routing."""
     p, train, cluster, layout = scenario.parallel, scenario.train, scenario.cluster, scenario.layout
     tokens = train.global_batch * train.seq_len
-    capacity = scenario.routing.capacity_factor
     popularity = scenario.routing.popularity
     skew = {
         "balanced": "every expert equally loaded (as vendors benchmark)",
@@ -68,13 +67,27 @@ def question(scenario: Scenario) -> GT:
     ]
     if scenario.model.is_moe:
         rows.append(("Routing", skew))
-        limit = (
-            f"each expert takes {capacity:g} × its mean load at most; more is dropped"
-            if capacity
-            else "no limit: nothing is dropped"
-        )
-        rows.append(("Expert capacity", limit))
+        rows.append(("Expert capacity", _capacity_in_words(scenario)))
     return _two_columns("question", rows)
+
+
+def _capacity_in_words(scenario: Scenario) -> str:
+    """What an expert takes at most, and what becomes of the rest."""
+    routing = scenario.routing
+    if not routing.capacity_factor:
+        return "no limit: nothing is dropped"
+    rest = {
+        "probability": "what the router scores lowest is dropped",
+        "position": "what comes last is dropped",
+        "random": "what exceeds it is dropped at random",
+        "reroute": "what exceeds it tries its next experts",
+    }[routing.drop_policy]
+    room = f"each expert takes {routing.capacity_factor:g} × its mean load at most"
+    kind = routing.capacity.kind
+    if kind != "megatron":
+        room = f"capacity factor {routing.capacity_factor:g} as {kind.replace('_', ' ')} counts it"
+    padding = "; buffers are padded to it" if routing.pad_to_capacity else ""
+    return f"{room}; {rest}{padding}"
 
 
 def headline(result: StepResult, twins: Twins | None) -> GT:

@@ -21,12 +21,24 @@ from moesim.cost.layer import rank_tokens
 from moesim.describe.workload import Balanced, Multinomial
 from moesim.errors import check
 from moesim.routing.histogram import Histogram, histogram_load
-from moesim.routing.load import ExpertLoad, draw_load
+from moesim.routing.load import draw_load
 from moesim.routing.popularity import Popularities
 from moesim.routing.recorded import RecordedRouting, load_LE, read_recorded, weights_of_inclusion
-from moesim.routing.statistics import cv, dead_experts, entropy, gini, load_alerts, max_mean, num_active_experts
+from moesim.routing.statistics import (
+    DEAD_SHARE_OF_MEAN,
+    LoadAlert,
+    collapse_alerts,
+    cv,
+    dead_experts,
+    entropy,
+    gini,
+    load_alerts,
+    max_mean,
+    num_active_experts,
+)
 from moesim.scenario import Scenario
 from moesim.seeds import stream
+from moesim.study.drops import places_of
 from moesim.timeline.load import StepLoad, step_load
 
 Floats = NDArray[np.float64]
@@ -50,6 +62,8 @@ class RoutedLoad:
     kept_LR: Floats
     places: float | None
     busiest_L: Floats
+    domain_names: tuple[str, ...] = ()
+    domain_inclusion_DLE: Floats | None = None  # how often a domain's token takes each expert
     source: str = "popularity"  # or the recording's file
 
     @property
@@ -67,12 +81,21 @@ class RoutedLoad:
 
     @property
     def drop_fraction_LE(self) -> Floats:
-        return _dropped(self.assigned_LE, self.kept_LE)
+        """Lost share of what chose each expert. Where others take over, what an expert turned away is not all lost."""
+        return _lost(self.assigned_LE, self.kept_LE)
 
     @property
     def drop_fraction_LR(self) -> Floats:
-        """Dropped share of what was meant for each rank's experts."""
-        return _dropped(self.assigned_LR, self.kept_LR)
+        """Lost share of what was meant for each rank's experts."""
+        return _lost(self.assigned_LR, self.kept_LR)
+
+    @property
+    def drop_fraction_D(self) -> Floats:
+        """Dropped share of each domain's assignments, over all layers; empty without domains."""
+        if self.domain_inclusion_DLE is None:
+            return np.zeros(0)
+        lost_D = (self.domain_inclusion_DLE * self.drop_fraction_LE).sum(axis=(1, 2))
+        return np.asarray(lost_D / self.domain_inclusion_DLE.sum(axis=(1, 2)))
 
     @property
     def tokens_lost_L(self) -> Floats:
@@ -100,8 +123,22 @@ class RoutedLoad:
     @property
     def alerts(self) -> list[dict[str, Any]]:
         """Experts over 3 times their layer's mean, the worst first: layer (the model's number), expert, ratio."""
-        found = [dataclasses.asdict(alert) for alert in load_alerts(self.assigned_LE)]
-        return [alert | {"layer": self.layers[alert["layer"]]} for alert in found]
+        return self._named(load_alerts(self.assigned_LE))
+
+    @property
+    def collapsed(self) -> list[dict[str, Any]]:
+        """Experts that over half of all tokens use, as alerts."""
+        return self._named(collapse_alerts(self.assigned_LE, top_k=self.top_k))
+
+    @property
+    def dead(self) -> list[dict[str, int]]:
+        """Experts with less than a hundredth of their layer's mean."""
+        found = dead_experts(self.assigned_LE, share_of_mean=DEAD_SHARE_OF_MEAN)
+        return [{"layer": self.layers[layer], "expert": expert} for layer, expert in found]
+
+    def _named(self, alerts: tuple[LoadAlert, ...]) -> list[dict[str, Any]]:
+        """With the model's layer numbers."""
+        return [dataclasses.asdict(alert) | {"layer": self.layers[alert.layer]} for alert in alerts]
 
     def by_layer(self) -> list[dict[str, Any]]:
         """Statistics of each layer's load over its experts, drops and ranks included."""
@@ -130,7 +167,6 @@ class RoutedLoad:
         layer by layer.
         """
         rows = self.by_layer()
-        dead = [{"layer": self.layers[i], "expert": e} for i, e in dead_experts(self.assigned_LE)]
         worst = max(row["max_mean"] for row in rows)
         return {
             **{name: float(np.mean([row[name] for row in rows])) for name in ("gini", "entropy", "cv")},
@@ -142,12 +178,14 @@ class RoutedLoad:
             "drop_fraction_by_layer": self.drop_fraction_L.tolist(),
             "drop_fraction_by_expert": self.drop_fraction_LE.tolist(),
             "drop_fraction_by_rank": self.drop_fraction_LR.tolist(),
+            "drop_fraction_by_domain": dict(zip(self.domain_names, self.drop_fraction_D.tolist(), strict=True)),
             "dropped_assignments_per_step": float(self.tokens_lost_L.sum()) * self.top_k,
             "tokens_lost_per_step": float(self.tokens_lost_L.mean()),
             "padding_fraction": self.padding_fraction,
             "busiest_rank_ratio": float(self.busiest_L.mean()),
             "alerts": self.alerts,
-            "dead_experts": dead,
+            "collapsed_experts": self.collapsed,
+            "dead_experts": self.dead,
             "by_layer": rows,
             "load_LE": self.load_LE.tolist(),
             "source": self.source,
@@ -159,22 +197,31 @@ def _dropped(assigned: Floats, kept: Floats) -> Floats:
     return np.maximum(1.0 - kept / np.where(assigned > 0, assigned, 1.0), 0.0) * (assigned > 0)
 
 
-def routed_load(scenario: Scenario, recorded: str | Path | RecordedRouting | None = None) -> tuple[RoutedLoad, Floats]:
-    """(load of one step, inclusion_LE): by the scenario's popularity, or as often as a recording took each expert.
+def _lost(assigned_Lx: Floats, kept_Lx: Floats) -> Floats:
+    """Lost share by expert or rank: of what each turned away, as much as nobody else took."""
+    turned_away_Lx = np.maximum(assigned_Lx - kept_Lx, 0.0)
+    lost_L1 = np.maximum((assigned_Lx - kept_Lx).sum(axis=1, keepdims=True), 0.0)
+    share_L1 = lost_L1 / np.maximum(turned_away_Lx.sum(axis=1, keepdims=True), 1e-300)
+    return turned_away_Lx * np.minimum(share_L1, 1.0) / np.where(assigned_Lx > 0, assigned_Lx, 1.0)
 
-    inclusion_LE: how often a token takes each expert, rows summing to k. recorded: a router-replay file (.npy, .npz,
-    .safetensors, .jsonl), a histogram (.csv, .parquet), or an open recording. Raises InputError for a dense model and
-    for a recording of other layers, experts or top-k.
+
+def routed_load(
+    scenario: Scenario, recorded: str | Path | RecordedRouting | None = None
+) -> tuple[RoutedLoad, Popularities]:
+    """(load of one step, popularities): the scenario's, or how often a recording took each expert.
+
+    recorded: a router-replay file (.npy, .npz, .safetensors, .jsonl), a histogram (.csv, .parquet), or an open
+    recording. Raises InputError for a dense model and for a recording of other layers, experts or top-k.
 
     >>> routed_load(scenario)[0].drop_fraction  # doctest: +SKIP
     0.031
     """
     base = routed_base(scenario)
     if recorded is None:
-        return summarise_load(scenario, base), base.popularities.inclusion_LE
+        return summarise_load(scenario, base), base.popularities
     popularities, source = recorded_inclusion(base, recorded)
-    load = redraw_load(scenario, popularities, stream(scenario.seed, "load"))
-    return summarise_load(scenario, with_load(base, load), source), popularities.inclusion_LE
+    drawn = redrawn(scenario, base, popularities, stream(scenario.seed, "load"))
+    return summarise_load(scenario, drawn, source), popularities
 
 
 def routed_base(scenario: Scenario) -> StepLoad:
@@ -192,11 +239,8 @@ def summarise_load(scenario: Scenario, step: StepLoad, source: str = "popularity
     busiest_L = [float((ranks.max(axis=-1) / np.maximum(ranks.mean(axis=-1), 1e-30)).mean()) for ranks in by_rank]
     assigned_LE = load.assigned_GMLE.sum(axis=(0, 1), dtype=np.float64)
     kept_LE = load.kept_GMLE.sum(axis=(0, 1), dtype=np.float64)
-    factor, places = scenario.routing.capacity_factor, None
-    if factor is not None:
-        mean = int(rank_tokens(scenario.parallel, scenario.train)) * step.moe.router.top_k / step.moe.num_experts
-        per_expert = math.ceil(mean * factor) * scenario.parallel.ep * scenario.parallel.etp
-        places = float(per_expert * step.moe.num_experts * math.prod(load.assigned_GMLE.shape[:2]))
+    places = places_of(scenario, step.popularities, scenario.routing.capacity_factor)
+    parts = step.popularities.domains
     return RoutedLoad(
         layers=step.layers,
         top_k=step.moe.router.top_k,
@@ -204,7 +248,9 @@ def summarise_load(scenario: Scenario, step: StepLoad, source: str = "popularity
         kept_LE=kept_LE,
         assigned_LR=_by_rank(step, assigned_LE),
         kept_LR=_by_rank(step, kept_LE),
-        places=places,
+        places=None if places is None else places * math.prod(load.assigned_GMLE.shape[:2]),
+        domain_names=() if parts is None else parts.names,
+        domain_inclusion_DLE=None if parts is None else parts.inclusion_DLE,
         busiest_L=np.array(busiest_L),
         source=source,
     )
@@ -214,17 +260,15 @@ def _by_rank(step: StepLoad, load_LE: Floats) -> Floats:
     return np.asarray(step.placement.rank_loads(step.placed.of_slots(load_LE)), dtype=np.float64)
 
 
-def with_load(step: StepLoad, load: ExpertLoad) -> StepLoad:
-    """The step with another load on the same slots; the seconds of its exchanges stay those of the old one."""
-    return dataclasses.replace(step, load=load, kept_GMLS=step.placed.of_slots(load.kept_GMLE))
+def redrawn(scenario: Scenario, base: StepLoad, popularities: Popularities, rng: np.random.Generator) -> StepLoad:
+    """Another step's counts under the given popularities, experts where they are in base.
 
-
-def redraw_load(scenario: Scenario, popularities: Popularities, rng: np.random.Generator) -> ExpertLoad:
-    """Another step's counts under the given popularities, of the sizes of the scenario's step."""
+    The seconds of the exchanges stay those of base.
+    """
     routing = scenario.routing
     if isinstance(routing.popularity, Balanced) and not popularities.is_uniform:  # a recording is not forced balance
         routing = dataclasses.replace(routing, popularity=Multinomial())
-    return draw_load(
+    load = draw_load(
         popularities,
         routing,
         tokens_per_rank=int(rank_tokens(scenario.parallel, scenario.train)),
@@ -232,6 +276,15 @@ def redraw_load(scenario: Scenario, popularities: Popularities, rng: np.random.G
         num_groups=scenario.layout.edp,
         num_micro_batches=scenario.num_micro_batches,
         rng=rng,
+        rank_of_E=None if scenario.expert_copies > 1 else base.placed.rank_of_expert_E,
+    )
+    of_slots = base.placed.of_slots
+    return dataclasses.replace(
+        base,
+        popularities=popularities,
+        load=load,
+        kept_GMLS=of_slots(load.kept_GMLE),
+        rows_GMLS=of_slots(load.rows_GMLE),
     )
 
 

@@ -12,20 +12,19 @@ from moesim.metrics.step import StepResult
 from moesim.routing.recorded import RecordedRouting
 from moesim.scenario import Scenario
 from moesim.study.balance import BalanceCurve, balance_over_training
+from moesim.study.drops import NeededCapacity, TokenDrops, needed_capacity, token_drops
 from moesim.study.routed import RoutedLoad, routed_base, routed_load
 from moesim.study.simulate import simulate
 from moesim.study.skew import (
     CostPoint,
     DropCurve,
     MemoryOverSteps,
-    NeededCapacity,
     Redraw,
     cost_over_capacity,
     cost_over_skew,
     drift_of,
     drop_curves,
     memory_over_steps,
-    needed_capacity,
 )
 
 Progress = Callable[[str], None]
@@ -47,6 +46,7 @@ class RoutingStudy:
     load: RoutedLoad
     needed: NeededCapacity
     needed_for: tuple[NeededCapacity, ...]  # several shares, the wanted one among them, the largest first
+    tokens: TokenDrops | None  # None without a capacity factor, and for a recording
     drop_curves: tuple[DropCurve, ...]
     step: StepResult
     over_skew: tuple[CostPoint, ...]
@@ -58,6 +58,7 @@ class RoutingStudy:
         """Plain values, the same for the same scenario, recording and seed; the results of ``moesim route`` on top."""
         return self.load.to_dict() | {
             "needed_capacity": dataclasses.asdict(self.needed),
+            "token_drops": None if self.tokens is None else dataclasses.asdict(self.tokens),
             "needed_capacity_for": [dataclasses.asdict(needed) for needed in self.needed_for],
             "drop_curves": [dataclasses.asdict(curve) for curve in self.drop_curves],
             "over_skew": [dataclasses.asdict(point) for point in self.over_skew],
@@ -75,6 +76,8 @@ class RoutingStudy:
         for layer in found["by_layer"]:
             rows += [("by_layer", name, layer["layer"], value, "") for name, value in layer.items() if name != "layer"]
         rows += [("needed_capacity", name, "", value, "1") for name, value in dataclasses.asdict(self.needed).items()]
+        if self.tokens is not None:
+            rows += [("token_drops", name, "", value, "") for name, value in dataclasses.asdict(self.tokens).items()]
         for curve in self.drop_curves:
             section = f"drops at gini {curve.gini:.3f}" + (" (asked)" if curve.asked else "")
             for drop in curve.points:
@@ -131,12 +134,13 @@ def routing_study(
             progress(text)
 
     say("routing one step")
-    load, inclusion = routed_load(scenario, recorded)
+    load, popularities = routed_load(scenario, recorded)
     # Before anything long, since it refuses a share that is none.
     shares = sorted({wanted_drop_fraction, *OTHER_DROP_FRACTIONS}, reverse=True)
-    needed = {
-        share: needed_capacity(scenario, inclusion, top_k=load.top_k, wanted_drop_fraction=share) for share in shares
-    }
+    needed = {share: needed_capacity(scenario, popularities, share) for share in shares}
+    say("drops token by token")
+    # A histogram, and so a recording as the study sees it, does not say which experts a token takes together.
+    tokens = token_drops(scenario, popularities) if recorded is None else None
     own = step
     if own is None:
         say("simulating the step")
@@ -153,7 +157,8 @@ def routing_study(
         load=load,
         needed=needed[wanted_drop_fraction],
         needed_for=tuple(needed.values()),
-        drop_curves=tuple(drop_curves(scenario, inclusion, progress=progress)),
+        tokens=tokens,
+        drop_curves=tuple(drop_curves(scenario, popularities, progress=progress)),
         step=own,
         over_skew=tuple(cost_over_skew(scenario, step=own, progress=progress)),
         over_capacity=tuple(cost_over_capacity(scenario, step=own, progress=progress)),

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from moesim.cost.layer import rank_tokens
 from moesim.cost.memory import RankMemory, stage_memory
-from moesim.describe.workload import Balanced
 from moesim.errors import InputError, MoesimError
 from moesim.metrics.step import MEMORY_PARTS, StepResult
-from moesim.routing.capacity import drop_curve as drops_over_factors
-from moesim.routing.capacity import megatron_capacity
 from moesim.scenario import Scenario
+from moesim.study.drops import DropPoint, drop_point
 from moesim.study.simulate import simulate
 from moesim.timeline.load import step_load
 from moesim.units import DAY_S
@@ -50,15 +43,6 @@ class SizePoint:
     fits: bool | None = None
     headroom_bytes: float | None = None
     reason: str = ""  # why it is impossible, or what had to change
-
-
-@dataclass(frozen=True, kw_only=True)
-class DropPoint:
-    """Share of assignments dropped, and of expert buffers left empty, at one capacity factor."""
-
-    capacity_factor: float
-    drop_fraction: float
-    padding_fraction: float
 
 
 def rank_memories(scenario: Scenario) -> list[RankMemory]:
@@ -178,28 +162,5 @@ def drop_curve(scenario: Scenario, factors: Sequence[float] = CAPACITY_FACTORS) 
     if load is None:
         return []
     asked = scenario.routing.capacity_factor
-    wanted = sorted({*factors, *([asked] if asked is not None else [])})
-    return drop_points(scenario, load.popularities.inclusion_LE, load.moe.router.top_k, wanted)
-
-
-def drop_points(
-    scenario: Scenario, inclusion_LE: NDArray[np.float64], top_k: int, factors: Sequence[float]
-) -> list[DropPoint]:
-    """Expected drops and padding at each capacity factor where a token takes each expert this often."""
-    num_experts = inclusion_LE.shape[1]
-    tokens = round(rank_tokens(scenario.parallel, scenario.train))
-    mean = tokens * top_k / num_experts
-    points = []
-    for factor in factors:
-        capacity = megatron_capacity(
-            tokens_per_rank=tokens, top_k=top_k, num_experts=num_experts, capacity_factor=factor
-        )
-        if isinstance(scenario.routing.popularity, Balanced):
-            dropped = 0.0 if capacity is None else max(0.0, 1.0 - capacity / mean)
-        else:
-            curve = drops_over_factors(inclusion_LE, [factor], tokens_per_rank=tokens, top_k=top_k)
-            dropped = float(curve[0])
-        places = math.ceil(mean * factor)  # of a buffer padded to its capacity, drops or not
-        padding = max(0.0, 1.0 - (1.0 - dropped) * mean / places)
-        points.append(DropPoint(capacity_factor=factor, drop_fraction=dropped, padding_fraction=padding))
-    return points
+    wanted = sorted({*factors, *([asked] if asked else [])})
+    return [drop_point(scenario, load.popularities, factor) for factor in wanted]

@@ -14,19 +14,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.layer import rank_tokens
 from moesim.cost.memory import stage_memory
 from moesim.describe.workload import Balanced
 from moesim.errors import InputError, check
 from moesim.metrics.step import StepResult
-from moesim.routing.capacity import expected_kept_fraction
 from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.statistics import gini
 from moesim.scenario import Scenario
 from moesim.seeds import stream
-from moesim.study.routed import redraw_load, routed_base, with_load
+from moesim.study.drops import DropPoint, drop_point
+from moesim.study.routed import redrawn, routed_base
 from moesim.study.simulate import simulate
-from moesim.study.sizes import CAPACITY_FACTORS, DropPoint, drop_points
+from moesim.study.sizes import CAPACITY_FACTORS
 from moesim.timeline.load import StepLoad
 
 Floats = NDArray[np.float64]
@@ -44,17 +43,6 @@ class DropCurve:
     gini: float
     asked: bool  # the scenario's own popularity, or the recording
     points: tuple[DropPoint, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NeededCapacity:
-    """The least capacity that drops no more than wanted, in the mean layer and in the worst."""
-
-    wanted_drop_fraction: float
-    capacity_factor: float  # mean over layers
-    worst_layer_capacity_factor: float
-    drop_fraction: float  # reached at capacity_factor
-    padding_fraction: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +116,7 @@ class MemoryOverSteps:
 
 def drop_curves(
     scenario: Scenario,
-    inclusion_LE: Floats | None = None,
+    popularities: Popularities | None = None,
     *,
     ginis: Sequence[float] = GINIS,
     factors: Sequence[float] = CAPACITY_FACTORS,
@@ -136,32 +124,28 @@ def drop_curves(
 ) -> list[DropCurve]:
     """Expected drops over capacity factors for lognormal popularities of several Ginis and for the scenario's own.
 
-    inclusion_LE: the own one, where it is known (a recording's). Ginis that the router cannot reach are left out.
+    popularities: the own ones, where they are known (a recording's). Ginis that the router cannot reach are left out.
     Ordered by Gini. docs/model.md#drop-curve.
     """
-    base = routed_base(scenario)
-    top_k = base.moe.router.top_k
-    own_LE = base.popularities.inclusion_LE if inclusion_LE is None else inclusion_LE
-    curves = [_drop_curve(scenario, own_LE, top_k, factors, is_asked=True)]
+    own = routed_base(scenario).popularities if popularities is None else popularities
+    curves = [_drop_curve(scenario, own, factors, is_asked=True)]
     for wanted in ginis:
         if abs(wanted - curves[0].gini) < 0.01:
             continue
-        if progress is not None:
-            progress(f"drops at a Gini of {wanted:g}")
+        _say(progress, f"drops at a Gini of {wanted:g}")
         skewed = _with_gini(scenario, wanted)
         if skewed is not None:
-            inclusion = routed_base(skewed).popularities.inclusion_LE
-            curves.append(_drop_curve(skewed, inclusion, top_k, factors, is_asked=False))
+            curves.append(_drop_curve(skewed, routed_base(skewed).popularities, factors, is_asked=False))
     return sorted(curves, key=lambda curve: curve.gini)
 
 
 def _drop_curve(
-    scenario: Scenario, inclusion_LE: Floats, top_k: int, factors: Sequence[float], *, is_asked: bool
+    scenario: Scenario, popularities: Popularities, factors: Sequence[float], *, is_asked: bool
 ) -> DropCurve:
     asked = scenario.routing.capacity_factor
-    wanted = sorted({*factors, *([asked] if asked is not None else [])})
-    points = tuple(drop_points(scenario, inclusion_LE, top_k, wanted))
-    return DropCurve(gini=float(gini(inclusion_LE).mean()), asked=is_asked, points=points)
+    wanted = sorted({*factors, *([asked] if asked else [])})
+    points = tuple(drop_point(scenario, popularities, factor) for factor in wanted)
+    return DropCurve(gini=float(gini(popularities.inclusion_LE).mean()), asked=is_asked, points=points)
 
 
 def _with_gini(scenario: Scenario, wanted: float) -> Scenario | None:
@@ -172,44 +156,6 @@ def _with_gini(scenario: Scenario, wanted: float) -> Scenario | None:
     except InputError:
         return None
     return skewed
-
-
-def needed_capacity(
-    scenario: Scenario, inclusion_LE: Floats, *, top_k: int, wanted_drop_fraction: float
-) -> NeededCapacity:
-    """The least capacity factor that drops at most wanted_drop_fraction, by bisection over whole capacities.
-
-    Raises InputError unless wanted_drop_fraction lies in 0..1. At 0 it is the smallest that keeps the expected drops
-    under a millionth, since some token may always be one too many. docs/model.md#needed-capacity.
-    """
-    rule = "must lie in 0..1"
-    check(0.0 <= wanted_drop_fraction < 1.0, "parameters", "wanted_drop_fraction", rule, wanted_drop_fraction)
-    tokens = round(rank_tokens(scenario.parallel, scenario.train))
-    mean = tokens * top_k / inclusion_LE.shape[1]
-    limit = max(wanted_drop_fraction, 1e-6)
-
-    def drops_L(capacity: int) -> Floats:
-        if isinstance(scenario.routing.popularity, Balanced) and float(np.ptp(inclusion_LE)) == 0.0:
-            return np.full(len(inclusion_LE), max(0.0, 1.0 - capacity / mean))
-        return 1.0 - expected_kept_fraction(inclusion_LE, capacity=capacity, tokens_per_rank=tokens)
-
-    def least(drops: Callable[[int], float]) -> int:
-        low, high = 0, tokens  # at high nothing can drop
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if drops(middle) <= limit else (middle, high)
-        return high
-
-    capacity = least(lambda places: float(drops_L(places).mean()))
-    worst = least(lambda places: float(drops_L(places).max()))
-    dropped = max(0.0, float(drops_L(capacity).mean())) if capacity < tokens else 0.0
-    return NeededCapacity(
-        wanted_drop_fraction=wanted_drop_fraction,
-        capacity_factor=capacity / mean,
-        worst_layer_capacity_factor=worst / mean,
-        drop_fraction=dropped,
-        padding_fraction=max(0.0, 1.0 - (1.0 - dropped) * mean / capacity),
-    )
 
 
 def cost_over_skew(
@@ -324,8 +270,7 @@ def memory_over_steps(
             popularities = other_favourites(popularities, rng)
         elif drift_steps is not None and redraw == "drift":
             popularities = _drifted(scenario, start, number * math.ceil(drift_steps))
-        load = redraw_load(scenario, popularities, rng)
-        peaks.append(peak_bytes(scenario, with_load(start, load)))
+        peaks.append(peak_bytes(scenario, redrawn(scenario, start, popularities, rng)))
     return MemoryOverSteps(
         redraw=redraw, peak_bytes_S=tuple(peaks), capacity_bytes=scenario.cluster.gpu.memory_bytes.value
     )
