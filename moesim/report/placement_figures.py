@@ -355,7 +355,10 @@ def _slots_memory_panel(axes: Axes, study: PlacementStudy, per_gpu: Sequence[flo
     top = max(float(base.max()), 1e-3)
     for x, height in zip(per_gpu, base, strict=True):
         axes.text(x, height + top * 0.02, f"{height:.1f}", ha="center", va="bottom", fontsize=9.5, bbox=behind())
-    free = study.base.step.headroom_bytes / GIB if study.base.step is not None else None
+    today = study.base
+    free = None
+    if today.step is not None:
+        free = (today.step.headroom_bytes + today.replica_bytes.total_bytes) / GIB
     if free is not None and 0 < free < 3 * top:
         axes.axhline(free, color=COLOURS["alert"], linewidth=1.5, linestyle=(0, (5, 3)))
         top = max(top, free)

@@ -73,6 +73,9 @@ def about_policies(study: PlacementStudy) -> Sentence:
     """The policies in order, and how far the best is from the bound."""
     order = sorted(study.by_policy, key=lambda point: point.max_mean)
     best = order[0]
+    if len(order) > 1 and order[-1].max_mean < best.max_mean * (1 + GAIN):
+        text = f"All policies come to {best.max_mean:.3f}: with {best.num_slots} slots there is nothing to gain."
+        return Sentence(text=text)
     text = (
         f"{best.policy} is {best.max_mean / best.lower_bound - 1:.2%} above what any layout of {best.num_slots} slots "
         "can reach, mean over layers."
