@@ -124,3 +124,29 @@ def test_a_dense_model_is_refused() -> None:
     status, _, err = moesim("route", "--model", "llama-3-8b", "--cluster", "h100-8x-ib400", "--num-gpus", "8")
     assert status == 2
     assert "must have experts to route to; got 'llama-3-8b'" in err
+
+
+def test_report_runs_the_notebook_that_is_named(tmp_path: Path) -> None:
+    quick = ["-p", "num_steps", "2", "-p", "training_steps", "0", "--micro-batch", "1"]
+    arguments = ["report", "20_routing_and_drops", *SMALL, *quick, "--out", str(tmp_path / "report"), "--json", "-q"]
+    status, out, err = moesim(*arguments)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["inputs"]["notebook"] == "20_routing_and_drops"
+    names = [Path(name).name for name in found["result"]["files"]]
+    assert names == ["report.html", "report.ipynb", "results.json", "results.csv", "histogram.csv"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["20_routing_and_drop"], "Did you mean 20_routing_and_drops"),
+        (["20_routing_and_drops", "-p", "wanted_drops", "0.1"], "Did you mean wanted_drop?"),
+        (["a.yaml", "b.yaml"], "SCENARIO: must be one file, after a notebook's name; got 'b.yaml'"),
+        (["20_routing_and_drops", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_report_refuses_by_name(arguments: list[str], words: str) -> None:
+    status, out, err = moesim("report", *arguments)
+    assert (status, out) == (2, "")
+    assert words in err

@@ -18,17 +18,26 @@ PLANNING_NOTEBOOK = "10_planning_report"
 DEVICES = ("auto", "cuda", "cpu")
 
 
-def render_report(call: Call, scenario_file: Path | None, params_file: Path | None) -> Answer:
-    """Check everything that was asked, then run the planning notebook into the output folder.
+def render_report(call: Call, first: str | None, second: str | None, params_file: Path | None) -> Answer:
+    """Check everything that was asked, then run a notebook (the planning one, or the one named) into the output folder.
 
-    Without a scenario file, what is not named keeps the notebook's default, exactly as with papermill.
+    first: a notebook's name, then second is the scenario file; or the scenario file itself. Without a scenario file,
+    what is not named keeps the notebook's default, exactly as with papermill.
     """
+    import time
+
     from moesim.cli.question import flat_leaves, flat_settings, read_parameters, scenario_of, typed_parameters
     from moesim.report.parameters import ask, check_parameters, find_notebook, parameters_of
-    from moesim.report.runner import FILES, run_notebook
+    from moesim.report.runner import run_notebook
     from moesim.scenario import LEAVES
 
-    known = parameters_of(find_notebook(PLANNING_NOTEBOOK))
+    is_scenario = first is None or Path(first).suffix in (".yaml", ".yml", ".json")
+    check(second is None or not is_scenario, "report", "SCENARIO", "must be one file, after a notebook's name", second)
+    name = PLANNING_NOTEBOOK if is_scenario or first is None else first
+    notebook = find_notebook(name)
+    scenario_text = first if is_scenario else second
+    scenario_file = None if scenario_text is None else Path(scenario_text)
+    known = parameters_of(notebook)
     given = read_parameters(params_file) | typed_parameters(call)
     if scenario_file is None:
         given |= flat_settings(call)
@@ -41,15 +50,23 @@ def render_report(call: Call, scenario_file: Path | None, params_file: Path | No
         heard = ask(check_parameters(given, known), sorted(given)).scenario.to_dict()
         for name, value in scenario.to_dict().items():
             check(heard[name] == value, "report", name, "says more than the notebook's parameters can", value)
-    folder = call.out or Path("out/report")
-    run_notebook(PLANNING_NOTEBOOK, given, folder, show_progress=False if call.verbosity < 0 else None)
-    files = [str(folder / name) for name in FILES if (folder / name).is_file()]
+    folder, start_s = call.out or Path("out/report"), time.time()
+    run_notebook(name, given, folder, show_progress=False if call.verbosity < 0 else None)
+    made = [path for path in folder.glob("*") if path.stat().st_mtime > start_s - 1]  # others lay there before
+    files = [str(path) for path in sorted(made, key=_page_first)]
     return Answer(
-        inputs={"scenario": scenario.to_dict(), "parameters": given},
+        inputs={"notebook": notebook.stem, "scenario": scenario.to_dict(), "parameters": given},
         result={"folder": str(folder), "files": files},
         tables=[Table(title="Report", columns=("File",), rows=[(name,) for name in files])],
         writes_own_files=True,
     )
+
+
+def _page_first(path: Path) -> tuple[int, str]:
+    """The order in which a report's files are named: the page to read, its notebook, the rest by name."""
+    from moesim.report.runner import FILES
+
+    return (FILES.index(path.name) if path.name in FILES else len(FILES), path.name)
 
 
 def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> Answer:

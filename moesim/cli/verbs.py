@@ -327,18 +327,29 @@ REPORT_EXAMPLES = _examples(
     "moesim report -p ep 32 -p recompute full",
     "moesim report -f params.yaml --out out/mine",
     "moesim report scenario.yaml",
+    "moesim report 20_routing_and_drops --capacity-factor 1.5 -p wanted_drop 0.001",
+    "moesim report 30_expert_placement scenario.yaml --out out/placement",
     "What is not named keeps the notebook's default, as with papermill: DeepSeek-V3 on 2,048 H800 (PP16, EP64). "
     "A scenario file takes the scenario's own defaults instead.",
 )
 
 
 @app.command(epilog=REPORT_EXAMPLES)
-@verb(
-    scenario=True, out_help="Folder of report.html, report.ipynb, results.json, results.csv, trace.json (out/report)."
-)
+@verb(scenario=True, out_help="Folder of report.html, report.ipynb, results.json, results.csv and more (out/report).")
 def report(
     call: Call,
-    scenario_file: ScenarioFile = None,
+    notebook: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NOTEBOOK]",
+            help="10_planning_report (the default), 20_routing_and_drops, 30_expert_placement, or a file of your own.",
+            show_default=False,
+        ),
+    ] = None,
+    scenario_file: Annotated[
+        str | None,
+        typer.Argument(metavar="[SCENARIO.yaml]", help="Scenario file; options overrule it.", show_default=False),
+    ] = None,
     params_file: Annotated[
         Path | None,
         typer.Option(
@@ -346,10 +357,10 @@ def report(
         ),
     ] = None,
 ) -> Answer:
-    """Render the planning report: does it fit, how fast, what binds, what to change."""
+    """Render a report: planning (does it fit, how fast, what binds, what to change), routing, or placement."""
     from moesim.cli.rendering import render_report
 
-    return render_report(call, scenario_file, params_file)
+    return render_report(call, notebook, scenario_file, params_file)
 
 
 CALIBRATE_EXAMPLES = _examples(
