@@ -190,7 +190,7 @@ def _of_layers(popularities: Popularities, layers: NDArray[np.int64]) -> Popular
         )
     by_layer = ("log_weights_LE", "inclusion_LE", "zero_log_weights_LZ", "nowhere_L", "repeat_L", "first_LE")
     values = {name: getattr(popularities, name) for name in by_layer}
-    kept = {name: None if value is None else value[layers] for name, value in values.items()}
+    kept: dict[str, Any] = {name: None if value is None else value[layers] for name, value in values.items()}
     return dataclasses.replace(popularities, pool_LTK=None, domains=parts, **kept)
 
 
