@@ -114,7 +114,10 @@ LAYER = Layer(attention=GroupedQueryAttention(**ATTENTION), ffn=Ffn(width=4))  #
         (lambda: Lognormal(gini=1.0), "routing.popularity: gini: must lie in 0..0.95; got 1.0"),
         (lambda: Lognormal(gini=float("nan")), "routing.popularity: gini: must be finite; got nan"),
         (lambda: Routing(capacity_factor=0), "routing: capacity_factor: must be positive, or null for dropless; got 0"),
-        (lambda: Routing(drop_policy="x"), "routing: drop_policy: must be probability or position; got 'x'"),
+        (
+            lambda: Routing(drop_policy="x"),
+            "routing: drop_policy: must be probability or position or random or reroute; got 'x'",
+        ),
         (
             lambda: GroupedQueryAttention(**ATTENTION | {"num_kv_heads": 3}),  # type: ignore[arg-type]
             "attention: num_kv_heads: must divide num_heads=4; got 3",
