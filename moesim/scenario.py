@@ -21,7 +21,7 @@ from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.pipeline import stage_layers
-from moesim.describe.workload import Routing, Training
+from moesim.describe.workload import Recorded, Routing, Training
 from moesim.door.files import read_yaml
 from moesim.door.parse import apply_overrides, parse_as
 from moesim.errors import InputError, check, near_match
@@ -199,12 +199,13 @@ class Scenario:
 
     @classmethod
     def from_mapping(cls, raw: Mapping[str, Any], owner: str = "scenario", folder: Path | None = None) -> Scenario:
-        """A scenario from the file's mapping. Relative model and cluster paths are looked up beside the file first."""
+        """A scenario from the file's mapping. Model, cluster and recording are looked up beside the file first."""
         asked = parse_as(_File, dict(raw), owner=owner)
         for name, presets in (("model", MODEL_NAMES), ("cluster", CLUSTER_NAMES)):
             hint = "Presets: " + ", ".join(presets)
             rule = "is required: a preset's name or a file's path"
             check(getattr(asked, name) != "", owner, name, rule, "nothing", hint)
+        asked = _recording_beside(asked, folder)
         model = load_model(_beside(asked.model, folder))
         cluster = load_cluster(_beside(asked.cluster, folder), asked.num_gpus)
         kept = {
@@ -221,8 +222,10 @@ class Scenario:
             name: leaves.pop(name) for name in ("model", "cluster") if isinstance(leaves.get(name), Model | Cluster)
         }
         raw = json.loads(json.dumps(self.raw))
-        if raw and "popularity" in leaves:
-            raw["routing"]["popularity"] = {}
+        if raw and ("popularity" in leaves or "gini" in leaves):  # another popularity; what it remembers stays
+            correlation = raw["routing"]["popularity"].get("correlation")
+            keeps = correlation is not None and leaves.get("popularity") != "balanced"
+            raw["routing"]["popularity"] = {"correlation": correlation} if keeps else {}
         asked = parse_as(_File, merge(raw, nest(leaves)), owner="scenario")
         named = {"model": "model" in leaves, "cluster": "cluster" in leaves or "num_gpus" in leaves}
         model = described.get("model") or (load_model(asked.model) if named["model"] else self.model)
@@ -240,6 +243,13 @@ class Scenario:
             raw=_plain(asked) | {"model": model.name, "num_gpus": cluster.num_gpus},
             **kept,
         )
+
+    def with_recording(self, file: str | Path) -> Scenario:
+        """This scenario with recorded routing in place of its popularity."""
+        popularity = Recorded(file=str(file))
+        raw = merge(self.raw, {"routing": {"popularity": None}})
+        raw = merge(raw, {"routing": {"popularity": _plain(popularity)}})
+        return dataclasses.replace(self, routing=dataclasses.replace(self.routing, popularity=popularity), raw=raw)
 
     def to_dict(self) -> dict[str, Any]:
         """The canonical mapping: the file's fields, every default filled in."""
@@ -285,6 +295,15 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
     return merged
+
+
+def _recording_beside(asked: _File, folder: Path | None) -> _File:
+    """The file with its recording's path, if any, looked up beside it first."""
+    popularity = asked.routing.popularity
+    if not isinstance(popularity, Recorded):
+        return asked
+    found = dataclasses.replace(popularity, file=_beside(popularity.file, folder))
+    return dataclasses.replace(asked, routing=dataclasses.replace(asked.routing, popularity=found))
 
 
 def _beside(name: str, folder: Path | None) -> str:

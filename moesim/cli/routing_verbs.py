@@ -54,18 +54,19 @@ def route(
     scenario = scenario_of(call, scenario_file)
     from moesim.routing.histogram import write_histogram
     from moesim.study.drops import needed_capacity
-    from moesim.study.routed import routed_load
+    from moesim.study.routed import as_recorded, routed_load
     from moesim.study.routing import routing_study
     from moesim.study.skew import drop_curves
 
+    scenario, rest = as_recorded(scenario, recorded)
     text = f"Routing {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"
     with working(call, text):
         if full:
-            study = routing_study(scenario, wanted_drop_fraction=wanted_drop, recorded=recorded)
+            study = routing_study(scenario, wanted_drop_fraction=wanted_drop, recorded=rest)
             load, needed, curves, result = study.load, study.needed, study.drop_curves, study.to_dict()
             costs = [_cost_table(study.over_skew), _memory_table(study.memory)]
         else:
-            load, popularities = routed_load(scenario, recorded)
+            load, popularities = routed_load(scenario, rest)
             needed = needed_capacity(scenario, popularities, wanted_drop)
             curves = tuple(drop_curves(scenario, popularities, ginis=()))
             result = load.to_dict() | {
@@ -78,7 +79,7 @@ def route(
     answer = Answer(
         inputs={
             "scenario": scenario.to_dict(),
-            "recorded": None if recorded is None else str(recorded),
+            "recorded": None if load.source == "popularity" else load.source,
             "wanted_drop_fraction": wanted_drop,
         },
         result=result,

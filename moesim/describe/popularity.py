@@ -202,8 +202,20 @@ class DomainMixture:
         check_whole(OWNER, "run_tokens", self.run_tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What somebody recorded: a router-replay file (.npy, .npz, .safetensors, .jsonl) or a histogram (.csv, .parquet).
+
+    Of every MoE layer of the model, in order. A histogram says how often experts were taken, a replay also which ones
+    together.
+    """
+
+    file: str
+    kind: Literal["recorded"] = "recorded"
+
+
 Skewed = Lognormal | Dirichlet | Zipf | PowerLaw | HotExperts | DomainMixture
-Popularity = Balanced | Multinomial | Skewed
+Popularity = Balanced | Multinomial | Skewed | Recorded
 
 _OWN = {
     "lognormal": "sigma",
@@ -253,5 +265,7 @@ def popularity_words(popularity: Popularity) -> str:
         return "every expert takes exactly its share"
     if isinstance(popularity, Multinomial):
         return "experts equally popular, counts random"
+    if isinstance(popularity, Recorded):
+        return f"as recorded in {popularity.file}"
     name, value = measure_of(popularity)
     return f"{popularity.kind.replace('_', ' ')} popularity with {_WORDS.get(name, name)} {value:g}"

@@ -18,6 +18,7 @@ from moesim.describe.popularity import (
     Multinomial,
     Popularity,
     PowerLaw,
+    Recorded,
     Zipf,
 )
 from moesim.errors import check
@@ -38,6 +39,7 @@ __all__ = [
     "Popularity",
     "PowerLaw",
     "RankBuffer",
+    "Recorded",
     "Routing",
     "Training",
     "Tutel",

@@ -15,6 +15,7 @@ from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory, stage_memory
 from moesim.describe.flops import training_flops_per_token
 from moesim.describe.hardware import Sourced
+from moesim.describe.workload import Recorded
 from moesim.fabric.ports import spine_slowdown
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, STEP_PARTS, StepResult
 from moesim.routing.statistics import entropy, gini, load_alerts, max_mean
@@ -157,8 +158,12 @@ def _cluster_provenance(scenario: Scenario) -> list[Provenance]:
     } | {f"derate {name}": value for name, value in cluster.derates.items()}
     told = [Provenance(part=part, kind=number.kind, source=number.source) for part, number in numbers.items()]
     popularity = scenario.routing.popularity
+    if not scenario.model.is_moe:
+        return told
+    if isinstance(popularity, Recorded):
+        return [*told, Provenance(part="expert popularity", kind="measured", source=popularity.file)]
     skew = f"routing.popularity of the scenario: {dataclasses.asdict(popularity)}"
-    return [*told, Provenance(part="expert popularity", kind="assumed", source=skew)] if scenario.model.is_moe else told
+    return [*told, Provenance(part="expert popularity", kind="assumed", source=skew)]
 
 
 def _memory_provenance() -> list[Provenance]:

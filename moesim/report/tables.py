@@ -33,6 +33,7 @@ def question(scenario: Scenario) -> GT:
     skew = {
         "balanced": "every expert equally loaded (as vendors benchmark)",
         "multinomial": "experts equally popular, tokens choose at random",
+        "recorded": popularity_words(popularity),
     }.get(popularity.kind, f"uneven: {popularity_words(popularity)} (Gini of real text: 0.10 to 0.38)")
     cut = [
         (p.pp, "pipeline stages" + (f" in {p.vpp} virtual ones each" if p.vpp > 1 else "")),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moesim.describe.model import Router
 from moesim.describe.popularity import DomainMixture, HotExperts, Skewed, measure_of
-from moesim.describe.workload import Balanced, Multinomial, Popularity
+from moesim.describe.workload import Balanced, Multinomial, Popularity, Recorded
 from moesim.errors import check
 from moesim.routing.reach import random_second_reach, reach_of_sets
 from moesim.routing.routers import draw_expert_choice
@@ -101,9 +101,9 @@ def popularity_LE(
 
     Balanced and Multinomial: equal weights, inclusion k/E. Others: one skew for all layers, solved so that the mean
     over layers of the Gini (or coefficient of variation, max/mean, hot share) of inclusion_LE is the one asked for.
-    Expert choice: even loads; the popularity is what token choice would make of the same scores. Raises InputError when
-    the router cannot reach it (top-k of E experts cannot exceed a Gini of 1 - k/E, since no expert takes a token
-    twice). docs/model.md#popularity.
+    Recorded: as counted. Expert choice: even loads; the popularity is what token choice would make of the same scores.
+    Raises InputError when the router cannot reach it (top-k of E experts cannot exceed a Gini of 1 - k/E, since no
+    expert takes a token twice). docs/model.md#popularity.
 
     >>> from moesim.describe.workload import Lognormal
     >>> from moesim.routing.statistics import gini
@@ -113,6 +113,8 @@ def popularity_LE(
     0.25
     """
     check(step >= 0, OWNER, "step", "must be at least 0", step)
+    if isinstance(popularity, Recorded):
+        return _recorded(popularity, num_layers, num_experts, router, rng)
     if isinstance(popularity, Balanced | Multinomial) or num_layers == 0 or _is_equal(popularity):
         drawn = _uniform(num_layers, num_experts, router, rng)
     else:
@@ -120,6 +122,26 @@ def popularity_LE(
     if isinstance(popularity, Balanced) or popularity.correlation.first_repeat is None:
         return drawn
     return _repeating(drawn, popularity.correlation.first_repeat)
+
+
+def _recorded(
+    popularity: Recorded, num_layers: int, num_experts: int, router: Router, rng: np.random.Generator
+) -> Popularities:
+    """A recording of these layers and experts. InputError for one of others."""
+    from pathlib import Path
+
+    from moesim.door.rows import TABLE_SUFFIXES
+    from moesim.routing import histogram, recorded  # they stand on this module
+
+    path = popularity.file
+    if Path(path).suffix.lower() in TABLE_SUFFIXES:
+        layers, load_LE = histogram.histogram_load(path, num_experts=num_experts)
+        found = histogram.histogram_popularities(load_LE, router, owner=path)
+    else:
+        trace = recorded.read_recorded(path, num_experts=num_experts)
+        layers, found = trace.layers, recorded.recorded_popularities(trace, router, rng=rng)
+    check(len(layers) == num_layers, path, "layers", f"must be the model's {num_layers} MoE layers", len(layers))
+    return found
 
 
 def _is_equal(popularity: Skewed) -> bool:

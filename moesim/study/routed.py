@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.layer import rank_tokens
-from moesim.describe.workload import Balanced, Multinomial
+from moesim.describe.model import MoeFfn
+from moesim.describe.workload import Balanced, Multinomial, Recorded
 from moesim.errors import check
 from moesim.routing.histogram import Histogram, histogram_load
 from moesim.routing.load import draw_load
@@ -216,12 +217,32 @@ def routed_load(
     >>> routed_load(scenario)[0].drop_fraction  # doctest: +SKIP
     0.031
     """
-    base = routed_base(scenario)
-    if recorded is None:
-        return summarise_load(scenario, base), base.popularities
-    popularities, source = recorded_inclusion(base, recorded)
-    drawn = redrawn(scenario, base, popularities, stream(scenario.seed, "load"))
-    return summarise_load(scenario, drawn, source), popularities
+    asked, rest = as_recorded(scenario, recorded)
+    base = routed_base(asked)
+    if rest is None:
+        popularity = asked.routing.popularity
+        source = popularity.file if isinstance(popularity, Recorded) else "popularity"
+        return summarise_load(asked, base, source), base.popularities
+    popularities, source = recorded_inclusion(base, rest)
+    drawn = redrawn(asked, base, popularities, stream(asked.seed, "load"))
+    return summarise_load(asked, drawn, source), popularities
+
+
+def as_recorded(
+    scenario: Scenario, recorded: str | Path | RecordedRouting | None
+) -> tuple[Scenario, str | Path | RecordedRouting | None]:
+    """(the scenario with the recording as its popularity, what of the recording that could not take in).
+
+    A scenario takes files, but no histogram for a group-limited router: it does not say which experts go together, so
+    steps cannot be simulated with it, only counts drawn.
+    """
+    if recorded is None or isinstance(recorded, RecordedRouting):
+        return scenario, recorded
+    moe = next((layer.ffn for layer in scenario.model.layers if isinstance(layer.ffn, MoeFfn)), None)
+    is_limited = moe is not None and moe.router.top_groups < moe.router.num_groups
+    if is_limited and Path(recorded).suffix.lower() in TABLES:
+        return scenario, recorded
+    return scenario.with_recording(recorded), None
 
 
 def routed_base(scenario: Scenario) -> StepLoad:

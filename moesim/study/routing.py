@@ -13,7 +13,7 @@ from moesim.routing.recorded import RecordedRouting
 from moesim.scenario import Scenario
 from moesim.study.balance import BalanceCurve, balance_over_training
 from moesim.study.drops import NeededCapacity, TokenDrops, needed_capacity, token_drops
-from moesim.study.routed import RoutedLoad, routed_base, routed_load
+from moesim.study.routed import RoutedLoad, as_recorded, routed_base, routed_load
 from moesim.study.simulate import simulate
 from moesim.study.skew import (
     CostPoint,
@@ -37,7 +37,7 @@ _UNITS = {"step_s": "s", "wait_s": "s", "tokens_per_s_per_gpu": "tokens/s", "pea
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingStudy:
-    """One scenario's routing. over_skew, over_capacity, memory: of the scenario's popularity, not of a recording.
+    """One scenario's routing; a recording is the scenario's popularity where ``moesim.study.routed.as_recorded`` can.
 
     memory: peaks over consecutive steps, and over steps with other favourites or under the scenario's drift.
     """
@@ -134,13 +134,14 @@ def routing_study(
             progress(text)
 
     say("routing one step")
+    scenario, recorded = as_recorded(scenario, recorded)
     load, popularities = routed_load(scenario, recorded)
     # Before anything long, since it refuses a share that is none.
     shares = sorted({wanted_drop_fraction, *OTHER_DROP_FRACTIONS}, reverse=True)
     needed = {share: needed_capacity(scenario, popularities, share) for share in shares}
     say("drops token by token")
-    # A histogram, and so a recording as the study sees it, does not say which experts a token takes together.
-    tokens = token_drops(scenario, popularities) if recorded is None else None
+    # Tokens are drawn anew, so a recording's own togetherness would be lost on them.
+    tokens = token_drops(scenario, popularities) if load.source == "popularity" else None
     own = step
     if own is None:
         say("simulating the step")

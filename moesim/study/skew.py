@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.memory import stage_memory
-from moesim.describe.workload import Balanced
+from moesim.describe.workload import Balanced, Recorded
 from moesim.errors import InputError, check
 from moesim.metrics.step import StepResult
 from moesim.routing.popularity import Popularities, popularity_LE
@@ -279,7 +279,7 @@ def memory_over_steps(
 def drift_of(scenario: Scenario) -> float | None:
     """Steps after which the scenario's popularity has forgotten most of itself; None where it stays."""
     popularity = scenario.routing.popularity
-    return None if isinstance(popularity, Balanced) else popularity.correlation.drift_steps
+    return None if isinstance(popularity, Balanced | Recorded) else popularity.correlation.drift_steps
 
 
 def _drifted(scenario: Scenario, base: StepLoad, step: int) -> Popularities:

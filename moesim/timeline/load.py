@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
 from moesim.describe.capacity import RankBuffer
 from moesim.describe.model import MoeFfn, Router
 from moesim.describe.pipeline import stage_layers
-from moesim.describe.workload import Popularity
+from moesim.describe.workload import Popularity, Recorded
 from moesim.errors import NotModelledError
 from moesim.fabric.collectives import allgather_s, alltoall_finish_s
 from moesim.fabric.ports import ports_of
@@ -112,7 +113,8 @@ def step_load(scenario: Scenario) -> StepLoad | None:
     assert isinstance(moe, MoeFfn)
     if any(stack[i].ffn != moe for i in layers):
         raise NotModelledError(f"model {model.name}: MoE layers that differ from one another are not modelled")
-    popularities = _popularities(scenario.routing.popularity, len(layers), moe.num_experts, moe.router, scenario.seed)
+    asked = scenario.routing.popularity
+    popularities = _popularities(asked, len(layers), moe.num_experts, moe.router, scenario.seed, _stamp(asked))
     placed = placed_experts(_placement(scenario, popularities), popularities)
     if isinstance(scenario.routing.capacity, RankBuffer) and placed.rank_of_expert_E is None:
         what = "rank-level buffers with replicas, or with a placement that differs from layer to layer"
@@ -231,7 +233,24 @@ def _placement(scenario: Scenario, popularities: Popularities) -> LayerPlacement
 
 
 @lru_cache(maxsize=8)
-def _popularities(popularity: Popularity, num_layers: int, num_experts: int, router: Router, seed: int) -> Popularities:
+def _popularities(
+    popularity: Popularity,
+    num_layers: int,
+    num_experts: int,
+    router: Router,
+    seed: int,
+    stamp: tuple[int, int] | None,  # noqa: ARG001 - for the cache alone
+) -> Popularities:
+    """stamp: tells one state of a recording's file from another, which the cache would otherwise take for the same."""
     return popularity_LE(
         popularity, num_layers=num_layers, num_experts=num_experts, router=router, rng=stream(seed, "popularity")
     )
+
+
+def _stamp(popularity: Popularity) -> tuple[int, int] | None:
+    """When a recording's file was last written, and its size; None where there is none (then reading it says so)."""
+    path = Path(popularity.file) if isinstance(popularity, Recorded) else None
+    if path is None or not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
