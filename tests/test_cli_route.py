@@ -83,6 +83,15 @@ def test_the_histogram_written_feeds_back_as_a_recording(tmp_path: Path) -> None
     assert recorded["result"]["drop_fraction"] == pytest.approx(drawn["result"]["drop_fraction"], abs=0.005)
 
 
+def test_a_replay_of_drawn_tokens_feeds_back_too(tmp_path: Path) -> None:
+    drawn = answer(*SMALL, "--replay", "20000", "--out", str(tmp_path))["result"]
+    experts_TLK = np.load(tmp_path / "routed_experts.npy")
+    assert experts_TLK.shape == (20000, 16, 8)
+    recorded = answer(*SMALL, "--recorded", str(tmp_path / "routed_experts.npy"))["result"]
+    assert recorded["gini"] == pytest.approx(drawn["gini"], abs=0.01)
+    assert np.abs(np.array(recorded["load_LE"]) - np.array(drawn["load_LE"])).max() < 4e-3  # shares of 1/64
+
+
 def test_a_replay_array_is_a_recording(tmp_path: Path) -> None:
     """Every token takes the first eight experts: they alone are active, at eight times the mean."""
     path = tmp_path / "replay.npy"
@@ -110,6 +119,7 @@ def test_full_adds_what_skew_costs() -> None:
         (["--recorded", "nowhere.npy"], "nowhere.npy"),
         (["--recorded", "trace.txt"], "must end in .npy, .npz, .safetensors, .jsonl"),
         (["--wanted-drop", "1.5"], "--wanted-drop"),
+        (["--replay", "10"], "--replay: needs a folder to write into (--out); got 10"),
         (["--capacity-factor", "-1"], "capacity_factor: must be positive"),
     ],
 )

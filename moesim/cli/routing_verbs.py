@@ -11,6 +11,7 @@ import typer
 from moesim.cli.call import Call, verb
 from moesim.cli.output import Answer, Table, envelope_of, fields_table, working, write_results
 from moesim.cli.verbs import ScenarioFile, app
+from moesim.errors import check
 
 if TYPE_CHECKING:
     from moesim.study.drops import NeededCapacity
@@ -22,6 +23,7 @@ EXAMPLES = (
     "Examples:",
     "moesim route --model mixtral-8x7b --cluster h100-8x-ib400 --num-gpus 64 --ep 8 --capacity-factor 1.25",
     "moesim route scenario.yaml --recorded routed_experts.npy --out out/route",
+    "moesim route scenario.yaml --replay 100000 --out out/route",
     "moesim route --gini 0.4 --wanted-drop 0.001 --full --json",
     "Without a scenario, a model or a cluster it takes DeepSeek-V3 on 2,048 H800.",
 )
@@ -44,6 +46,12 @@ def route(
     wanted_drop: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of assignments that may be dropped.", min=0.0, max=1.0)
     ] = 0.01,
+    replay: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS", help="Also draw so many tokens and write routed_experts.npy into the folder.", min=0
+        ),
+    ] = 0,
     full: Annotated[
         bool, typer.Option("--full", help="Also simulate what skew and capacity do to step time and memory.")
     ] = False,
@@ -53,11 +61,14 @@ def route(
 
     scenario = scenario_of(call, scenario_file)
     from moesim.routing.histogram import write_histogram
+    from moesim.routing.recorded import write_recorded
     from moesim.study.drops import needed_capacity
-    from moesim.study.routed import as_recorded, routed_load
+    from moesim.study.routed import as_recorded, replay_of, routed_load
     from moesim.study.routing import routing_study
     from moesim.study.skew import drop_curves
 
+    check(not replay or call.out is not None, "--replay", "", "needs a folder to write into (--out)", replay)
+    check(not replay or recorded is None, "--replay", "", "draws from a popularity, not from --recorded", replay)
     scenario, rest = as_recorded(scenario, recorded)
     text = f"Routing {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"
     with working(call, text):
@@ -89,9 +100,13 @@ def route(
         writes_own_files=True,
     )
     if call.out is not None:
-        write_results(call.out / "results.json", envelope_of(call.command, answer))
-        write_histogram(load.histogram, call.out / "histogram.csv")
-        call.note(f"wrote {call.out / 'results.json'} and {call.out / 'histogram.csv'}")
+        written = [call.out / name for name in ("results.json", "histogram.csv")]
+        write_results(written[0], envelope_of(call.command, answer))
+        write_histogram(load.histogram, written[1])
+        if replay:
+            written.append(call.out / "routed_experts.npy")
+            write_recorded(replay_of(scenario, replay), written[-1])
+        call.note("wrote " + ", ".join(map(str, written)))
     return answer
 
 

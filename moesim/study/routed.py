@@ -20,11 +20,19 @@ from numpy.typing import NDArray
 from moesim.cost.layer import rank_tokens
 from moesim.describe.model import MoeFfn
 from moesim.describe.workload import Balanced, Multinomial, Recorded
-from moesim.errors import check
+from moesim.errors import NotModelledError, check
 from moesim.routing.histogram import Histogram, histogram_load
 from moesim.routing.load import draw_load
 from moesim.routing.popularity import Popularities
-from moesim.routing.recorded import RecordedRouting, load_LE, read_recorded, weights_of_inclusion
+from moesim.routing.recorded import (
+    RecordedRouting,
+    load_LE,
+    read_recorded,
+    recorded_from_array,
+    weights_of_inclusion,
+)
+from moesim.routing.routers import draw_token_sequence
+from moesim.routing.sampler import draw_choices
 from moesim.routing.statistics import (
     DEAD_SHARE_OF_MEAN,
     LoadAlert,
@@ -279,6 +287,28 @@ def summarise_load(scenario: Scenario, step: StepLoad, source: str = "popularity
 
 def _by_rank(step: StepLoad, load_LE: Floats) -> Floats:
     return np.asarray(step.placement.rank_loads(step.placed.of_slots(load_LE)), dtype=np.float64)
+
+
+def replay_of(scenario: Scenario, num_tokens: int) -> RecordedRouting:
+    """Router replay of tokens drawn from the scenario's popularity, for other programs and for feeding back.
+
+    Raises NotModelledError for routers whose tokens take varying numbers of experts, and for domain mixtures.
+    """
+    check(num_tokens >= 1, "parameters", "tokens", "must be at least 1", num_tokens)
+    base = routed_base(scenario)
+    popularities, router = base.popularities, base.moe.router
+    if router.choice != "top_k" or popularities.zero_log_weights_LZ is not None or popularities.domains is not None:
+        what = "a replay of routers with varying numbers of experts per token, or of domains,"
+        raise NotModelledError(f"scenario.routing: {what} is not modelled")
+    rng = stream(scenario.seed, "replay")
+    experts_TLK = np.empty((num_tokens, popularities.num_layers, router.top_k), dtype=np.int16)
+    for layer, weights_E in enumerate(popularities.log_weights_LE):
+        if popularities.repeat_L is None:
+            experts_TLK[:, layer] = draw_choices(weights_E, router, num_tokens, rng)
+        else:
+            repeat = float(popularities.repeat_L[layer])
+            experts_TLK[:, layer] = draw_token_sequence(weights_E, router, num_tokens, repeat, rng)
+    return recorded_from_array(experts_TLK, num_experts=popularities.num_experts, layers=base.layers)
 
 
 def redrawn(scenario: Scenario, base: StepLoad, popularities: Popularities, rng: np.random.Generator) -> StepLoad:
