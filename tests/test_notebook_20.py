@@ -94,6 +94,13 @@ def test_the_memory_figure_says_it_where_a_step_in_a_hundred_does_not_fit(study:
     assert routing_sentences.about_memory(study).tone == "good"
 
 
+def test_memory_that_routing_does_not_move_is_said_to_stand(study: RoutingStudy) -> None:
+    still = [dataclasses.replace(m, peak_bytes_S=(m.p50_bytes,) * 3) for m in study.memory]
+    text = routing_sentences.about_memory(dataclasses.replace(study, memory=tuple(still))).text
+    assert "the peak does not move" in text
+    assert routing_figures.memory_over_steps(dataclasses.replace(study, memory=tuple(still))).svg
+
+
 def test_the_first_page_answers_its_four_questions(study: RoutingStudy) -> None:
     page = routing_sentences.verdict(study)
     assert [sentence.question for sentence in page.sentences] == [

@@ -98,8 +98,9 @@ def about_where(study: RoutingStudy) -> Sentence:
     if study.tokens is not None:
         tokens = study.tokens
         text += (
-            f" Token by token, {tokens.hurt_fraction:.0%} lose at least one of their {load.top_k} experts in a layer, "
-            f"and {_small(tokens.lost_fraction)} all of them."
+            f" Token by token ({tokens.num_tokens:,} drawn in {tokens.num_layers} of {len(load.layers)} layers), "
+            f"{tokens.hurt_fraction:.0%} lose at least one of their {load.top_k} experts in a layer, and "
+            f"{_small(tokens.lost_fraction)} all of them."
         )
     if load.domain_names:
         shares = ", ".join(
@@ -182,11 +183,13 @@ def about_memory(study: RoutingStudy) -> Sentence:
     )
     chance = worst.out_of_memory_fraction
     text = f"{lead}; the chance that a step does not fit is {_small(max(chance, 1e-12))}. "
-    told = [
-        f"{REDRAW_WORDS[m.redraw]} the peak moves by {format_bytes(max(m.peak_bytes_S) - min(m.peak_bytes_S))}"
-        for m in study.memory
-    ]
-    text += f"Over {len(worst.peak_bytes_S)} sampled steps, {', '.join(told)}."
+    moves = {m.redraw: max(m.peak_bytes_S) - min(m.peak_bytes_S) for m in study.memory}
+    over = f"Over {len(worst.peak_bytes_S)} sampled steps"
+    if max(moves.values()) < 1:
+        text += f"{over} the peak does not move: it lies where routing has no part in it."
+    else:
+        told = [f"{REDRAW_WORDS[redraw]} the peak moves by {format_bytes(size)}" for redraw, size in moves.items()]
+        text += f"{over}, {', '.join(told)}."
     return Sentence(text=text, tone="good" if worst.fits_at_p99 else "bad")
 
 

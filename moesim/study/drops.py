@@ -157,13 +157,18 @@ def _least_factor(scenario: Scenario, popularities: Popularities, wanted: float,
 def token_drops(scenario: Scenario, popularities: Popularities) -> TokenDrops | None:
     """Draw single tokens and drop by the scenario's policy; None without a capacity factor.
 
-    As many layers are drawn, evenly spaced, as fit into 50 million tokens x experts, and at least one.
+    As many layers are drawn as fit into 50 million tokens x experts, and at least one: of the layers in order of their
+    expected drops, evenly spaced ones, so that a single one is the median.
     """
-    if not scenario.routing.capacity_factor:
+    factor = scenario.routing.capacity_factor
+    if not factor:
         return None
     tokens, ranks = int(rank_tokens(scenario.parallel, scenario.train)), _num_source_ranks(scenario)
     room = max(1, _MOST_SCORES // (tokens * ranks * popularities.num_experts))
-    chosen = np.unique(np.linspace(0, popularities.num_layers - 1, min(room, popularities.num_layers)).astype(int))
+    num_drawn = min(room, popularities.num_layers)
+    by_drops = np.argsort(expected_drops_L(scenario, popularities, factor), kind="stable")
+    at = (np.arange(num_drawn) + 0.5) * popularities.num_layers / num_drawn
+    chosen = np.sort(by_drops[at.astype(int)])
     report = sample_drops(
         _of_layers(popularities, chosen),
         scenario.routing,
