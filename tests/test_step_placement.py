@@ -12,6 +12,7 @@ from moesim.describe.parameters import parameters_by_part
 from moesim.errors import InputError
 from moesim.metrics.summary import summarise
 from moesim.scenario import Scenario
+from moesim.study.sizes import rank_memories
 from moesim.timeline.step import run_step
 
 ASKED = {
@@ -116,3 +117,10 @@ def test_padding_to_capacity_costs_compute_and_memory_and_sends_no_more():
     assert other.memory["activations_bytes"] > one.memory["activations_bytes"]
     assert other.step_parts_s["dispatch"] == one.step_parts_s["dispatch"]
     assert other.drop_fraction == one.drop_fraction
+
+
+def test_the_study_counts_replicas_in_memory_as_the_step_does():
+    asked = scenario(policy="search", num_slots=160)
+    step, sampled = summarise(run_step(asked)), rank_memories(asked)
+    for part in ("weights_bytes", "gradients_bytes", "optimizer_bytes"):
+        assert max(getattr(memory, part) for memory in sampled) == step.memory[part]

@@ -15,11 +15,12 @@ from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory, stage_memory
 from moesim.describe.flops import training_flops_per_token
 from moesim.describe.hardware import Sourced
-from moesim.describe.workload import Recorded
+from moesim.describe.workload import Recorded, Training
 from moesim.fabric.ports import spine_slowdown
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, STEP_PARTS, StepResult
 from moesim.routing.statistics import entropy, gini, load_alerts, max_mean
 from moesim.scenario import Scenario
+from moesim.timeline.load import StepLoad
 from moesim.timeline.trace import Trace
 
 _COMPUTE_PARTS = tuple(part for part in STEP_PARTS if part not in (*COMM_PARTS, "wait_for_slowest", "pipeline_bubble"))
@@ -55,7 +56,7 @@ def summarise(trace: Trace) -> StepResult:
         )
         for full in (False, True)
     )
-    memories = memory_by_stage(trace)
+    memories = memory_by_stage(scenario, trace.load)
     worst = max(memories, key=lambda memory: memory.peak_bytes)
     headroom = scenario.cluster.gpu.memory_bytes.value - worst.peak_bytes
     load_LE, drops_L = _load(trace)
@@ -105,24 +106,23 @@ def step_parts(trace: Trace) -> dict[str, float]:
     return {part: float(np.mean([np.mean(run.part_R.get(part, 0.0)) for run in trace.stages])) for part in STEP_PARTS}
 
 
-def memory_by_stage(trace: Trace) -> list[RankMemory]:
-    """The worst rank's memory of each stage, under the load that the trace had."""
-    scenario, load = trace.scenario, trace.load
-    memories = []
-    for stage in range(scenario.parallel.pp):
-        received = load.received_GMLR(stage) if load is not None else None
-        memories.append(
-            stage_memory(
-                scenario.model,
-                scenario.parallel,
-                scenario.layout,
-                scenario.train,
-                stage=stage,
-                received_GMLR=received,
-                expert_copies=scenario.expert_copies,
-            )
+def memory_by_stage(scenario: Scenario, load: StepLoad | None, train: Training | None = None) -> list[RankMemory]:
+    """The worst rank's memory of each stage under a load, replicas included.
+
+    train: the scenario's own by default; another where the load is a sample of fewer micro-batches.
+    """
+    return [
+        stage_memory(
+            scenario.model,
+            scenario.parallel,
+            scenario.layout,
+            train or scenario.train,
+            stage=stage,
+            received_GMLR=None if load is None else load.received_GMLR(stage),
+            expert_copies=scenario.expert_copies,
         )
-    return memories
+        for stage in range(scenario.parallel.pp)
+    ]
 
 
 def binds(parts: dict[str, float], step_s: float) -> str:

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moesim.cost.memory import RankMemory, stage_memory
+from moesim.cost.memory import RankMemory
 from moesim.errors import InputError, MoesimError
 from moesim.metrics.step import MEMORY_PARTS, StepResult
+from moesim.metrics.summary import memory_by_stage
 from moesim.scenario import Scenario
 from moesim.study.drops import DropPoint, drop_point
 from moesim.study.simulate import simulate
@@ -51,17 +52,10 @@ def rank_memories(scenario: Scenario) -> list[RankMemory]:
     The sample holds at most MAX_GROUPS expert-parallel groups, and micro-batches to fill the pipeline twice over: a
     step has more of both, so its own hottest rank (``simulate``) may hold slightly more.
     """
-    model, parallel, layout = scenario.model, scenario.parallel, scenario.layout
     sample = _sample(scenario)
-    load = step_load(sample)
-    batch = scenario.train.micro_batch * layout.dp * sample.num_micro_batches
+    batch = scenario.train.micro_batch * scenario.layout.dp * sample.num_micro_batches
     train = dataclasses.replace(scenario.train, global_batch=batch)
-    return [
-        stage_memory(
-            model, parallel, layout, train, stage=s, received_GMLR=None if load is None else load.received_GMLR(s)
-        )
-        for s in range(parallel.pp)
-    ]
+    return memory_by_stage(scenario, step_load(sample), train)
 
 
 def _sample(scenario: Scenario) -> Scenario:

@@ -14,10 +14,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.memory import stage_memory
 from moesim.describe.workload import Balanced, Recorded
 from moesim.errors import InputError, check
 from moesim.metrics.step import StepResult
+from moesim.metrics.summary import memory_by_stage
 from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.statistics import gini
 from moesim.scenario import Scenario
@@ -296,13 +296,7 @@ def _drifted(scenario: Scenario, base: StepLoad, step: int) -> Popularities:
 
 def peak_bytes(scenario: Scenario, load: StepLoad) -> float:
     """Memory of the fullest rank of any stage under a step's load [bytes]."""
-    model, parallel, layout = scenario.model, scenario.parallel, scenario.layout
-    return max(
-        stage_memory(
-            model, parallel, layout, scenario.train, stage=stage, received_GMLR=load.received_GMLR(stage)
-        ).peak_bytes
-        for stage in range(parallel.pp)
-    )
+    return max(memory.peak_bytes for memory in memory_by_stage(scenario, load))
 
 
 def other_favourites(popularities: Popularities, rng: np.random.Generator) -> Popularities:

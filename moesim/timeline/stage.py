@@ -66,15 +66,7 @@ class StagePlan:
     def forward(self, chunk: int) -> list[Phase]:
         """Phases of the forward of one chunk."""
         phases = self._weights("gather weights", self.weight_gather_C[chunk])
-        if self._is_first(chunk):
-            seconds = embedding_s(
-                self.scenario.model,
-                parallel=self.scenario.parallel,
-                train=self.scenario.train,
-                device=self.device,
-                backward=False,
-            )
-            phases.append(Phase(name="embedding", part="embedding_head", layer=-1, seconds=seconds))
+        phases += self._embedding(backward=False) if self._is_first(chunk) else []
         for index, placed in enumerate(self.chunks[chunk], self.first_layers[chunk]):
             phases += self._layer_forward(index, placed)
         return phases + (self._head(backward=False) if self._is_last(chunk) else [])
@@ -87,15 +79,7 @@ class StagePlan:
             if self.scenario.train.recompute == "full":
                 phases += [_as_recompute(phase) for phase in self._layer_forward(index, placed)]
             phases += self._layer_backward(index, placed)
-        if self._is_first(chunk):
-            seconds = embedding_s(
-                self.scenario.model,
-                parallel=self.scenario.parallel,
-                train=self.scenario.train,
-                device=self.device,
-                backward=True,
-            )
-            phases.append(Phase(name="embedding", part="embedding_head", layer=-1, seconds=seconds))
+        phases += self._embedding(backward=True) if self._is_first(chunk) else []
         return phases + self._weights("scatter gradients", self.gradient_scatter_C[chunk])
 
     def _is_first(self, chunk: int) -> bool:
@@ -208,6 +192,11 @@ class StagePlan:
     def _permute_s(self, moe: MoeFfn, rows_MRE: Floats) -> tuple[Floats, Floats]:
         sent = rank_tokens(self.scenario.parallel, self.scenario.train) * moe.router.top_k
         return permute_s(self.scenario.model, sent, rows_MRE.sum(axis=-1), device=self.device)
+
+    def _embedding(self, *, backward: bool) -> list[Phase]:
+        model, parallel, train = self.scenario.model, self.scenario.parallel, self.scenario.train
+        seconds = embedding_s(model, parallel=parallel, train=train, device=self.device, backward=backward)
+        return [_local("embedding", "embedding_head", -1, seconds)]
 
     def _head(self, *, backward: bool) -> list[Phase]:
         model, train = self.scenario.model, self.scenario.train
