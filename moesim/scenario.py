@@ -50,6 +50,8 @@ DEFAULTS: Mapping[str, Any] = {
     "precision": "fp8",
 }
 
+MEASURES = ("gini", "cv", "max_mean")  # of a popularity
+
 # Flat names, as notebooks and --set use them, and where each lives in the scenario file.
 LEAVES: Mapping[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("model", "cluster", "num_gpus", "profile", "fidelity", "seed")},
@@ -60,7 +62,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     },
     "popularity": ("routing", "popularity", "kind"),
     "gini": ("routing", "popularity", "gini"),
-    **{name: ("routing", name) for name in ("capacity_factor", "drop_policy", "dispatcher")},
+    **{name: ("routing", name) for name in ("recording", "capacity_factor", "drop_policy", "dispatcher")},
     **{name: ("placement", name) for name in ("policy", "num_slots", "map")},
 }
 
@@ -199,13 +201,13 @@ class Scenario:
 
     @classmethod
     def from_mapping(cls, raw: Mapping[str, Any], owner: str = "scenario", folder: Path | None = None) -> Scenario:
-        """A scenario from the file's mapping. Model, cluster and recording are looked up beside the file first."""
-        asked = parse_as(_File, dict(raw), owner=owner)
+        """A scenario from the file's mapping. Files that it names are looked up beside it first."""
+        asked = parse_as(_File, spelt_out(raw, owner), owner=owner)
         for name, presets in (("model", MODEL_NAMES), ("cluster", CLUSTER_NAMES)):
             hint = "Presets: " + ", ".join(presets)
             rule = "is required: a preset's name or a file's path"
             check(getattr(asked, name) != "", owner, name, rule, "nothing", hint)
-        asked = _recording_beside(asked, folder)
+        asked = _files_beside(asked, folder)
         model = load_model(_beside(asked.model, folder))
         cluster = load_cluster(_beside(asked.cluster, folder), asked.num_gpus)
         kept = {
@@ -222,11 +224,11 @@ class Scenario:
             name: leaves.pop(name) for name in ("model", "cluster") if isinstance(leaves.get(name), Model | Cluster)
         }
         raw = json.loads(json.dumps(self.raw))
-        if raw and ("popularity" in leaves or "gini" in leaves):  # another popularity; what it remembers stays
+        if raw and leaves.keys() & {"popularity", "gini", "recording"}:  # another one; what it remembers stays
             correlation = raw["routing"]["popularity"].get("correlation")
-            keeps = correlation is not None and leaves.get("popularity") != "balanced"
-            raw["routing"]["popularity"] = {"correlation": correlation} if keeps else {}
-        asked = parse_as(_File, merge(raw, nest(leaves)), owner="scenario")
+            forgets = correlation is None or leaves.get("popularity") == "balanced" or leaves.get("recording")
+            raw["routing"]["popularity"] = {} if forgets else {"correlation": correlation}
+        asked = parse_as(_File, spelt_out(merge(raw, nest(leaves)), "scenario"), owner="scenario")
         named = {"model": "model" in leaves, "cluster": "cluster" in leaves or "num_gpus" in leaves}
         model = described.get("model") or (load_model(asked.model) if named["model"] else self.model)
         cluster = described.get("cluster") or (
@@ -288,6 +290,28 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def spelt_out(raw: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """The file's mapping with its short forms written out: ``recording: FILE`` is a popularity, recorded; a popularity
+    of which only a measure is given is lognormal. Raises InputError for a recording beside a popularity.
+
+    >>> spelt_out({"routing": {"recording": "trace.npy"}}, "scenario")
+    {'routing': {'popularity': {'kind': 'recorded', 'file': 'trace.npy'}}}
+    """
+    if not isinstance(raw.get("routing"), Mapping):
+        return dict(raw)
+    routing = dict(raw["routing"])
+    recording, popularity = routing.pop("recording", None), routing.get("popularity")
+    if not popularity:
+        routing.pop("popularity", None)
+    if recording is not None:
+        rule = "stands in place of a popularity: give one of them"
+        check(not popularity, f"{owner}.routing", "recording", rule, popularity, f"The recording: {recording}.")
+        routing["popularity"] = {"kind": "recorded", "file": recording}
+    elif isinstance(popularity, Mapping) and "kind" not in popularity and popularity.keys() & set(MEASURES):
+        routing["popularity"] = {"kind": "lognormal"} | dict(popularity)
+    return dict(raw) | {"routing": routing}
+
+
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """base with change laid over it, mapping by mapping."""
     merged = dict(base)
@@ -297,13 +321,28 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _recording_beside(asked: _File, folder: Path | None) -> _File:
-    """The file with its recording's path, if any, looked up beside it first."""
-    popularity = asked.routing.popularity
-    if not isinstance(popularity, Recorded):
-        return asked
-    found = dataclasses.replace(popularity, file=_beside(popularity.file, folder))
-    return dataclasses.replace(asked, routing=dataclasses.replace(asked.routing, popularity=found))
+def _files_beside(asked: _File, folder: Path | None) -> _File:
+    """The file with the recording and the map that it names looked up beside it first; both must exist."""
+    popularity, choice = asked.routing.popularity, asked.placement
+    if isinstance(popularity, Recorded):
+        found = dataclasses.replace(popularity, file=_existing(_beside(popularity.file, folder), "recording"))
+        asked = dataclasses.replace(asked, routing=dataclasses.replace(asked.routing, popularity=found))
+    if choice.map is not None:
+        named = _existing(_beside(choice.map, folder), "map")
+        asked = dataclasses.replace(asked, placement=dataclasses.replace(choice, map=named))
+    return asked
+
+
+def _existing(name: str, field: str) -> str:
+    path = Path(name)
+    check(
+        path.is_file(),
+        name,
+        field,
+        "must be a file" if path.exists() else "must exist",
+        "a folder" if path.is_dir() else "no such file",
+    )
+    return name
 
 
 def _beside(name: str, folder: Path | None) -> str:

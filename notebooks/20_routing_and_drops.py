@@ -43,6 +43,7 @@ popularity: str = (
     "lognormal"  # how uneven the experts are: balanced, multinomial, lognormal, dirichlet, zipf, power_law
 )
 gini: float = 0.25  # of the load; real text: 0.10 to 0.38
+recording = None  # type: str|None recorded routing (router replay, or a histogram) instead of popularity and gini
 capacity_factor = 1.25  # type: float|None most an expert takes, over its mean load; None drops nothing
 drop_policy: str = "probability"  # who gets a full expert's places: probability, position, random, reroute
 dispatcher: str = "alltoall"

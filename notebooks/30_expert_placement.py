@@ -42,6 +42,7 @@ overlap: str = "none"  # none or grad_reduce
 mtp: bool = False  # train the multi-token-prediction layers too
 popularity: str = "lognormal"  # how uneven the experts are
 gini: float = 0.25  # of a lognormal popularity; real text: 0.10 to 0.38
+recording = None  # type: str|None recorded routing (router replay, or a histogram) instead of popularity and gini
 capacity_factor = None  # type: float|None most an expert takes, over its mean load; None drops nothing
 drop_policy: str = "probability"  # what a full expert keeps: probability or position
 dispatcher: str = "alltoall"  # deepep sends a token once to each node instead of once to each GPU

@@ -58,6 +58,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "Routing": {
         "popularity": ("KIND", "balanced, multinomial, lognormal, dirichlet, zipf, power_law, hot_experts, domains."),
         "gini": ("0..0.95", "Gini coefficient of the load. Other measures: --set routing.popularity.cv=1."),
+        "recording": ("FILE|null", "Recorded routing in place of a popularity: router replay, or a histogram."),
         "capacity_factor": ("X|null", "Expert capacity over the mean load; null drops nothing."),
         "drop_policy": ("KIND", "Who gets a full expert's places: probability, position, random, or reroute the rest."),
         "dispatcher": ("alltoall|deepep", "How tokens travel."),

@@ -12,7 +12,13 @@ from moesim.errors import check, near_match
 if TYPE_CHECKING:
     from moesim.scenario import Scenario
 
-FILE_LEAVES = ("model", "cluster", "profile")  # may name a file, which is looked up beside the file that names it
+FILE_LEAVES = (
+    "model",
+    "cluster",
+    "profile",
+    "recording",
+    "map",
+)  # may name a file, which is looked up beside the file that names it
 
 
 def scenario_of(call: Call, file: Path | None, parameters: Mapping[str, Any] | None = None) -> Scenario:
@@ -34,10 +40,9 @@ def scenario_of(call: Call, file: Path | None, parameters: Mapping[str, Any] | N
     named = {text.partition("=")[0].strip() for text in settings} | set(leaves)
     if file is None and not named & {"model", "cluster", "num_gpus"}:
         leaves = dict(DEFAULTS) | leaves
-    if "popularity" in leaves:
-        raw = merge(raw, {"routing": {"popularity": None}})
-    raw = apply_overrides(merge(raw, nest(leaves)), settings)
-    _name_the_lognormal(raw)
+    asked = apply_overrides(nest(leaves), settings)
+    kept = _without_replaced(raw, asked, anew="popularity" in leaves)
+    raw = apply_overrides(merge(kept, nest(leaves)), settings)
     if call.seed is not None:
         raw["seed"] = call.seed
     return Scenario.from_mapping(raw, owner=str(file or "scenario"), folder=file.parent if file else None)
@@ -79,14 +84,19 @@ def _dotted(text: str, leaves: Mapping[str, tuple[str, ...]]) -> str:
     return ".".join(leaves[name.strip()]) + equals + value
 
 
-def _name_the_lognormal(raw: dict[str, Any]) -> None:
-    """A measure of skew given without a kind of popularity means the lognormal."""
-    routing = raw.get("routing")
-    popularity = routing.get("popularity") if isinstance(routing, dict) else None
-    if not isinstance(routing, dict) or not isinstance(popularity, dict) or "kind" in popularity:
-        return
-    if any(measure in popularity for measure in ("gini", "cv", "max_mean")):
-        routing["popularity"] = {"kind": "lognormal"} | popularity
+def _without_replaced(raw: dict[str, Any], asked: Mapping[str, Any], *, anew: bool) -> dict[str, Any]:
+    """A scenario file's mapping without its popularity, or recording, where the call names another.
+
+    anew: whether the call names the kind of popularity itself, which forgets all that the file said of it.
+    """
+    there, named = raw.get("routing"), asked.get("routing")
+    if not isinstance(there, dict) or not isinstance(named, dict):
+        return raw
+    old, new = there.get("popularity"), named.get("popularity")
+    was_recorded = isinstance(old, dict) and old.get("kind") == "recorded"
+    is_replaced = anew or named.get("recording") is not None or (new is not None and was_recorded)
+    gone = ({"popularity"} if is_replaced else set()) | ({"recording"} if new is not None else set())
+    return raw | {"routing": {name: value for name, value in there.items() if name not in gone}}
 
 
 def flat_settings(call: Call) -> dict[str, Any]:
@@ -112,6 +122,9 @@ def flat_leaves(scenario: Scenario, folder: Path | None) -> dict[str, Any]:
     from moesim.scenario import LEAVES
 
     filled = scenario.to_dict()
+    popularity = filled["routing"]["popularity"]
+    if popularity["kind"] == "recorded":
+        filled["routing"] |= {"recording": popularity["file"], "popularity": {}}
     for name in ("model", "cluster"):
         asked = str(scenario.raw[name])
         near = folder / asked if folder is not None else None

@@ -128,8 +128,11 @@ def ask(values: Mapping[str, Any], given: Sequence[str] = ()) -> Question:
     Raises InputError and NotModelledError as Scenario does.
     """
     leaves = {name: value for name, value in values.items() if name in LEAVES}
-    if leaves.get("popularity") in ("balanced", "multinomial") and "gini" not in given:
-        leaves.pop("gini", None)  # they have none; a default that does not apply is no contradiction
+    # A default that does not apply is no contradiction.
+    if leaves.get("recording") is not None and "popularity" not in given:
+        leaves.pop("popularity", None)
+    if leaves.get("popularity") in (None, "balanced", "multinomial") and "gini" not in given:
+        leaves.pop("gini", None)
     for name in _FILES:
         if name in leaves:
             leaves[name] = _locate(leaves[name])
