@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_model.dispatch import combine, permute, plan_dispatch
-from reference_model.experts import grouped_product, has_grouped_path, looped_product, row_alignment, swiglu
+from reference_model.experts import activate, grouped_product, has_grouped_path, looped_product, row_alignment
 from reference_model.fit import is_held_out, work
 from reference_model.layer import MoeLayer
 from reference_model.routers import Choice, SoftmaxTopK, router_logits
@@ -221,16 +221,16 @@ def _combine(case: Case, arena: Arena) -> Setup:
     plan = plan_dispatch(choice, num_experts=num_experts, alignment=row_alignment(arena.device, arena.dtype))
 
     def setup() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
-        y_PH, weights_TK = arena.take(plan.token_P.shape[0], case.width_in), choice.weights_TK.detach()
-        return lambda: combine(y_PH, weights_TK, plan), (y_PH, weights_TK)
+        y_PH = arena.take(plan.token_P.shape[0], case.width_in)
+        return lambda: combine(y_PH, plan), (y_PH,)
 
     return setup
 
 
 def _activation(case: Case, arena: Arena) -> Setup:
     def setup() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
-        gate_up = arena.take(case.size, 2 * case.width_in)
-        return lambda: swiglu(gate_up), (gate_up,)
+        inner = arena.take(case.size, 2 * case.width_in)
+        return lambda: activate(inner), (inner,)
 
     return setup
 
@@ -262,8 +262,8 @@ def _layer(case: Case, arena: Arena) -> Setup:
 
     def setup() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
         experts = layer.experts
-        experts.gate_up = torch.nn.Parameter(arena.take(*experts.gate_up.shape))
-        experts.down = torch.nn.Parameter(arena.take(*experts.down.shape))
+        experts.w_in = torch.nn.Parameter(arena.take(*experts.w_in.shape))
+        experts.w_out = torch.nn.Parameter(arena.take(*experts.w_out.shape))
         x_TH = arena.take(case.size, case.width_in)
         return lambda: layer(x_TH).output_TH, (x_TH, *layer.parameters())
 

@@ -1,4 +1,4 @@
-"""SwiGLU experts, two ways that must agree: one grouped product for all experts, and a readable loop as its oracle.
+"""Experts, two ways that must agree: one grouped product for all of them, and a readable loop as its oracle.
 
 Rows come sorted by expert: expert e owns the rows from ``ends_E[e - 1]`` to ``ends_E[e]``. Rows behind the last end
 belong to nobody: nothing is promised about their values, and nobody may read them.
@@ -13,9 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 Path = Literal["grouped", "loop"]
+Activation = Literal["swiglu", "gelu", "relu"]
 
 # Public since torch 2.10; private before; absent in old ones, where the loop serves.
 _GROUPED = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -36,6 +39,12 @@ def has_grouped_path(device: torch.device, dtype: torch.dtype, *widths: int) -> 
     if _GROUPED is None or (device.type == "cuda" and dtype != torch.bfloat16):
         return False
     return all(width * dtype.itemsize % _ALIGN_BYTES == 0 for width in widths)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision that a product of this tensor is taken in: autocast's where that is on, else its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def grouped_product(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -61,33 +70,112 @@ def looped_product(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, with gate and up side by side in the last dimension: (..., 2W) -> (..., W). arXiv 2002.05202."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+def inner_width(width: int, activation: Activation) -> int:
+    """Outputs of an expert's first product: SwiGLU's gate and up projections stand side by side, gate first."""
+    return 2 * width if activation == "swiglu" else width
 
 
-class SwigluExperts(nn.Module):
-    """num_experts feed-forward blocks down(silu(gate x) * up x), without biases; gate and up share one matrix.
+def _plain_activation(inner: Tensor, activation: Activation) -> Tensor:
+    if activation == "gelu":
+        return functional.gelu(inner)
+    if activation == "relu":
+        return functional.relu(inner)
+    gate, up = inner.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
 
-    gate_up: (E, 2W, H), gate's rows first; down: (E, H, W): laid out as ``nn.Linear`` does, one per expert.
+
+def _activation_gradient(grad: Tensor, inner: Tensor, activation: Activation) -> Tensor:
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, inner)
+    if activation == "relu":
+        return grad * (inner > 0)
+    gate, up = inner.chunk(2, dim=-1)
+    return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)], dim=-1)
+
+
+class _Activate(torch.autograd.Function):
+    """Keeps its inputs only, and recomputes what lies between: plain autograd would keep two more tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: Tensor, weight: Tensor | None, activation: Activation) -> Tensor:
+        ctx.save_for_backward(inner, weight)
+        ctx.activation = activation
+        output = _plain_activation(inner, activation)
+        # In place: a float32 weight acts on bf16 in float32 without a float32 copy of the rows.
+        return output if weight is None else output.mul_(weight[..., None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        inner, weight = ctx.saved_tensors
+        grad_weight = None
+        if weight is not None:
+            grad_weight = (_plain_activation(inner, ctx.activation) * grad).sum(dim=-1, dtype=weight.dtype)
+            grad = (grad * weight[..., None]).to(grad.dtype)
+        return _activation_gradient(grad, inner, ctx.activation), grad_weight, None
+
+
+def activate(inner: Tensor, activation: Activation = "swiglu", weight: Tensor | None = None) -> Tensor:
+    """silu(gate) * up (``swiglu``, arXiv 2002.05202), gelu or relu, times a weight per row: (..., 2W or W) -> (..., W).
+
+    >>> activate(torch.tensor([[-1.0, 2.0]]), "relu", torch.tensor([0.5])).tolist()
+    [[0.0, 1.0]]
+    """
+    return _Activate.apply(inner, weight, activation)
+
+
+class Experts(nn.Module):
+    """num_experts feed-forward blocks w_out @ activation(w_in @ x), without biases.
+
+    w_in: (E, 2W, H) with SwiGLU, gate's rows first, else (E, W, H); w_out: (E, H, W): laid out as ``nn.Linear`` does,
+    one per expert. path: ``grouped`` or ``loop``; None takes the fast one where this device and these widths have one.
     """
 
-    def __init__(self, *, num_experts: int, hidden: int, width: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        hidden: int,
+        width: int,
+        activation: Activation = "swiglu",
+        path: Path | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__()
+        self.activation, self.forced_path = activation, path
         place = {"device": device, "dtype": dtype}
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, hidden, **place))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden, width, **place))
-        for weight_EOI in (self.gate_up, self.down):
+        self.w_in = nn.Parameter(torch.empty(num_experts, inner_width(width, activation), hidden, **place))
+        self.w_out = nn.Parameter(torch.empty(num_experts, hidden, width, **place))
+        for weight_EOI in (self.w_in, self.w_out):
             bound = 1.0 / math.sqrt(weight_EOI.shape[-1])
             nn.init.uniform_(weight_EOI, -bound, bound)
 
     def path(self) -> Path:
-        """The fast path where this device and these widths have one, else the loop."""
-        _, hidden, width = self.down.shape
-        return "grouped" if has_grouped_path(self.down.device, self.down.dtype, hidden, width) else "loop"
+        """The path that the next forward takes."""
+        _, hidden, width = self.w_out.shape
+        fast = has_grouped_path(self.w_out.device, compute_dtype(self.w_out), hidden, width)
+        return self.forced_path or ("grouped" if fast else "loop")
 
-    def forward(self, x_PH: Tensor, ends_E: Tensor, path: Path | None = None) -> Tensor:
-        """Rows sorted by expert in, the same rows out: (P, H) -> (P, H)."""
-        product = grouped_product if (path or self.path()) == "grouped" else looped_product
-        return product(swiglu(product(x_PH, self.gate_up, ends_E)), self.down, ends_E)
+    def alignment(self) -> int:
+        """Rows of one expert come in multiples of this many."""
+        return row_alignment(self.w_out.device, compute_dtype(self.w_out))
+
+    def forward(
+        self, x_PH: Tensor, ends_E: Tensor, weight_P: Tensor | None = None, *, recompute_activation: bool = False
+    ) -> Tensor:
+        """Rows sorted by expert in, the same rows out, each times its weight: (P, H) -> (P, H).
+
+        recompute_activation: the backward computes the activation again instead of keeping its output.
+        """
+        product = grouped_product if self.path() == "grouped" else looped_product
+        dtype = compute_dtype(x_PH)
+        inner_PI = product(x_PH.to(dtype), self.w_in.to(dtype), ends_E)
+
+        def out(inner_PI: Tensor, weight_P: Tensor | None) -> Tensor:
+            return product(activate(inner_PI, self.activation, weight_P), self.w_out.to(dtype), ends_E)
+
+        if recompute_activation:
+            # It stops as soon as the activation is there: the product itself does not run again.
+            return checkpoint(out, inner_PI, weight_P, use_reentrant=False, preserve_rng_state=False)
+        return out(inner_PI, weight_P)

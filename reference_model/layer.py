@@ -5,48 +5,61 @@ Legend: T tokens, K experts per token, E experts, P rows, H hidden, W expert wid
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from reference_model.dispatch import DropPolicy, Plan, capacity_tokens, combine, permute, plan_dispatch
-from reference_model.experts import Path, SwigluExperts, row_alignment, swiglu
-from reference_model.routers import Choice, Router, router_logits
+from reference_model.capacity import DropPolicy, capacity_tokens
+from reference_model.dispatch import Plan, combine, permute, permute_weights, plan_dispatch
+from reference_model.experts import Activation, Experts, Path, activate, compute_dtype, inner_width
+from reference_model.routers import Choice, ExpertChoice, GshardTop2, NoisyTopK, Router, router_logits
+
+Recompute = Literal["none", "moe_act", "full"]
 
 
 class LayerResult(NamedTuple):
-    """output_TH, and what the layer decided on the way: the router's choice and the rows it planned."""
+    """output_TH, and what the layer decided on the way: logits (float32), the router's choice, the rows it planned."""
 
     output_TH: Tensor
     choice: Choice
     plan: Plan
+    logits_TE: Tensor
 
 
-class SharedExpert(nn.Module):
-    """A SwiGLU block that every token passes; several shared experts are one of their summed width."""
+class FeedForward(nn.Module):
+    """A dense block that every token passes: a shared expert. Several are one of their summed width."""
 
-    def __init__(self, *, hidden: int, width: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, *, hidden: int, width: int, activation: Activation = "swiglu", device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden, 2 * width, bias=False, device=device, dtype=dtype)
-        self.down = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
+        self.activation = activation
+        self.w_in = nn.Linear(hidden, inner_width(width, activation), bias=False, device=device, dtype=dtype)
+        self.w_out = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """(T, H) -> (T, H)."""
-        return self.down(swiglu(self.gate_up(x_TH)))
+        return self.w_out(activate(self.w_in(x_TH), self.activation))
 
 
 class MoeLayer(nn.Module):
-    """Sparse feed-forward layer. The router's weight and arithmetic are float32 in any precision of the rest.
+    """Sparse feed-forward layer. The router's weights and arithmetic are float32 in any precision of the rest.
 
     capacity_factor: None is dropless; else an expert takes at most ceil(T*k/E*CF) copies (``capacity_tokens``).
-    path: ``grouped`` or ``loop``; None takes the fast one where there is one.
+    recompute: what the backward computes again: nothing, the experts' activation, or the whole layer.
+    router_bias: of routers with ``bias``, float32, a buffer that ``losses.update_bias_`` moves; else None.
+    noise_weight: of the noisy router; else None.
 
+    >>> from reference_model.routers import SoftmaxTopK
     >>> layer = MoeLayer(hidden=8, width=16, num_experts=4, router=SoftmaxTopK(top_k=2))
     >>> layer(torch.zeros(3, 8)).output_TH.shape
     torch.Size([3, 8])
     """
+
+    router_bias: Tensor | None
 
     def __init__(
         self,
@@ -55,40 +68,81 @@ class MoeLayer(nn.Module):
         width: int,
         num_experts: int,
         router: Router,
+        activation: Activation = "swiglu",
         shared_width: int = 0,
         capacity_factor: float | None = None,
         drop_policy: DropPolicy = "probability",
+        recompute: Recompute = "none",
         path: Path | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.router, self.capacity_factor, self.drop_policy, self.path = router, capacity_factor, drop_policy, path
+        self.router, self.capacity_factor, self.drop_policy = router, capacity_factor, drop_policy
+        self.recompute, self.num_experts = recompute, num_experts
+        assert capacity_factor is None or not isinstance(router, ExpertChoice), "expert choice sets its own capacity"
+        place = {"device": device, "dtype": dtype}
         self.router_weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=torch.float32))
         nn.init.normal_(self.router_weight, std=hidden**-0.5)
-        self.experts = SwigluExperts(num_experts=num_experts, hidden=hidden, width=width, device=device, dtype=dtype)
+        # From zero, as its paper has it: every expert's noise starts out equally wide.
+        noisy = isinstance(router, NoisyTopK)
+        self.noise_weight = nn.Parameter(torch.zeros_like(self.router_weight)) if noisy else None
+        biased = getattr(router, "bias", False)
+        self.register_buffer(
+            "router_bias", torch.zeros(num_experts, device=device, dtype=torch.float32) if biased else None
+        )
+        self.experts = Experts(
+            num_experts=num_experts, hidden=hidden, width=width, activation=activation, path=path, **place
+        )
         self.shared = (
-            SharedExpert(hidden=hidden, width=shared_width, device=device, dtype=dtype) if shared_width else None
+            FeedForward(hidden=hidden, width=shared_width, activation=activation, **place) if shared_width else None
         )
 
     def forward(self, x_TH: Tensor) -> LayerResult:
-        """(T, H) -> (T, H) with the choice and plan beside it; tokens of a batch are flattened by the caller."""
-        choice = self.router(router_logits(x_TH, self.router_weight))
-        plan = self.plan(choice, x_TH)
-        rows_PH = self.experts(permute(x_TH, plan), plan.ends_E, self.path)
-        output_TH = combine(rows_PH, choice.weights_TK, plan)
+        """(T, H) -> (T, H) with choice, plan and logits beside it; tokens of a batch are flattened by the caller."""
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_TH, use_reentrant=False)
+        return self._forward(x_TH)
+
+    def _forward(self, x_TH: Tensor) -> LayerResult:
+        choice, logits_TE = self.choose(x_TH)
+        plan = self.plan(choice)
+        rows_PH = permute(x_TH.to(compute_dtype(x_TH)), plan)
+        weight_P = permute_weights(choice.weights_TK, plan)
+        recompute_activation = self.recompute == "moe_act"
+        rows_PH = self.experts(rows_PH, plan.ends_E, weight_P, recompute_activation=recompute_activation)
+        output_TH = combine(rows_PH, plan)
         if self.shared is not None:
             output_TH = output_TH + self.shared(x_TH)
-        return LayerResult(output_TH, choice, plan)
+        return LayerResult(output_TH, choice, plan, logits_TE)
 
-    def plan(self, choice: Choice, x_TH: Tensor) -> Plan:
+    def choose(self, x_TH: Tensor) -> tuple[Choice, Tensor]:
+        """(the router's choice, its logits); random routers are random in training only."""
+        logits_TE = router_logits(x_TH, self.router_weight)
+        if isinstance(self.router, NoisyTopK):
+            assert self.noise_weight is not None
+            noise_TE = router_logits(x_TH, self.noise_weight) if self.training else None
+            return self.router(logits_TE, noise_TE), logits_TE
+        if isinstance(self.router, GshardTop2):
+            return self.router(logits_TE, random_second=self.training), logits_TE
+        if isinstance(self.router, ExpertChoice):
+            return self.router(logits_TE), logits_TE
+        return self.router(logits_TE, self.router_bias), logits_TE
+
+    def capacity(self, num_tokens: int) -> int:
+        """The most copies that an expert takes of this many tokens."""
+        if isinstance(self.router, ExpertChoice):
+            return self.router.tokens_taken(num_tokens, self.num_experts)
+        return capacity_tokens(num_tokens, self.router.top_k, self.num_experts, self.capacity_factor)
+
+    def plan(self, choice: Choice) -> Plan:
         """Rows for this choice, with this layer's capacity, policy and alignment."""
-        num_tokens, top_k = choice.experts_TK.shape
-        num_experts = self.router_weight.shape[0]
-        capacity = capacity_tokens(num_tokens, top_k, num_experts, self.capacity_factor)
-        alignment = row_alignment(x_TH.device, self.experts.down.dtype)
         return plan_dispatch(
-            choice, num_experts=num_experts, capacity=capacity, policy=self.drop_policy, alignment=alignment
+            choice,
+            num_experts=self.num_experts,
+            capacity=self.capacity(choice.experts_TK.shape[0]),
+            policy=self.drop_policy,
+            alignment=self.experts.alignment(),
         )
 
 
@@ -97,23 +151,22 @@ def layer_by_loops(layer: MoeLayer, x_TH: Tensor) -> Tensor:
 
     It shares only the router with the layer; drops are redone here by sorting each expert's copies.
     """
-    choice = layer.router(router_logits(x_TH, layer.router_weight))
-    num_tokens, top_k = choice.experts_TK.shape
-    num_experts = layer.router_weight.shape[0]
-    capacity = capacity_tokens(num_tokens, top_k, num_experts, layer.capacity_factor)
+    choice, _ = layer.choose(x_TH)
+    capacity = layer.capacity(x_TH.shape[0])
     output_TH = torch.zeros_like(x_TH) if layer.shared is None else layer.shared(x_TH)
-    for expert in range(num_experts):
+    for expert, (w_in_IH, w_out_HW) in enumerate(zip(layer.experts.w_in, layer.experts.w_out, strict=True)):
         token, slot = torch.nonzero(choice.experts_TK == expert, as_tuple=True)
         weight = choice.weights_TK[token, slot]
         if token.numel() > capacity:
-            ranks = (
-                weight.argsort(descending=True, stable=True)
-                if layer.drop_policy == "probability"
-                else torch.arange(token.numel())
-            )
-            chosen = ranks[:capacity].to(token.device)
+            rank = {"probability": -weight, "position": token, "slot": slot * x_TH.shape[0] + token}[layer.drop_policy]
+            chosen = rank.argsort(stable=True)[:capacity]
             token, weight = token[chosen], weight[chosen]
-        inner = swiglu(functional.linear(x_TH[token], layer.experts.gate_up[expert]))
-        rows = functional.linear(inner, layer.experts.down[expert])
-        output_TH = output_TH.index_add(0, token, (rows * weight[:, None]).to(output_TH.dtype))
+        inner = functional.linear(x_TH[token], w_in_IH)
+        if layer.experts.activation == "swiglu":
+            gate, up = inner.chunk(2, dim=-1)
+            inner = functional.silu(gate) * up
+        else:
+            inner = inner.relu() if layer.experts.activation == "relu" else functional.gelu(inner)
+        rows = functional.linear(inner, w_out_HW) * weight[:, None]
+        output_TH = output_TH.index_add(0, token, rows.to(output_TH.dtype))
     return output_TH

@@ -12,8 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from reference_model.dispatch import capacity_tokens, combine, permute, plan_dispatch  # noqa: E402
-from reference_model.experts import SwigluExperts, grouped_product, looped_product, row_alignment  # noqa: E402
+from reference_model.capacity import capacity_tokens  # noqa: E402
+from reference_model.dispatch import combine, permute, permute_weights, plan_dispatch  # noqa: E402
+from reference_model.experts import Experts, grouped_product, looped_product, row_alignment  # noqa: E402
 from reference_model.layer import MoeLayer, layer_by_loops  # noqa: E402
 from reference_model.routers import Choice, SoftmaxTopK, router_logits  # noqa: E402
 
@@ -84,20 +85,20 @@ def test_layer_with_most_experts_empty_equals_the_loop():
 @pytest.mark.parametrize("capacity", [None, 4])
 def test_padding_rows_to_the_gpu_kernels_alignment_changes_no_output_and_no_gradient(capacity):
     torch.manual_seed(0)
-    experts = SwigluExperts(num_experts=8, hidden=32, width=48)
+    experts = Experts(num_experts=8, hidden=32, width=48)
     x = torch.randn(29, 32, generator=_generator(4), requires_grad=True)
     logits = torch.randn(29, 8, generator=_generator(5), requires_grad=True)
-    leaves = (x, logits, experts.gate_up, experts.down)
+    leaves = (x, logits, experts.w_in, experts.w_out)
     seen = []
     for alignment in (1, 8):
         choice = SoftmaxTopK(top_k=3)(logits)
         plan = plan_dispatch(choice, num_experts=8, capacity=capacity, alignment=alignment)
         assert bool((plan.ends_E % alignment == 0).all())
         assert int(plan.ends_E[-1]) <= plan.token_P.shape[0]
-        rows = experts(permute(x, plan), plan.ends_E)
+        rows = experts(permute(x, plan), plan.ends_E, permute_weights(choice.weights_TK, plan))
         owned = torch.arange(rows.shape[0]) < plan.ends_E[-1]
         rows = torch.where(owned[:, None], rows, math.nan)  # what stands behind the last row must reach nobody
-        output = combine(rows, choice.weights_TK, plan)
+        output = combine(rows, plan)
         seen.append((output, *_gradients(output, leaves)))
     for plain, padded in zip(*seen, strict=True):
         torch.testing.assert_close(plain, padded, **CLOSE)
@@ -144,7 +145,7 @@ def test_a_dropped_copy_adds_nothing_and_gets_no_gradient():
     choice = Choice(weights, torch.zeros(2, 1, dtype=torch.int64), weights)
     plan = plan_dispatch(choice, num_experts=1, capacity=1)
     x = torch.randn(2, 4, generator=_generator(), requires_grad=True)
-    output = combine(permute(x, plan), weights, plan)
+    output = combine(permute(x, plan) * permute_weights(weights, plan)[:, None], plan)
     torch.testing.assert_close(output, torch.stack([torch.zeros(4), 0.9 * x[1]]))
     grad_x, grad_weights = _gradients(output, (x, weights))
     assert bool((grad_x[0] == 0).all())
@@ -182,7 +183,7 @@ def test_gradients_agree_with_finite_differences():
     plan = plan_dispatch(choice, num_experts=4, alignment=4)
 
     def moe(x, weights):
-        return combine(layer.experts(permute(x, plan), plan.ends_E, "loop"), weights, plan)
+        return combine(layer.experts(permute(x, plan), plan.ends_E, permute_weights(weights, plan)), plan)
 
     assert torch.autograd.gradcheck(moe, (x, weights))
 
