@@ -92,6 +92,10 @@ Median wall seconds of whole processes after one warm-up; the largest process's 
 | what | median [s] | fastest-slowest [s] | limit [s] | peak memory [GiB] |
 |---|---|---|---|---|
 """ + "\n".join(rows)
+    drawn = subprocess.run([sys.executable, "-m", "benchmarks.routing"], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    text += "\n\n" + drawn.stdout.decode().strip()
+    if drawn.returncode:
+        broken.append("tokens drawn")
     (ROOT / "docs" / "speed.md").write_text(text + "\n")
     if broken:
         print("over the limit: " + "; ".join(broken), file=sys.stderr)

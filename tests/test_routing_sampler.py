@@ -8,10 +8,15 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moesim.describe.model import Router
+from moesim.describe.popularity import Dirichlet, HotExperts, Lognormal, PowerLaw, Skewed, Zipf
 from moesim.errors import InputError
+from moesim.routing.popularity import popularity_LE
+from moesim.routing.reach import reach_of_sets
 from moesim.routing.sampler import draw_choices, draw_counts_streaming, stream_choices
 
 LOG_WEIGHTS_8 = np.log(np.array([8.0, 1.0, 3.0, 0.5, 2.0, 2.0, 0.2, 5.0]))
@@ -54,6 +59,86 @@ def test_plain_choices_follow_the_enumerated_law_of_ordered_choices(
     statistic = ((seen[common] - expected[common]) ** 2 / expected[common]).sum()
     statistic += (rest_seen - rest_expected) ** 2 / max(rest_expected, 5.0)
     assert statistic < chi_square_limit(int(common.sum()))
+
+
+# One regime each: repeats are common, a level of its own for the hot, one for nearly every expert, and tails of ties.
+REGIMES_7 = {
+    "one of seven has 0.99": np.log(np.array([1.0, 1.0, 594.0, 1.0, 1.0, 1.0, 1.0])),
+    "three of seven have 0.99": np.log(np.array([1.0, 132.0, 1.0, 132.0, 132.0, 1.0, 1.0])),
+    "each half of the one before": -math.log(2) * np.arange(7.0),
+    "each a thousandth of the one before": -math.log(1000) * np.array([0.0, 3.0, 1.0, 2.0, 5.0, 4.0, 6.0]),
+}
+
+
+@pytest.mark.parametrize("regime", REGIMES_7)
+@pytest.mark.parametrize("top_k", [2, 4, 5])
+def test_skewed_choices_follow_the_enumerated_law_in_every_regime_of_the_kernel(regime: str, top_k: int) -> None:
+    log_weights, num_tokens = REGIMES_7[regime], 200_000
+    choices = draw_choices(log_weights, Router(top_k=top_k), num_tokens, np.random.default_rng(17))
+    orders = list(itertools.permutations(range(7), top_k))
+    expected = num_tokens * np.array([ordered_probability(np.exp(log_weights), order) for order in orders])
+    seen = np.bincount(codes(choices, 7), minlength=7**top_k)[codes(np.array(orders, dtype=np.int16), 7)]
+    assert seen.sum() == num_tokens  # no expert twice
+    common = expected >= 5
+    rest_expected, rest_seen = expected[~common].sum(), seen[~common].sum()
+    statistic = ((seen[common] - expected[common]) ** 2 / expected[common]).sum()
+    statistic += (rest_seen - rest_expected) ** 2 / max(rest_expected, 5.0)
+    assert statistic < chi_square_limit(int(common.sum()))
+
+
+def popularity_weights(popularity: Skewed) -> NDArray[np.float64]:
+    """Log weights of 256 experts, top-8."""
+    rng, router = np.random.default_rng(3), Router(top_k=8)
+    return popularity_LE(popularity, num_layers=1, num_experts=256, router=router, rng=rng).log_weights_LE[0]
+
+
+@pytest.mark.parametrize(
+    "popularity",
+    [
+        Lognormal(gini=0.7),
+        Lognormal(gini=0.9),
+        Zipf(gini=0.9),
+        Dirichlet(gini=0.9),
+        PowerLaw(gini=0.9),
+        HotExperts(num_hot=1, share=0.12),
+        HotExperts(num_hot=16, share=0.9),
+    ],
+    ids=lambda popularity: f"{popularity.kind}-{popularity.gini or popularity.num_hot}",
+)
+def test_every_expert_of_a_skewed_layer_is_included_as_often_as_quadrature_says(popularity: Skewed) -> None:
+    log_weights, num_tokens = popularity_weights(popularity), 400_000
+    exact = reach_of_sets(log_weights[None], np.arange(256), top_k=8, num_sets=256)[0]
+    counts = draw_counts_streaming(log_weights[None], Router(top_k=8), num_tokens, np.random.default_rng(5))[0]
+    deviation = np.sqrt(num_tokens * exact * (1 - exact)) + 1.0  # and the quadrature's own error, 1e-6 of a token
+    assert np.abs((counts - num_tokens * exact) / deviation).max() < 4.5
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    logs=st.lists(st.floats(-40.0, 0.0), min_size=2, max_size=24),
+    top_k=st.integers(1, 8),
+    order_seed=st.integers(0, 2**32 - 1),
+)
+def test_a_draw_is_new_with_a_probability_that_no_skew_can_make_small(
+    logs: list[float], top_k: int, order_seed: int
+) -> None:
+    """Whichever experts rang, the level that serves has at least 0.7/k of its weight left (docs/model.md)."""
+    from moesim.routing import kernels
+
+    falling = np.sort(np.exp(logs))[::-1].copy()
+    most = min(top_k, falling.size)
+    starts = kernels._level_starts(falling, most)
+    assert starts[0] == 0
+    assert starts[-1] == falling.size
+    assert (np.diff(starts) > 0).all()
+    assert starts.size - 1 <= most
+    order = np.random.default_rng(order_seed).permutation(falling.size)
+    rung = np.zeros(falling.size, dtype=bool)
+    for expert in order[: most - 1]:
+        rung[expert] = True
+        level = int(np.searchsorted(starts, int(np.argmin(rung)), side="right")) - 1
+        first = starts[level]
+        assert falling[first:][~rung[first:]].sum() >= 0.7 / most * falling[first:].sum() * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +247,13 @@ def test_streamed_counts_of_equal_experts_pass_chi_square() -> None:
 def test_the_ziggurat_draws_the_exponential_law() -> None:
     from numba import njit
 
-    from moesim.routing import kernels
+    from moesim.routing.random_kernels import exponential
 
     @njit
     def draws(num: int, seed: np.uint64) -> NDArray[np.float64]:
         out, state = np.empty(num), seed
         for i in range(num):
-            state, out[i] = kernels._exponential(state)
+            state, out[i] = exponential(state)
         return out
 
     sample = draws(400_000, np.uint64(9))
