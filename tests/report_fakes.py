@@ -16,7 +16,7 @@ from moesim.units import GIB
 def memory(scale: float = 1.0) -> dict[str, float]:
     sizes = {"weights": 12, "gradients": 12, "optimizer": 9, "activations": 21, "dispatch": 3, "comm": 2, "reserved": 3}
     parts = {f"{name}_bytes": size * scale * GIB for name, size in sizes.items()}
-    return parts | {"peak_bytes": sum(parts.values())}
+    return parts | {"peak_bytes": sum(parts.values()), "peak_p99_bytes": sum(parts.values()) + GIB}
 
 
 def step_result(*, scale: float = 1.0, num_layers: int = 4, num_experts: int = 16, **changes: Any) -> StepResult:
@@ -48,6 +48,8 @@ def step_result(*, scale: float = 1.0, num_layers: int = 4, num_experts: int = 1
         memory_by_rank=[{"stage": s, "rank": 4 * s, **memory(scale * (1 - 0.05 * s))} for s in range(4)],
         fits=held["peak_bytes"] <= 80 * GIB,
         headroom_bytes=80 * GIB - held["peak_bytes"],
+        out_of_memory_fraction=0.0,
+        memory_over_steps={"redraw": "counts", "num_steps": 16},
         envelope={"inside": False, "reasons": ["FP8 products are not calibrated"]},
         step_parts_s=shares,
         load_LE=load_LE,

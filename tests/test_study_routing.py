@@ -13,6 +13,7 @@ from moesim import Scenario, simulate
 from moesim.describe.model import Router
 from moesim.describe.workload import Lognormal
 from moesim.errors import InputError
+from moesim.metrics.memory import MemoryOverSteps, memory_over_steps, other_favourites
 from moesim.routing.histogram import write_histogram
 from moesim.routing.popularity import popularity_LE
 from moesim.routing.recorded import recorded_from_array
@@ -21,15 +22,10 @@ from moesim.routing.statistics import gini
 from moesim.seeds import stream
 from moesim.study.balance import balance_over_training
 from moesim.study.drops import drop_point, expected_drops_L, needed_capacity, token_drops
-from moesim.study.routed import RoutedLoad, redrawn, routed_base, routed_load
+from moesim.study.routed import RoutedLoad, routed_base, routed_load
 from moesim.study.routing import RoutingStudy, routing_study
-from moesim.study.skew import (
-    MemoryOverSteps,
-    cost_over_capacity,
-    cost_over_skew,
-    memory_over_steps,
-    other_favourites,
-)
+from moesim.study.skew import cost_over_capacity, cost_over_skew
+from moesim.timeline.load import redrawn
 
 SMALL = {
     "model": "olmoe-1b-7b",
@@ -401,7 +397,12 @@ def test_the_chance_of_running_out_is_that_of_largest_values() -> None:
     samples = rng.standard_normal((20_000, 1000)).max(axis=1) + 100.0
     limit = float(np.quantile(samples, 0.95))
     parts = samples[: 100 * 64].reshape(100, 64).tolist()
-    estimates = [MemoryOverSteps(redraw="counts", peak_bytes_S=tuple(part), capacity_bytes=limit) for part in parts]
+    estimates = [
+        MemoryOverSteps(
+            redraw="counts", peak_bytes_S=tuple(part), activations_bytes_S=(), dispatch_bytes_S=(), capacity_bytes=limit
+        )
+        for part in parts
+    ]
     true_p99 = float(np.quantile(samples, 0.99))
     assert np.median([e.p99_bytes for e in estimates]) == pytest.approx(true_p99, abs=0.15)
     assert np.median([e.out_of_memory_fraction for e in estimates]) == pytest.approx(0.05, abs=0.015)
@@ -409,7 +410,13 @@ def test_the_chance_of_running_out_is_that_of_largest_values() -> None:
 
 def test_a_peak_that_never_changes_is_certain_to_fit_or_not() -> None:
     for capacity, chance in ((81.0, 0.0), (79.0, 1.0)):
-        found = MemoryOverSteps(redraw="counts", peak_bytes_S=(80.0, 80.0, 80.0), capacity_bytes=capacity)
+        found = MemoryOverSteps(
+            redraw="counts",
+            peak_bytes_S=(80.0,) * 3,
+            activations_bytes_S=(),
+            dispatch_bytes_S=(),
+            capacity_bytes=capacity,
+        )
         assert (found.p99_bytes, found.out_of_memory_fraction, found.fits_at_p99) == (80.0, chance, not chance)
 
 

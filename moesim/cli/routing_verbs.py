@@ -14,9 +14,10 @@ from moesim.cli.verbs import ScenarioFile, app
 from moesim.errors import check
 
 if TYPE_CHECKING:
+    from moesim.metrics.memory import MemoryOverSteps
     from moesim.study.drops import NeededCapacity
     from moesim.study.routed import RoutedLoad
-    from moesim.study.skew import CostPoint, DropCurve, MemoryOverSteps
+    from moesim.study.skew import CostPoint, DropCurve
 
 MOST_SHOWN = 10
 EXAMPLES = (

@@ -70,10 +70,12 @@ class StepResult:
     max_mean_load: float  # busiest expert over the mean of its layer, in the worst layer
     gini: float  # of the load over experts, mean over layers
     entropy: float  # of the load over experts, as a fraction of the largest possible, mean over layers
-    memory: dict[str, float]  # MEMORY_PARTS and peak_bytes of the worst rank
+    memory: dict[str, float]  # MEMORY_PARTS and peak_bytes of the worst rank, and peak_p99_bytes over steps
     memory_by_rank: list[dict[str, Any]]  # one per stage: stage, rank, MEMORY_PARTS, peak_bytes
     fits: bool
     headroom_bytes: float
+    out_of_memory_fraction: float  # probability that a step needs more than a GPU holds
+    memory_over_steps: dict[str, Any]  # redraw, num_steps, and p50, p90, p99 of peak, activations, dispatch buffers
     envelope: dict[str, Any]  # inside: bool, reasons: list of what is not modelled or not validated
     step_parts_s: dict[str, float]  # STEP_PARTS, summing to step_s
     load_LE: NDArray[np.float64]  # share of the layer's assignments per expert, before drops; rows sum to 1
@@ -105,6 +107,8 @@ class StepResult:
                 if self.fits
                 else f"no, {format_bytes(-self.headroom_bytes)} too much",
             ),
+            ("Peak memory, 99 of 100 steps", f"under {format_bytes(self.memory['peak_p99_bytes'])}"),
+            ("Steps that run out of memory", _chance(self.out_of_memory_fraction)),
             ("Exposed communication", f"{self.exposed_comm_s / self.step_s:.1%} of the step"),
             ("Waiting for the slowest rank", f"{self.wait_s / self.step_s:.1%} of the step"),
             ("Pipeline bubble", f"{self.bubble_fraction:.1%} of the step"),
@@ -118,3 +122,14 @@ class StepResult:
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self.rows()
         )
         return f"<table>{cells}</table>"
+
+
+def _chance(fraction: float) -> str:
+    """How many steps, in words.
+
+    >>> _chance(0.0213)
+    '2.13%'
+    """
+    if fraction < 1e-4:
+        return "none"
+    return "all" if fraction > 0.9999 else f"{fraction:.2%}"

@@ -12,18 +12,19 @@ from numpy.typing import NDArray
 
 from moesim.cost.activations import MEGATRON
 from moesim.cost.device import Provenance
-from moesim.cost.memory import RankMemory, stage_memory
+from moesim.cost.memory import RankMemory
 from moesim.describe.flops import training_flops_per_token
 from moesim.describe.hardware import Sourced
-from moesim.describe.workload import Recorded, Training
+from moesim.describe.workload import Recorded
 from moesim.fabric.ports import spine_slowdown
+from moesim.metrics.memory import MemoryOverSteps, expected_redraw, memory_by_stage, memory_over_steps
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, STEP_PARTS, StepResult
 from moesim.routing.statistics import entropy, gini, load_alerts, max_mean
 from moesim.scenario import Scenario
-from moesim.timeline.load import StepLoad
 from moesim.timeline.trace import Trace
 
 _COMPUTE_PARTS = tuple(part for part in STEP_PARTS if part not in (*COMM_PARTS, "wait_for_slowest", "pipeline_bubble"))
+RISK = 0.01  # chance of running out of memory that is worth a warning
 _IN_WORDS = {
     "attention": "attention compute",
     "dense_ffn": "dense and shared feed-forward compute",
@@ -59,6 +60,7 @@ def summarise(trace: Trace) -> StepResult:
     memories = memory_by_stage(scenario, trace.load)
     worst = max(memories, key=lambda memory: memory.peak_bytes)
     headroom = scenario.cluster.gpu.memory_bytes.value - worst.peak_bytes
+    over_steps = memory_over_steps(scenario, redraw=expected_redraw(scenario), base=trace.load, own=worst)
     load_LE, drops_L = _load(trace)
     alerts = load_alerts(load_LE) if load_LE.size else ()
     layer_numbers = trace.load.layers if trace.load is not None else ()
@@ -81,13 +83,17 @@ def summarise(trace: Trace) -> StepResult:
         max_mean_load=float(max_mean(load_LE).max()) if load_LE.size else 1.0,
         gini=float(gini(load_LE).mean()) if load_LE.size else 0.0,
         entropy=float(entropy(load_LE, normalised=True).mean()) if load_LE.size else 1.0,
-        memory=_plain(worst),
+        # A step like this one has happened: the law of 16 others may not say that it hardly ever does.
+        memory=_plain(worst) | {"peak_p99_bytes": max(over_steps.p99_bytes, worst.peak_bytes)},
         memory_by_rank=[
             {"stage": memory.stage, "rank": memory.rank, "moment": memory.moment} | _plain(memory)
             for memory in memories
         ],
         fits=headroom >= 0,
         headroom_bytes=headroom,
+        out_of_memory_fraction=over_steps.out_of_memory_fraction,
+        memory_over_steps={"redraw": over_steps.redraw, "num_steps": len(over_steps.peak_bytes_S)}
+        | over_steps.quantiles(),
         envelope={"inside": False, "reasons": _envelope(trace)},
         step_parts_s=parts,
         load_LE=load_LE,
@@ -97,32 +103,13 @@ def summarise(trace: Trace) -> StepResult:
         drop_fraction_by_layer=drops_L.tolist(),
         binds=binds(parts, step_s),
         provenance=(*trace.device.provenance, *_cluster_provenance(scenario), *_memory_provenance()),
-        warnings=_warnings(trace, headroom),
+        warnings=_warnings(trace, headroom, over_steps),
     )
 
 
 def step_parts(trace: Trace) -> dict[str, float]:
     """Mean seconds over all ranks in each of STEP_PARTS; they sum to the step."""
     return {part: float(np.mean([np.mean(run.part_R.get(part, 0.0)) for run in trace.stages])) for part in STEP_PARTS}
-
-
-def memory_by_stage(scenario: Scenario, load: StepLoad | None, train: Training | None = None) -> list[RankMemory]:
-    """The worst rank's memory of each stage under a load, replicas included.
-
-    train: the scenario's own by default; another where the load is a sample of fewer micro-batches.
-    """
-    return [
-        stage_memory(
-            scenario.model,
-            scenario.parallel,
-            scenario.layout,
-            train or scenario.train,
-            stage=stage,
-            received_GMLR=None if load is None else load.received_GMLR(stage),
-            expert_copies=scenario.expert_copies,
-        )
-        for stage in range(scenario.parallel.pp)
-    ]
 
 
 def binds(parts: dict[str, float], step_s: float) -> str:
@@ -211,11 +198,16 @@ def _envelope(trace: Trace) -> list[str]:
     return reasons
 
 
-def _warnings(trace: Trace, headroom: float) -> tuple[str, ...]:
+def _warnings(trace: Trace, headroom: float, over_steps: MemoryOverSteps) -> tuple[str, ...]:
     told = []
     if headroom < 0:
         told.append(
             f"does not fit: the worst rank needs {-headroom:,.0f} bytes more than {trace.scenario.cluster.gpu.name} has"
+        )
+    elif over_steps.out_of_memory_fraction > RISK:
+        told.append(
+            f"fits in this step, but {over_steps.out_of_memory_fraction:.1%} of steps need more than a GPU has: 99 of "
+            f"100 stay under {over_steps.p99_bytes:,.0f} bytes"
         )
     if any(item.kind == "assumed" and item.part == "product efficiency" for item in trace.device.provenance):
         told.append("product efficiency is assumed, not measured, for this GPU")

@@ -27,9 +27,10 @@ from moesim.units import GIB, format_bytes, format_seconds
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from moesim.metrics.memory import MemoryOverSteps
     from moesim.study.balance import BalanceCurve
     from moesim.study.routing import RoutingStudy
-    from moesim.study.skew import DropCurve, MemoryOverSteps
+    from moesim.study.skew import DropCurve
 
 ASKED = COLOURS["moe"]
 DASHED = (0, (5, 3))

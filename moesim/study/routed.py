@@ -17,12 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.layer import rank_tokens
 from moesim.describe.model import MoeFfn
-from moesim.describe.workload import Balanced, Multinomial, Recorded
+from moesim.describe.workload import Recorded
 from moesim.errors import NotModelledError, check
 from moesim.routing.histogram import Histogram, histogram_load
-from moesim.routing.load import draw_load
 from moesim.routing.popularity import Popularities
 from moesim.routing.recorded import (
     RecordedRouting,
@@ -48,7 +46,7 @@ from moesim.routing.statistics import (
 from moesim.scenario import Scenario
 from moesim.seeds import stream
 from moesim.study.drops import places_of
-from moesim.timeline.load import StepLoad, step_load
+from moesim.timeline.load import StepLoad, redrawn, step_load
 
 Floats = NDArray[np.float64]
 TABLES = (".csv", ".parquet")  # endings of histograms among recordings
@@ -309,34 +307,6 @@ def replay_of(scenario: Scenario, num_tokens: int) -> RecordedRouting:
             repeat = float(popularities.repeat_L[layer])
             experts_TLK[:, layer] = draw_token_sequence(weights_E, router, num_tokens, repeat, rng)
     return recorded_from_array(experts_TLK, num_experts=popularities.num_experts, layers=base.layers)
-
-
-def redrawn(scenario: Scenario, base: StepLoad, popularities: Popularities, rng: np.random.Generator) -> StepLoad:
-    """Another step's counts under the given popularities, experts where they are in base.
-
-    The seconds of the exchanges stay those of base.
-    """
-    routing = scenario.routing
-    if isinstance(routing.popularity, Balanced) and not popularities.is_uniform:  # a recording is not forced balance
-        routing = dataclasses.replace(routing, popularity=Multinomial())
-    load = draw_load(
-        popularities,
-        routing,
-        tokens_per_rank=int(rank_tokens(scenario.parallel, scenario.train)),
-        num_source_ranks=scenario.parallel.ep * scenario.parallel.etp,
-        num_groups=scenario.layout.edp,
-        num_micro_batches=scenario.num_micro_batches,
-        rng=rng,
-        rank_of_E=None if scenario.expert_copies > 1 else base.placed.rank_of_expert_E,
-    )
-    of_slots = base.placed.of_slots
-    return dataclasses.replace(
-        base,
-        popularities=popularities,
-        load=load,
-        kept_GMLS=of_slots(load.kept_GMLE),
-        rows_GMLS=of_slots(load.rows_GMLE),
-    )
 
 
 def recorded_inclusion(base: StepLoad, recorded: str | Path | RecordedRouting) -> tuple[Popularities, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesim.metrics.memory import MemoryOverSteps, Redraw, drift_of, memory_over_steps
 from moesim.metrics.step import StepResult
 from moesim.routing.recorded import RecordedRouting
 from moesim.scenario import Scenario
@@ -15,17 +16,7 @@ from moesim.study.balance import BalanceCurve, balance_over_training
 from moesim.study.drops import NeededCapacity, TokenDrops, needed_capacity, token_drops
 from moesim.study.routed import RoutedLoad, as_recorded, routed_base, routed_load
 from moesim.study.simulate import simulate
-from moesim.study.skew import (
-    CostPoint,
-    DropCurve,
-    MemoryOverSteps,
-    Redraw,
-    cost_over_capacity,
-    cost_over_skew,
-    drift_of,
-    drop_curves,
-    memory_over_steps,
-)
+from moesim.study.skew import CostPoint, DropCurve, cost_over_capacity, cost_over_skew, drop_curves
 
 Progress = Callable[[str], None]
 Row = tuple[str, str, float | str, float | str | bool, str]  # section, name, x, value, unit

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from moesim.cost.memory import RankMemory
 from moesim.errors import InputError, MoesimError
+from moesim.metrics.memory import memory_by_stage
 from moesim.metrics.step import MEMORY_PARTS, StepResult
-from moesim.metrics.summary import memory_by_stage
 from moesim.scenario import Scenario
 from moesim.study.drops import DropPoint, drop_point
 from moesim.study.simulate import simulate
@@ -88,7 +88,7 @@ def memory_over_ep(scenario: Scenario, step: StepResult | None = None) -> list[E
         except InputError:  # does not divide the experts, or the ranks of a stage
             continue
         if ep == asked and step is not None:
-            memory = dict(step.memory)
+            memory = {part: step.memory[part] for part in (*MEMORY_PARTS, "peak_bytes")}
         else:
             worst = max(rank_memories(candidate), key=lambda memory: memory.peak_bytes)
             memory = {part: float(getattr(worst, part)) for part in (*MEMORY_PARTS, "peak_bytes")}

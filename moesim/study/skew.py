@@ -1,39 +1,24 @@
-"""What skew costs: drops against capacity, step time and memory against skew, memory over many steps.
-
-Legend: L MoE layers, E experts, S steps.
-"""
+"""What skew costs: drops against capacity, step time and memory against skew."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from moesim.describe.workload import Balanced, Recorded
-from moesim.errors import InputError, check
+from moesim.errors import InputError
 from moesim.metrics.step import StepResult
-from moesim.metrics.summary import memory_by_stage
-from moesim.routing.popularity import Popularities, popularity_LE
+from moesim.routing.popularity import Popularities
 from moesim.routing.statistics import gini
 from moesim.scenario import Scenario
-from moesim.seeds import stream
 from moesim.study.drops import DropPoint, drop_point
-from moesim.study.routed import redrawn, routed_base
+from moesim.study.routed import routed_base
 from moesim.study.simulate import simulate
 from moesim.study.sizes import CAPACITY_FACTORS
-from moesim.timeline.load import StepLoad
 
-Floats = NDArray[np.float64]
 Progress = Callable[[str], None]
-Redraw = Literal["counts", "favourites", "drift"]
 GINIS = (0.1, 0.25, 0.4, 0.6)  # real text lies in 0.10 to 0.38
 STEP_FACTORS = (1.0, 1.25, 1.5, 2.0, None)
-_EULER = 0.5772156649015329
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,59 +44,6 @@ class CostPoint:
     max_mean: float
     peak_bytes: float
     headroom_bytes: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryOverSteps:
-    """Peak memory of the fullest GPU in each of S steps [bytes], and what a GPU holds.
-
-    redraw: what differs between steps. The chance beyond what was sampled is read off a Gumbel law with the samples'
-    mean and variance: each sample is the largest of many ranks, micro-batches and layers.
-    """
-
-    redraw: Redraw
-    peak_bytes_S: tuple[float, ...]
-    capacity_bytes: float
-
-    @property
-    def p50_bytes(self) -> float:
-        return float(np.quantile(self.peak_bytes_S, 0.5))
-
-    @property
-    def p90_bytes(self) -> float:
-        return float(np.quantile(self.peak_bytes_S, 0.9))
-
-    @property
-    def p99_bytes(self) -> float:
-        """The peak that 99 of 100 steps stay under: the fitted law's, or the samples' where that is higher."""
-        place, scale = self._gumbel
-        return max(place - scale * math.log(-math.log(0.99)), float(np.quantile(self.peak_bytes_S, 0.99)))
-
-    @property
-    def out_of_memory_fraction(self) -> float:
-        """Probability that a step needs more than a GPU holds."""
-        place, scale = self._gumbel
-        if scale == 0.0:
-            return float(place > self.capacity_bytes)
-        # Far above capacity exp overflows to inf, which is certainty.
-        exponent = min((place - self.capacity_bytes) / scale, 700.0)
-        return -math.expm1(-math.exp(exponent))
-
-    @property
-    def fits_at_p99(self) -> bool:
-        return self.p99_bytes <= self.capacity_bytes
-
-    @property
-    def _gumbel(self) -> tuple[float, float]:
-        """(mode, scale) of the Gumbel law with the samples' mean and variance."""
-        peaks_S = np.array(self.peak_bytes_S)
-        scale = float(peaks_S.std(ddof=1)) * math.sqrt(6.0) / math.pi if peaks_S.size > 1 else 0.0
-        return float(peaks_S.mean()) - _EULER * scale, scale
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values: the samples and what follows from them."""
-        names = ("p50_bytes", "p90_bytes", "p99_bytes", "out_of_memory_fraction", "fits_at_p99")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
 
 
 def drop_curves(
@@ -236,96 +168,4 @@ def _cost_point(scenario: Scenario, result: StepResult, popularity: str) -> Cost
         max_mean=result.max_mean_load,
         peak_bytes=float(result.memory["peak_bytes"]),
         headroom_bytes=float(result.headroom_bytes),
-    )
-
-
-def memory_over_steps(
-    scenario: Scenario,
-    num_steps: int = 32,
-    *,
-    redraw: Redraw = "favourites",
-    base: StepLoad | None = None,
-    progress: Progress | None = None,
-) -> MemoryOverSteps:
-    """Peak memory of the fullest GPU over num_steps steps, each with its own routing; no clock runs.
-
-    redraw: ``counts`` draws each step's tokens anew under one popularity, as in consecutive steps; ``favourites`` also
-    hands the same popularities to other experts of each layer (groups of a group-limited router stay together), as a
-    long run or another seed may: nobody knows beforehand which experts will be popular. ``drift`` lets the scenario's
-    own popularity drift by its correlation.drift_steps from one sampled step to the next. base: the step's load where
-    it is known. Raises InputError. docs/model.md#memory-over-steps.
-    """
-    check(num_steps >= 2, "parameters", "num_steps", "must be at least 2", num_steps)
-    drift_steps = drift_of(scenario)
-    rule = "must be given for memory under drift"
-    check(redraw != "drift" or drift_steps is not None, "routing.popularity.correlation", "drift_steps", rule, None)
-    start = routed_base(scenario) if base is None else base
-    rng = stream(scenario.seed, f"memory over steps: {redraw}")
-    peaks = []
-    for number in range(num_steps):
-        if number % 8 == 0:
-            _say(progress, f"memory, {redraw} of step {number + 1} of {num_steps}")
-        popularities = start.popularities
-        if redraw == "favourites":
-            popularities = other_favourites(popularities, rng)
-        elif drift_steps is not None and redraw == "drift":
-            popularities = _drifted(scenario, start, number * math.ceil(drift_steps))
-        peaks.append(peak_bytes(scenario, redrawn(scenario, start, popularities, rng)))
-    return MemoryOverSteps(
-        redraw=redraw, peak_bytes_S=tuple(peaks), capacity_bytes=scenario.cluster.gpu.memory_bytes.value
-    )
-
-
-def drift_of(scenario: Scenario) -> float | None:
-    """Steps after which the scenario's popularity has forgotten most of itself; None where it stays."""
-    popularity = scenario.routing.popularity
-    return None if isinstance(popularity, Balanced | Recorded) else popularity.correlation.drift_steps
-
-
-def _drifted(scenario: Scenario, base: StepLoad, step: int) -> Popularities:
-    """The scenario's popularity as it is at a later step."""
-    return popularity_LE(
-        scenario.routing.popularity,
-        num_layers=len(base.layers),
-        num_experts=base.moe.num_experts,
-        router=base.moe.router,
-        rng=stream(scenario.seed, "popularity"),
-        step=step,
-    )
-
-
-def peak_bytes(scenario: Scenario, load: StepLoad) -> float:
-    """Memory of the fullest rank of any stage under a step's load [bytes]."""
-    return max(memory.peak_bytes for memory in memory_by_stage(scenario, load))
-
-
-def other_favourites(popularities: Popularities, rng: np.random.Generator) -> Popularities:
-    """The same popularities on other experts: each layer's are shuffled, groups as wholes and inside themselves.
-
-    The skew stays exactly what it was; drawn tokens (the pool) do not follow and are left out.
-    """
-    groups = popularities.router.num_groups
-    num_layers, num_experts = popularities.inclusion_LE.shape
-    size = num_experts // groups
-    inside_LNS = rng.permuted(np.broadcast_to(np.arange(size), (num_layers, groups, size)), axis=-1)
-    group_LN = rng.permuted(np.broadcast_to(np.arange(groups), (num_layers, groups)), axis=-1)
-    order_LE = (group_LN[:, :, None] * size + inside_LNS).reshape(num_layers, num_experts)
-
-    def shuffled(values: Floats) -> Floats:
-        return np.take_along_axis(values, np.broadcast_to(order_LE, values.shape), axis=-1)
-
-    domains, first_LE = popularities.domains, popularities.first_LE
-    if domains is not None:
-        domains = dataclasses.replace(
-            domains,
-            log_weights_DLE=shuffled(domains.log_weights_DLE),
-            inclusion_DLE=shuffled(domains.inclusion_DLE),
-        )
-    return dataclasses.replace(
-        popularities,
-        log_weights_LE=shuffled(popularities.log_weights_LE),
-        inclusion_LE=shuffled(popularities.inclusion_LE),
-        pool_LTK=None,
-        domains=domains,
-        first_LE=None if first_LE is None else shuffled(first_LE),
     )

@@ -6,10 +6,11 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
 from moesim.describe.capacity import RankBuffer
 from moesim.describe.model import MoeFfn, Router
 from moesim.describe.pipeline import stage_layers
-from moesim.describe.workload import Popularity, Recorded
+from moesim.describe.workload import Balanced, Multinomial, Popularity, Recorded
 from moesim.errors import NotModelledError
 from moesim.fabric.collectives import allgather_s, alltoall_finish_s
 from moesim.fabric.ports import ports_of
@@ -38,6 +39,7 @@ from moesim.units import BYTES_PER_ELEMENT
 
 Floats = NDArray[np.floating]
 Ranks = NDArray[np.int64]
+_Arrays = TypeVar("_Arrays", "StepLoad", ExpertLoad, "Exchange")
 Nodes = tuple[tuple[int, ...], ...]  # of each group, of each of its ranks
 # FP8 rows travel with one float32 scale for each 128 elements. arXiv 2412.19437, section 3.3.
 FP8_SCALE_BYTES = BYTES_PER_ELEMENT["float32"] / 128
@@ -85,6 +87,19 @@ class StepLoad:
         """Kept assignments that each expert-parallel rank of a stage receives in its MoE layers; None without any."""
         positions = list(self.positions_by_stage[stage])
         return self.placement.rank_loads(self.rows_GMLS[:, :, positions]) if positions else None
+
+    def first(self, num_groups: int, num_micro_batches: int) -> StepLoad:
+        """The part that its first groups and micro-batches are, as if the step had no more."""
+
+        def cut(part: _Arrays, names: Iterable[str]) -> _Arrays:
+            return replace(part, **{name: getattr(part, name)[:num_groups, :num_micro_batches] for name in names})
+
+        kept = cut(self, ("kept_GMLS", "rows_GMLS"))
+        return replace(
+            kept,
+            load=cut(self.load, ("assigned_GMLE", "kept_GMLE", "rows_GMLE")),
+            exchange_by_stage=tuple(cut(e, [f.name for f in fields(Exchange)]) for e in self.exchange_by_stage),
+        )
 
     def of_stage(self, stage: int) -> StageLoad | None:
         """What a stage's phases need; ranks in rank order, expert-tensor ranks sharing their rows. None without MoE."""
@@ -145,6 +160,36 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         rows_GMLS=kept_GMLS if load.rows_GMLE is load.kept_GMLE else placed.of_slots(load.rows_GMLE),
         exchange_by_stage=tuple(exchanges[_nodes_of_groups(scenario, stage)] for stage in range(parallel.pp)),
         etp=parallel.etp,
+    )
+
+
+def redrawn(scenario: Scenario, base: StepLoad, popularities: Popularities, rng: np.random.Generator) -> StepLoad:
+    """Another step's counts under the given popularities, for as many groups and micro-batches as base has; experts
+    stay where base has them.
+
+    The seconds of the exchanges stay those of base.
+    """
+    routing = scenario.routing
+    if isinstance(routing.popularity, Balanced) and not popularities.is_uniform:  # a recording is not forced balance
+        routing = replace(routing, popularity=Multinomial())
+    num_groups, num_micro_batches = base.kept_GMLS.shape[:2]
+    load = draw_load(
+        popularities,
+        routing,
+        tokens_per_rank=int(rank_tokens(scenario.parallel, scenario.train)),
+        num_source_ranks=scenario.parallel.ep * scenario.parallel.etp,
+        num_groups=num_groups,
+        num_micro_batches=num_micro_batches,
+        rng=rng,
+        rank_of_E=None if scenario.expert_copies > 1 else base.placed.rank_of_expert_E,
+    )
+    of_slots = base.placed.of_slots
+    return replace(
+        base,
+        popularities=popularities,
+        load=load,
+        kept_GMLS=of_slots(load.kept_GMLE),
+        rows_GMLS=of_slots(load.rows_GMLE),
     )
 
 
