@@ -109,12 +109,13 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_PH: Tensor, row_TK: Tensor, kept_TK: Tensor, token_P: Tensor) -> Tensor:
         ctx.save_for_backward(token_P)
+        ctx.num_rows = y_PH.shape[0]
         return _sum_of_rows(y_PH, row_TK, kept_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
         (token_P,) = ctx.saved_tensors
-        return grad_TH.index_select(0, token_P), None, None, None
+        return grad_TH.index_select(0, token_P[: ctx.num_rows]), None, None, None
 
 
 class _PermuteWeights(torch.autograd.Function):
@@ -142,5 +143,5 @@ def permute_weights(weights_TK: Tensor, plan: Plan) -> Tensor:
 
 
 def combine(y_PH: Tensor, plan: Plan) -> Tensor:
-    """Rows back to tokens, summed: (P, H) -> (T, H). A dropped copy adds nothing."""
+    """Rows back to tokens, summed: (P, H) -> (T, H). Dropped copies add nothing; rows of nobody may be missing."""
     return _Combine.apply(y_PH, plan.row_TK, plan.kept_TK, plan.token_P)

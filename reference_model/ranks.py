@@ -1,0 +1,68 @@
+"""Run a function on several local ranks at once: processes of one thread each, joined by gloo on the CPU."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import ProcessException, start_processes
+
+LIMIT_S = 300.0
+
+
+def run_on_ranks(work: Callable[..., Any], num_ranks: int, *arguments: Any, limit_s: float = LIMIT_S) -> list[Any]:
+    """work(*arguments) on each of num_ranks new processes in one gloo group; what each returned, by rank.
+
+    work and its arguments must be importable and picklable. A rank that raises ends them all: RuntimeError
+    with its traceback; a collective that waits longer than limit_s [s] is an error too.
+
+    >>> run_on_ranks(torch.distributed.get_rank, 2)  # doctest: +SKIP
+    [0, 1]
+    """
+    # A server that has imported torch once forks each rank in milliseconds; it runs no thread that could be lost.
+    multiprocessing.set_forkserver_preload(["reference_model.expert_parallel"])
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            start_processes(
+                _rank, (work, num_ranks, arguments, folder, limit_s), nprocs=num_ranks, start_method="forkserver"
+            )
+        except ProcessException as error:
+            # The first to fail says why; the others only that their peer is gone.
+            notes = sorted(Path(folder).glob("error*"), key=lambda path: path.stat().st_mtime_ns)
+            raise RuntimeError(notes[0].read_text() if notes else str(error)) from error
+        return [torch.load(_result(folder, rank), weights_only=False) for rank in range(num_ranks)]
+
+
+def _rank(
+    rank: int, work: Callable[..., Any], num_ranks: int, arguments: tuple[Any, ...], folder: str, limit_s: float
+) -> None:
+    torch.set_num_threads(1)
+    # The loopback interface always exists; a host's own name need not resolve.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{Path(folder) / 'meeting'}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=datetime.timedelta(seconds=limit_s),
+    )
+    try:
+        torch.save(work(*arguments), _result(folder, rank))
+        distributed.barrier()
+    except BaseException:
+        (Path(folder) / f"error{rank}").write_text(f"rank {rank} of {num_ranks}:\n{traceback.format_exc()}")
+        raise
+    finally:
+        distributed.destroy_process_group()
+
+
+def _result(folder: str, rank: int) -> Path:
+    return Path(folder) / f"rank{rank}.pt"
