@@ -6,33 +6,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+from fabric_fakes import INTER_S, INTRA_S, NIC, NVLINK, fabric
 from numpy.typing import ArrayLike
 
 from moesim.catalog.hardware import load_cluster
-from moesim.describe.hardware import CrossRail
 from moesim.errors import InputError
 from moesim.fabric.exact import finish_s
 from moesim.fabric.flows import Flows, flows_of, together
 from moesim.fabric.topology import Topology, topology_of
-
-NVLINK, NIC, INTRA_S, INTER_S = 450e9, 50e9, 2e-6, 5e-6
-
-
-def fabric(
-    num_ranks: int = 16, per_node: int = 8, cross_rail: CrossRail = "pxn", oversubscription: float = 1.0
-) -> Topology:
-    """NVLink 450 GB/s, NIC 50 GB/s, latencies 2 and 5 us."""
-    num_nodes = -(-num_ranks // per_node)
-    ports = [np.full(2 * num_ranks, NVLINK), np.full(2 * num_ranks, NIC)]
-    leaves = [np.full(2 * per_node, num_nodes * NIC / oversubscription)] if cross_rail == "spine" else []
-    return Topology(
-        num_ranks=num_ranks,
-        ranks_per_node=per_node,
-        cross_rail=cross_rail,
-        rate_bytes_per_s_J=np.concatenate(ports + leaves),
-        latency_intra_s=INTRA_S,
-        latency_inter_s=INTER_S,
-    )
 
 
 def sent(num_ranks: int, messages: dict[tuple[int, int], float]) -> Flows:

@@ -8,6 +8,8 @@ next message starts or ends. docs/model.md#exact.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,8 @@ from moesim.fabric.flows import Flows
 from moesim.fabric.topology import Routes, Topology
 
 Floats = NDArray[np.float64]
-_DONE = 1e-11  # a message is done when this share of its bytes is left: rounding, not waiting
+Ints = NDArray[np.int32]
+_FOLD_FROM = 64  # below so many messages a fold costs more than it saves
 
 
 def finish_s(flows: Flows, topology: Topology) -> Floats:
@@ -27,7 +30,7 @@ def finish_s(flows: Flows, topology: Topology) -> Floats:
     """
     routes = topology.routes(flows.source_F, flows.target_F)
     _refuse_dead_links(flows, topology, routes)
-    return filled_finish_s(flows.bytes_F, flows.start_F + routes.latency_F, routes.link_FP, topology.rate_bytes_per_s_J)
+    return shared_finish_s(flows.bytes_F, flows.start_F + routes.latency_F, routes.link_FP, topology.rate_bytes_per_s_J)
 
 
 def _refuse_dead_links(flows: Flows, topology: Topology, routes: Routes) -> None:
@@ -47,44 +50,72 @@ def _refuse_dead_links(flows: Flows, topology: Topology, routes: Routes) -> None
     raise InputError("topology", topology.link_name(link), "must have a rate above 0: messages pass it", got, hint)
 
 
-def filled_finish_s(bytes_F: Floats, begin_F: Floats, link_FP: NDArray[np.int32], rate_J: Floats) -> Floats:
-    """Finish of each flow by progressive filling anew at every start and end."""
-    finish_F, left_F = begin_F.copy(), bytes_F.copy()
-    waiting_F = (bytes_F > 0) & np.isfinite(np.where(link_FP >= 0, rate_J[link_FP], np.inf)).any(axis=1)
-    active_F = np.zeros(bytes_F.size, bool)
-    now = 0.0
-    while waiting_F.any() or active_F.any():
-        if not active_F.any():
-            now = begin_F[waiting_F].min()
-        starts_F = waiting_F & (begin_F <= now)
-        active_F |= starts_F
-        waiting_F &= ~starts_F
-        speed_F = _fair_rates(active_F, link_FP, rate_J)
-        step = (left_F[active_F] / speed_F[active_F]).min()
-        following = begin_F[waiting_F].min() if waiting_F.any() else np.inf
-        arrives = following <= now + step
-        step, now = (following - now, following) if arrives else (step, now + step)
-        left_F[active_F] -= speed_F[active_F] * step
-        done_F = active_F & (left_F <= _DONE * bytes_F)
-        finish_F[done_F] = now
-        active_F &= ~done_F
+def shared_finish_s(bytes_F: Floats, begin_F: Floats, link_FP: Ints, rate_J: Floats) -> Floats:
+    """When messages that begin to move at begin_F [s] over the links of link_FP have arrived [s], shape (F,).
+
+    Any links will do: rates above 0, infinite ones included; a message without bytes or finite links arrives at once.
+    """
+    finish_F = begin_F.astype(np.float64)
+    bounded_FP = (link_FP >= 0) & np.isfinite(rate_J)[link_FP]
+    moving = np.flatnonzero((bytes_F > 0) & bounded_FP.any(axis=1))
+    if moving.size < bytes_F.size or not bounded_FP[link_FP >= 0].all():
+        bytes_F, begin_F, link_FP = bytes_F[moving], begin_F[moving], _packed(link_FP[moving], bounded_FP[moving])
+    finish_F[moving] = _finish_of_moving(bytes_F, begin_F, np.ascontiguousarray(link_FP), rate_J)
     return finish_F
 
 
-def _fair_rates(active_F: NDArray[np.bool_], link_FP: NDArray[np.int32], rate_J: Floats) -> Floats:
-    """Max-min fair rates of the active flows [bytes/s]: the link with the least share per flow settles its flows, over
-    and over.
-    """
-    speed_F, free_F, room_J = np.zeros(active_F.size), active_F.copy(), rate_J.copy()
-    passes_FP = link_FP >= 0
-    while free_F.any():
-        count_J = np.bincount(link_FP[free_F][passes_FP[free_F]], minlength=rate_J.size)
-        share_J = np.where(count_J > 0, room_J / np.maximum(count_J, 1), np.inf)
-        least = share_J.min()
-        tight_J = share_J <= least * (1 + 1e-12)
-        settled_F = free_F & (passes_FP & tight_J[link_FP]).any(axis=1)
-        speed_F[settled_F] = least
-        free_F &= ~settled_F
-        taken = np.bincount(link_FP[settled_F][passes_FP[settled_F]], minlength=rate_J.size)
-        room_J = np.maximum(room_J - taken * np.where(taken > 0, least, 0.0), 0.0)
-    return speed_F
+def _packed(link_FP: Ints, kept_FP: NDArray[np.bool_]) -> Ints:
+    """Routes with only the kept links, which stand first."""
+    order_FP = np.argsort(~kept_FP, axis=1, kind="stable")
+    return np.take_along_axis(np.where(kept_FP, link_FP, -1), order_FP, axis=1)
+
+
+def _finish_of_moving(bytes_F: Floats, begin_F: Floats, link_FP: Ints, rate_J: Floats) -> Floats:
+    """As shared_finish_s, for messages with bytes over finite links only: folded where symmetry allows."""
+    from moesim.fabric.sharing_kernels import finish_shared
+
+    fold = _fold(bytes_F, begin_F, link_FP, rate_J) if bytes_F.size >= _FOLD_FROM else None
+    if fold is not None:
+        finish_I = np.empty(fold.first_I.size)
+        finish_shared(
+            bytes_F[fold.first_I], begin_F[fold.first_I], fold.link_IP, fold.weight_IP, rate_J[fold.first_K], finish_I
+        )
+        return finish_I[fold.colour_F]
+    finish_F = np.empty(bytes_F.size)
+    finish_shared(bytes_F, begin_F, link_FP, np.empty((0, 0)), rate_J, finish_F)
+    return finish_F
+
+
+class _Fold(NamedTuple):
+    """I colours of messages and K of links: which colour each message has, and the first of each colour."""
+
+    colour_F: Ints
+    first_I: NDArray[np.int64]
+    first_K: NDArray[np.int64]
+    link_IP: Ints
+    weight_IP: Floats
+
+
+def _fold(bytes_F: Floats, begin_F: Floats, link_FP: Ints, rate_J: Floats) -> _Fold | None:
+    """Messages and links that symmetry makes equal, one of each; None where that saves less than half of the links."""
+    from moesim.fabric import fold_kernels as kernels
+
+    used_J = np.bincount(link_FP[link_FP >= 0], minlength=rate_J.size) > 0
+    most_colours = int(used_J.sum()) // 2
+    tag_F = bytes_F.view(np.uint64) * np.uint64(3) + begin_F.view(np.uint64)
+    tag_J = np.where(used_J, rate_J, -1.0).view(np.uint64)
+    if kernels.refine(tag_F, tag_J, link_FP, most_colours) > most_colours:
+        return None
+    colour_F, first_I = kernels.numbered(tag_F)
+    colour_J, first_K = kernels.numbered(tag_J)
+    colours = colour_F, first_I, colour_J, first_K, *kernels.messages_of_links(link_FP, rate_J.size)
+    if not kernels.is_equitable(bytes_F, begin_F, link_FP, rate_J, *colours):
+        return None
+    link_IP, weight_IP = kernels.folded(link_FP, *colours)
+    return _Fold(colour_F, first_I, first_K, link_IP, weight_IP)
+
+
+def warm() -> None:
+    """Compile the kernels into their cache."""
+    for bytes_F in (np.ones(_FOLD_FROM), np.arange(1.0, _FOLD_FROM + 1)):
+        shared_finish_s(bytes_F, np.zeros(_FOLD_FROM), np.arange(_FOLD_FROM, dtype=np.int32)[:, None] % 2, np.ones(2))
