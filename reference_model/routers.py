@@ -177,11 +177,10 @@ def _best_experts(
         allowed_TN.scatter_(1, group_TN.topk(router.top_groups, dim=-1).indices, True)
         rank_TE = rank_TNS.masked_fill(~allowed_TN[..., None], -torch.inf).flatten(1)
     experts_TK = rank_TE.topk(router.top_k, dim=-1).indices
-    weights_TK = scores_TE.gather(1, experts_TK)
     if bias_E is not None:  # the best by biased score need not be the heaviest
-        weights_TK, order_TK = weights_TK.sort(dim=-1, descending=True, stable=True)
+        order_TK = scores_TE.detach().gather(1, experts_TK).argsort(dim=-1, descending=True, stable=True)
         experts_TK = experts_TK.gather(1, order_TK)
-    return weights_TK, experts_TK
+    return scores_TE.gather(1, experts_TK), experts_TK
 
 
 def _scaled(weights_TK: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ docs/model.md#activations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesim.describe.hardware import Sourced
@@ -22,7 +22,7 @@ from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, LatentA
 from moesim.describe.parallel import Parallelism
 from moesim.units import GIB, MIB
 
-BF16_BYTES, FP32_BYTES = 2, 4
+BF16_BYTES, FP32_BYTES, INT64_BYTES = 2, 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,8 @@ class Software:
     gradient. placeholder_gradients: cached dummy weight gradients (TransformerEngine). cp_keeps_output_twice: with
     all-to-all context parallelism the attention output stays on both sides of its exchange. product_workspace_bytes: of
     dense matrix products; grouped_workspace_bytes: of the streams of grouped ones. allocator_reserve_fraction: reserved
-    beyond allocated, as a share of allocated.
+    beyond allocated, as a share of allocated. routing_records: what a MoE layer notes of its routing, maps over all
+    experts or lists over the chosen ones.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Software:
     context_bytes: Sourced
     nccl_bytes_per_communicator: Sourced
     allocator_reserve_fraction: Sourced
+    routing_records: Literal["maps", "lists"] = "maps"
 
 
 MEGATRON = Software(
@@ -89,6 +91,16 @@ MEGATRON = Software(
         "b200_release_v1.2_summary.json carried with the project (range 0.028 to 0.093)",
         date="2026-05-01",
     ),
+)
+
+# The project's own torch model: what its MoE layer saves is checked tensor by tensor; workspaces, context and reserve
+# are Megatron's.
+REFERENCE = replace(
+    MEGATRON,
+    name="reference_model",
+    placeholder_gradients=False,
+    cp_keeps_output_twice=False,
+    routing_records="lists",
 )
 
 
@@ -168,7 +180,7 @@ def layer_tensors(
         )
     )
     if isinstance(layer.ffn, MoeFfn):
-        return (*tensors, *_moe_tensors(model.hidden, layer.ffn, parallel))
+        return (*tensors, *_moe_tensors(model.hidden, layer.ffn, parallel, software))
     return (*tensors, *_ffn_tensors(layer.ffn, "ffn", parallel.tp))
 
 
@@ -341,39 +353,71 @@ def _ffn_tensors(ffn: Ffn, part: Literal["ffn", "shared"], tp: int) -> list[Save
     ]
 
 
-def _moe_tensors(hidden: int, ffn: MoeFfn, parallel: Parallelism) -> list[SavedTensor]:
-    experts, tp, etp = ffn.num_experts, parallel.tp, parallel.etp
-
-    def routed(
-        name: str, part: Literal["experts", "dispatch"], elements: float, why: str, element_bytes: int = BF16_BYTES
-    ) -> SavedTensor:
-        return SavedTensor(
-            name=name, part=part, per="assignment", elements=elements, element_bytes=element_bytes, why=why
-        )
-
-    def routing(name: str, elements: float, element_bytes: int, why: str) -> SavedTensor:
-        return SavedTensor(
-            name=name, part="router", per="token", elements=elements / tp, element_bytes=element_bytes, why=why
-        )
-
-    tensors = [
-        routing("router scores", experts, FP32_BYTES, "fp32 softmax or sigmoid of the logits"),
-        routing("router probabilities", experts, FP32_BYTES, "fp32 gates scattered over all experts"),
-        routing("routing map", experts, 1, "which expert a token uses"),
-        routing("permute map", 2 * experts + 1, FP32_BYTES, "row numbers of the fused permute (TransformerEngine)"),
-        routed(
-            "expert input", "dispatch", hidden, "received tokens sorted by expert: input of the experts' first product"
+def _moe_tensors(hidden: int, ffn: MoeFfn, parallel: Parallelism, software: Software) -> list[SavedTensor]:
+    etp = parallel.etp
+    tensors = (
+        _routing_maps(ffn, parallel.tp) if software.routing_records == "maps" else _routing_lists(ffn, parallel.tp)
+    )
+    why = "received tokens sorted by expert: input of the experts' first product"
+    tensors += [
+        _assignment("expert input", "dispatch", hidden, BF16_BYTES, why),
+        _assignment(
+            "expert activation input", "experts", _fc1_rows(ffn.expert) / etp, BF16_BYTES, "gate and up projections"
         ),
-        routed("expert activation input", "experts", _fc1_rows(ffn.expert) / etp, "gate and up projections"),
-        routed(
+        _assignment(
             "expert activation output",
             "experts",
             ffn.expert.width / etp,
+            BF16_BYTES,
             "weighted by the gate: input of the down projection",
         ),
-        routed("expert gates", "experts", 1, "fp32 gate of the assignment, applied in the activation", FP32_BYTES),
+        _assignment("expert gates", "experts", 1, FP32_BYTES, "fp32 gate of the assignment, applied in the activation"),
     ]
-    return tensors + (_ffn_tensors(ffn.shared, "shared", tp) if ffn.shared is not None else [])
+    return tensors + (_ffn_tensors(ffn.shared, "shared", parallel.tp) if ffn.shared is not None else [])
+
+
+def _routing_maps(ffn: MoeFfn, tp: int) -> list[SavedTensor]:
+    """Megatron-LM with TransformerEngine: every record spans all experts."""
+    experts = ffn.num_experts / tp
+    return [
+        _routing("router scores", experts, FP32_BYTES, "fp32 softmax or sigmoid of the logits"),
+        _routing("router probabilities", experts, FP32_BYTES, "fp32 gates scattered over all experts"),
+        _routing("routing map", experts, 1, "which expert a token uses"),
+        _routing(
+            "permute map",
+            (2 * ffn.num_experts + 1) / tp,
+            FP32_BYTES,
+            "row numbers of the fused permute (TransformerEngine)",
+        ),
+    ]
+
+
+def _routing_lists(ffn: MoeFfn, tp: int) -> list[SavedTensor]:
+    """The reference model: records span the chosen experts; a token is not split over tp there."""
+    assert tp == 1, "the reference model has no tensor parallelism"
+    top_k, router = ffn.router.top_k, ffn.router
+    tensors = [
+        _routing("router scores", ffn.num_experts, FP32_BYTES, "fp32 softmax or sigmoid of the logits"),
+        _routing("chosen experts", top_k, INT64_BYTES, "ids that the weights were gathered by"),
+        _routing("rows", top_k, INT64_BYTES, "the row of each assignment, kept by permute and combine"),
+        _routing("kept", top_k, 1, "whether an assignment has a row"),
+        _assignment("token of each row", "dispatch", 1, INT64_BYTES, "kept by combine"),
+    ]
+    if router.normalise_top_k:
+        tensors.append(_routing("weights and their sum", top_k + 1, FP32_BYTES, "fp32, before they are normalised"))
+    if router.scoring == "sigmoid":
+        tensors.append(_routing("sum of scores", 1, FP32_BYTES, "fp32, makes probabilities for balancing losses"))
+    return tensors
+
+
+def _routing(name: str, elements: float, element_bytes: int, why: str) -> SavedTensor:
+    return SavedTensor(name=name, part="router", per="token", elements=elements, element_bytes=element_bytes, why=why)
+
+
+def _assignment(
+    name: str, part: Literal["experts", "dispatch"], elements: float, element_bytes: int, why: str
+) -> SavedTensor:
+    return SavedTensor(name=name, part=part, per="assignment", elements=elements, element_bytes=element_bytes, why=why)
 
 
 def weight_shapes(hidden: int, layer: Layer, parallel: Parallelism) -> list[tuple[float, float]]:
