@@ -1,4 +1,5 @@
-"""A real Mixture-of-Experts layer in torch, timed to calibrate moesim. Needs torch and numpy only.
+"""A real Mixture-of-Experts model in torch, timed to calibrate moesim and trained to see what it routes.
 
-``python -m reference_model.calibrate`` writes a profile of the local device; see ``reference_model.profile_schema``.
+Needs torch and numpy only. ``python -m reference_model.calibrate`` writes a profile of the local device (see
+``reference_model.profile_schema``), ``python -m reference_model.train`` trains the small model.
 """

@@ -48,6 +48,7 @@ class FeedForward(nn.Module):
 class MoeLayer(nn.Module):
     """Sparse feed-forward layer. The router's weights and arithmetic are float32 in any precision of the rest.
 
+    router_in_float32: False does the router's product in the precision of the rest instead (its weights stay float32).
     capacity_factor: None is dropless; else an expert takes at most ceil(T*k/E*CF) copies (``capacity_tokens``).
     recompute: what the backward computes again: nothing, the experts' activation, or the whole layer.
     router_bias: of routers with ``bias``, float32, a buffer that ``losses.update_bias_`` moves; else None.
@@ -72,12 +73,14 @@ class MoeLayer(nn.Module):
         shared_width: int = 0,
         capacity_factor: float | None = None,
         drop_policy: DropPolicy = "probability",
+        router_in_float32: bool = True,
         recompute: Recompute = "none",
         path: Path | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        self.router_in_float32 = router_in_float32
         self.router, self.capacity_factor, self.drop_policy = router, capacity_factor, drop_policy
         self.recompute, self.num_experts = recompute, num_experts
         assert capacity_factor is None or not isinstance(router, ExpertChoice), "expert choice sets its own capacity"
@@ -118,7 +121,7 @@ class MoeLayer(nn.Module):
 
     def choose(self, x_TH: Tensor) -> tuple[Choice, Tensor]:
         """(the router's choice, its logits); random routers are random in training only."""
-        logits_TE = router_logits(x_TH, self.router_weight)
+        logits_TE = self.logits(x_TH)
         if isinstance(self.router, NoisyTopK):
             assert self.noise_weight is not None
             noise_TE = router_logits(x_TH, self.noise_weight) if self.training else None
@@ -128,6 +131,13 @@ class MoeLayer(nn.Module):
         if isinstance(self.router, ExpertChoice):
             return self.router(logits_TE), logits_TE
         return self.router(logits_TE, self.router_bias), logits_TE
+
+    def logits(self, x_TH: Tensor) -> Tensor:
+        """The router's logits (T, E), a float32 tensor also where they were rounded to the precision of the rest."""
+        if self.router_in_float32:
+            return router_logits(x_TH, self.router_weight)
+        working = compute_dtype(x_TH)
+        return functional.linear(x_TH.to(working), self.router_weight.to(working)).float()
 
     def capacity(self, num_tokens: int) -> int:
         """The most copies that an expert takes of this many tokens."""

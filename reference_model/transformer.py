@@ -1,0 +1,248 @@
+"""A small decoder: grouped-query attention with rotary positions, RMS norms, dense and Mixture-of-Experts layers.
+
+Legend: B sequences, S tokens of a sequence, T = B*S, H hidden, N query heads, G key-value heads, D head dimension,
+V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from reference_model.capacity import DropPolicy
+from reference_model.layer import FeedForward, LayerResult, MoeLayer
+from reference_model.routers import Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """The MoE layers: of each ``every`` layers the last is one. capacity_factor None drops nothing."""
+
+    num_experts: int
+    width: int
+    router: Router
+    every: int = 2
+    shared_width: int = 0
+    capacity_factor: float | None = None
+    drop_policy: DropPolicy = "probability"
+    router_in_float32: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Sizes of a decoder; moe None makes every layer dense."""
+
+    hidden: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dense_width: int
+    vocab: int
+    moe: MoeConfig | None = None
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        assert self.num_heads % self.num_kv_heads == 0, "every key-value head serves as many query heads"
+        assert self.head_dim % 2 == 0, "rotary positions turn pairs of dimensions"
+        assert self.moe is None or self.moe_layers, "an MoE model has at least one MoE layer"
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The numbers of the MoE layers, counted from 0."""
+        if self.moe is None:
+            return ()
+        return tuple(i for i in range(self.num_layers) if i % self.moe.every == self.moe.every - 1)
+
+    def design(self, name: str) -> dict[str, Any]:
+        """The same sizes as moesim's design file says them: ``moesim describe --model`` reads it as YAML or JSON."""
+        attention = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        values: dict[str, Any] = {"schema": 1, "name": name, "hidden": self.hidden, "num_layers": self.num_layers}
+        values |= {"vocab": self.vocab, "attention": {"kind": "gqa", **attention}, "ffn": {"width": self.dense_width}}
+        if self.moe is not None:
+            sizes = ("num_experts", "width", "every", "shared_width")
+            values["moe"] = {size: getattr(self.moe, size) for size in sizes} | {"top_k": self.moe.router.top_k}
+        return values
+
+
+class TransformerResult(NamedTuple):
+    """logits_BSV, and the MoE layers' results by the layers' numbers."""
+
+    logits_BSV: Tensor
+    moe: dict[int, LayerResult]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245) with rotary positions, without biases."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        num_projected = config.num_heads + 2 * config.num_kv_heads
+        self.qkv = nn.Linear(config.hidden, num_projected * config.head_dim, bias=False)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden, bias=False)
+
+    def forward(self, x_BSH: Tensor, turns_S: Tensor) -> Tensor:
+        """(B, S, H) -> (B, S, H); turns_S: (S, D/2) complex factors of ``rotary_turns``."""
+        heads = self.qkv(x_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_BNSD, k_BGSD, v_BGSD = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        mixed_BNSD = functional.scaled_dot_product_attention(
+            rotate(q_BNSD, turns_S), rotate(k_BGSD, turns_S), v_BGSD, is_causal=True, enable_gqa=True
+        )
+        return self.out(mixed_BNSD.transpose(1, 2).flatten(2))
+
+
+def rotary_turns(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """(S, D/2) unit complex numbers: position p turns pair i by p / theta**(2i/D). arXiv 2104.09864 section 3.2."""
+    pair = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), theta ** (-pair / head_dim))
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, turns_S: Tensor) -> Tensor:
+    """Turn each pair (i, i + D/2) of the last dimension by its position's angle: (..., S, D) -> (..., S, D)."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.complex(first, second) * turns_S
+    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer: attention, then a dense feed-forward block or a mixture of experts, each behind a norm."""
+
+    def __init__(self, config: TransformerConfig, moe: MoeConfig | None) -> None:
+        super().__init__()
+        hidden = config.hidden
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(hidden, eps=1e-6), nn.RMSNorm(hidden, eps=1e-6)
+        self.attention = Attention(config)
+        self.ffn: MoeLayer | FeedForward
+        if moe is None:
+            self.ffn = FeedForward(hidden=hidden, width=config.dense_width)
+        else:
+            self.ffn = MoeLayer(
+                hidden=hidden,
+                width=moe.width,
+                num_experts=moe.num_experts,
+                router=moe.router,
+                shared_width=moe.shared_width,
+                capacity_factor=moe.capacity_factor,
+                drop_policy=moe.drop_policy,
+                router_in_float32=moe.router_in_float32,
+            )
+
+    def forward(self, x_BSH: Tensor, turns_S: Tensor) -> tuple[Tensor, LayerResult | None]:
+        """(B, S, H) -> (B, S, H), and what an MoE layer decided."""
+        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), turns_S)
+        inner_BSH = self.ffn_norm(x_BSH)
+        if not isinstance(self.ffn, MoeLayer):
+            return x_BSH + self.ffn(inner_BSH), None
+        result = self.ffn(inner_BSH.flatten(0, 1))
+        return x_BSH + result.output_TH.view_as(x_BSH), result
+
+
+class Transformer(nn.Module):
+    """A decoder that predicts the next token. The head has its own matrix.
+
+    >>> config = TransformerConfig(hidden=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, dense_width=16,
+    ...                            vocab=32)
+    >>> Transformer(config)(torch.zeros(1, 5, dtype=torch.int64)).logits_BSV.shape
+    torch.Size([1, 5, 32])
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.hidden)
+        moe = config.moe_layers
+        self.blocks = nn.ModuleList(Block(config, config.moe if i in moe else None) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden, eps=1e-6)
+        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+
+    def forward(self, tokens_BS: Tensor) -> TransformerResult:
+        """Logits of the token after each: (B, S) -> (B, S, V), with the MoE layers' results."""
+        turns_S = rotary_turns(
+            tokens_BS.shape[1], self.config.head_dim, self.config.rope_theta, device=tokens_BS.device
+        )
+        x_BSH = self.embedding(tokens_BS)
+        results: dict[int, LayerResult] = {}
+        for i, block in enumerate(self.blocks):
+            x_BSH, result = block(x_BSH, turns_S)
+            if result is not None:
+                results[i] = result
+        return TransformerResult(self.head(self.norm(x_BSH)), results)
+
+    def moe_layers(self) -> dict[int, MoeLayer]:
+        """The MoE layers by their numbers."""
+        return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoeLayer)}
+
+
+def build(config: TransformerConfig, *, seed: int) -> Transformer:
+    """A transformer with weights drawn from this seed alone; the global generator is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Transformer(config)
+
+
+def parameters_by_part(model: Transformer) -> dict[str, int]:
+    """Parameters that the model holds, by moesim's names of the parts."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = _part(
+            name,
+            is_moe=".ffn.router_weight" in name
+            or ".ffn.noise_weight" in name
+            or ".ffn.experts." in name
+            or ".ffn.shared." in name,
+        )
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def _part(name: str, *, is_moe: bool) -> str:
+    if name.startswith("embedding"):
+        return "input_embedding"
+    if name.startswith("head"):
+        return "head"
+    if "norm" in name:
+        return "norms"
+    if ".attention." in name:
+        return "attention"
+    if not is_moe:
+        return "dense_ffn"
+    return "router" if "router" in name or "noise" in name else "shared_experts" if ".shared." in name else "experts"
+
+
+def active_parameters(config: TransformerConfig) -> int:
+    """Parameters that one token's forward uses: all but the experts it does not take."""
+    held = sum(parameters_by_part(Transformer(config)).values())
+    if config.moe is None:
+        return held
+    idle = config.moe.num_experts - config.moe.router.top_k
+    return held - len(config.moe_layers) * idle * 3 * config.hidden * config.moe.width
+
+
+def forward_flops_per_token(config: TransformerConfig, seq_len: int, *, full_attention: bool = False) -> float:
+    """FLOPs of the products in one token's forward, the chosen experts counted; causal attention half unless full.
+
+    A product with a matrix of P parameters is 2*P FLOPs a token; the backward takes twice the forward.
+    """
+    hidden, heads = config.hidden, config.num_heads
+    keys = seq_len if full_attention else seq_len / 2
+    projections = 2.0 * hidden * config.head_dim * (2 * heads + 2 * config.num_kv_heads)
+    sequence = 2.0 * heads * 2 * config.head_dim * keys
+    num_moe = len(config.moe_layers)
+    flops = config.num_layers * (projections + sequence) + 2.0 * hidden * config.vocab
+    flops += (config.num_layers - num_moe) * 6.0 * hidden * config.dense_width
+    if config.moe is not None:
+        moe = config.moe
+        flops += num_moe * hidden * (2.0 * moe.num_experts + 6.0 * (moe.router.top_k * moe.width + moe.shared_width))
+    return flops
+
+
+def equal_flops_width(moe: MoeConfig) -> int:
+    """The width of a dense SwiGLU block that costs a token exactly as many FLOPs as this MoE layer, router included."""
+    assert moe.num_experts % 3 == 0, "the router's 2*H*E FLOPs are those of E/3 more columns"
+    return moe.router.top_k * moe.width + moe.shared_width + moe.num_experts // 3
