@@ -20,7 +20,7 @@
 # skew costs.
 
 # %% tags=["parameters"]
-# Parameters: what is asked. Each name is a field of the scenario file, except the last six.
+# Parameters: what is asked. Each name is a field of the scenario file, except the last five.
 model: str = "qwen3-30b-a3b"  # a preset, a Hugging Face config.json, or a design YAML
 cluster: str = "h100-8x-ib400"  # a preset, or a cluster YAML
 num_gpus: int = 64
@@ -53,7 +53,6 @@ map = None  # type: str|None a placement of one's own, for policy: map
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
 seed: int = 0
-recorded: str = ""  # recorded routing: .npy, .npz, .safetensors, .jsonl, or a histogram .csv, .parquet; "": popularity
 wanted_drop: float = 0.01  # share of assignments that may be dropped
 num_steps: int = 32  # steps drawn for the distribution of memory
 training_steps: int = 10000  # of balancing over training; 0 leaves it out
@@ -81,7 +80,6 @@ with working() as say:
         training_steps=training_steps,
         learning_rate=learning_rate,
         progress=say,
-        recorded=recorded or None,
     )
 routing_sentences.verdict(study)
 
@@ -113,6 +111,12 @@ routing_tables.layers(study)
 
 # %%
 routing_tables.crowded(study)
+
+# %% [markdown]
+# ## What was recorded
+
+# %%
+routing_sentences.about_recording(study)
 
 # %% [markdown]
 # ## Drops against the capacity factor and the skew

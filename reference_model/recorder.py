@@ -38,11 +38,16 @@ class RoutingRecorder:
         self._open: dict[int, NDArray[Any]] = {}
 
     def note(self, layer: int, experts_TK: Tensor) -> None:
-        """Note a layer's choice for the open step. Raises ValueError when it was noted already, or has another k."""
+        """Note a layer's choice for the open step. Raises ValueError when it was noted already, or k is another."""
         if layer in self._open:
             raise ValueError(f"layer {layer} ran twice in a step: call end_step() after each forward pass")
         if experts_TK.shape[-1] != self.top_k:
             raise ValueError(f"layer {layer} chose {experts_TK.shape[-1]} experts per token, not {self.top_k}")
+        if bool((experts_TK < 0).any()):
+            raise ValueError(
+                f"layer {layer} gave some tokens fewer than {self.top_k} experts, which a replay array cannot hold: "
+                "record GShard's router in eval mode; expert choice has none"
+            )
         dtype = torch.int16 if self.num_experts <= torch.iinfo(torch.int16).max else torch.int32
         self._open[layer] = experts_TK.detach().reshape(-1, self.top_k).to(device="cpu", dtype=dtype).numpy()
 

@@ -160,3 +160,21 @@ def test_report_refuses_by_name(arguments: list[str], words: str) -> None:
     status, out, err = moesim("report", *arguments)
     assert (status, out) == (2, "")
     assert words in err
+
+
+def test_what_was_recorded_is_told_beside_what_is_planned_from_it(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{seed}.npy" for seed in (0, 1)]
+    for seed, path in enumerate(paths):
+        rng = np.random.default_rng(seed)
+        np.save(path, np.argsort(rng.random((300, 16, 64)), axis=2)[:, :, :8].astype(np.int16))
+    status, out, err = moesim("route", *SMALL, "--recorded", str(paths[0]), "--against", str(paths[1]))
+    assert status == 0, err
+    assert "What was recorded" in out
+    assert "Active experts of 16 tokens" in out
+    found = answer(*SMALL, "--recorded", str(paths[0]), "--against", str(paths[1]))["result"]["recording"]
+    assert found["num_tokens"] == 300
+    assert found["consistency"]["overlap"] == pytest.approx(found["consistency"]["chance"], abs=0.01)
+    assert answer(*SMALL)["result"]["recording"] is None
+    status, _, err = moesim("route", *SMALL, "--against", str(paths[1]))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--against: needs a recording beside it" in err

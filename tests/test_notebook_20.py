@@ -23,7 +23,7 @@ from moesim.study.routing import RoutingStudy, routing_study
 
 NOTEBOOK = find_notebook("20_routing_and_drops")
 PARAMETER_FILES = sorted((notebooks_folder() / "params" / "20_routing_and_drops").glob("*.yaml"))
-OWN = {"recorded", "wanted_drop", "num_steps", "training_steps", "learning_rate", "out_dir"}
+OWN = {"wanted_drop", "num_steps", "training_steps", "learning_rate", "out_dir"}
 SMALL = {
     "model": "olmoe-1b-7b",
     "cluster": "h100-8x-ib400",
@@ -153,7 +153,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_notebook_renders_whole(rendered: Path) -> None:
     page = (rendered / "report.html").read_text()
     assert page.count("<svg") == 8
-    assert page.count('class="takeaway"') == 12
+    assert page.count('class="takeaway"') == 13
     assert "Traceback" not in page
     assert "<script" not in page
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//", page)

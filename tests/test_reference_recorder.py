@@ -15,7 +15,7 @@ from moesim.routing.histogram import recorded_histogram  # noqa: E402
 from moesim.routing.recorded import load_LE, read_recorded  # noqa: E402
 from reference_model.layer import MoeLayer  # noqa: E402
 from reference_model.recorder import chosen_experts, record_layers, record_transformers  # noqa: E402
-from reference_model.routers import SoftmaxTopK  # noqa: E402
+from reference_model.routers import GshardTop2, SoftmaxTopK  # noqa: E402
 
 EXPERTS, TOP_K = 8, 2
 
@@ -104,6 +104,24 @@ def test_steps_that_were_not_closed_or_not_run_are_errors() -> None:
         pass
     with pytest.raises(ValueError, match=r"ends in \.npz or \.npy"):
         recorder.write("trace.pt")
+
+
+def test_tokens_with_fewer_experts_are_refused_and_gshard_records_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    layer = MoeLayer(hidden=16, width=24, num_experts=EXPERTS, router=GshardTop2())
+    with record_layers(layer) as recorder:
+        with pytest.raises(ValueError, match=r"layer 0 gave some tokens fewer than 2 experts.*in eval mode"):
+            layer.train()(torch.randn(64, 16))
+        layer.eval()(torch.randn(64, 16))
+        assert recorder.end_step().min() >= 0
+
+
+def test_a_layer_that_is_recomputed_is_recorded_once() -> None:
+    torch.manual_seed(0)
+    layer = MoeLayer(hidden=16, width=24, num_experts=EXPERTS, router=SoftmaxTopK(top_k=TOP_K), recompute="full")
+    with record_layers(layer) as recorder:
+        layer(torch.randn(8, 16, requires_grad=True)).output_TH.sum().backward()
+        assert recorder.end_step().shape == (8, 1, TOP_K)
 
 
 def test_hooks_are_gone_after_recording() -> None:

@@ -16,6 +16,7 @@ from moesim.errors import check
 if TYPE_CHECKING:
     from moesim.metrics.memory import MemoryOverSteps
     from moesim.study.drops import NeededCapacity
+    from moesim.study.recording import RecordingFacts
     from moesim.study.routed import RoutedLoad
     from moesim.study.skew import CostPoint, DropCurve
 
@@ -44,6 +45,14 @@ def route(
             show_default=False,
         ),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Another recording of the same tokens: do they take the same experts?",
+            show_default=False,
+        ),
+    ] = None,
     wanted_drop: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of assignments that may be dropped.", min=0.0, max=1.0)
     ] = 0.01,
@@ -65,7 +74,7 @@ def route(
     from moesim.routing.recorded import write_recorded
     from moesim.study.drops import needed_capacity
     from moesim.study.routed import as_recorded, replay_of, routed_load
-    from moesim.study.routing import routing_study
+    from moesim.study.routing import facts_of, routing_study
     from moesim.study.skew import drop_curves
 
     check(not replay or call.out is not None, "--replay", "", "needs a folder to write into (--out)", replay)
@@ -86,6 +95,9 @@ def route(
                 "drop_curves": [dataclasses.asdict(curve) for curve in curves],
             }
             costs = []
+        facts = facts_of(load, against)
+        check(against is None or facts is not None, "--against", "", "needs a recording beside it", str(against))
+        result |= {"recording": None if facts is None else facts.to_dict()}
     title = f"{scenario.model.name} on {scenario.cluster.num_gpus:,} x {scenario.cluster.gpu.name}: routing of one step"
     own = next(curve for curve in curves if curve.asked)
     answer = Answer(
@@ -95,7 +107,13 @@ def route(
             "wanted_drop_fraction": wanted_drop,
         },
         result=result,
-        tables=[fields_table(title, headline(result, load, needed)), *_alerts(result), _drop_table(own), *costs],
+        tables=[
+            fields_table(title, headline(result, load, needed)),
+            *_alerts(result),
+            _drop_table(own),
+            *costs,
+            *_recording(facts),
+        ],
         provenance=[provenance_of(scenario.to_dict(), load)],
         warnings=warnings_of(result, load),
         writes_own_files=True,
@@ -177,6 +195,30 @@ def _drop_table(curve: DropCurve) -> Table:
     columns = ("Capacity factor", "Dropped", "Empty")
     title = "Drops and empty room over capacity factors (expected)"
     return Table(title=title, columns=columns, rows=rows, right=columns)
+
+
+def _recording(facts: RecordingFacts | None) -> list[Table]:
+    """What was recorded, before anything is drawn from it."""
+    if facts is None:
+        return []
+    rows = [("Steps", f"{facts.num_steps:,}"), ("Steps with an expert over 3x the mean", f"{facts.alert_steps:,}")]
+    rows.append(("Steps with an expert that serves over half of all tokens", f"{facts.collapse_steps:,}"))
+    if facts.num_tokens is not None:
+        rows.insert(0, ("Tokens", f"{facts.num_tokens:,}"))
+    if facts.first_repeat is not None:
+        chance = f"{facts.first_repeat:.1%} ({facts.first_repeat_chance:.1%} if shuffled)"
+        rows.append(("First expert is the previous token's", chance))
+    for size, active in facts.active_experts:
+        rows.append((f"Active experts of {size} tokens", f"{active:.1f} of {len(facts.counts_LE[0])}"))
+    for pair in facts.pairs[:1]:
+        one, other = pair.experts
+        words = f"{one} and {other} of layer {pair.layer}, {pair.lift:.1f}x as often as chance"
+        rows.append(("Experts that most meet", words))
+    if facts.consistency is not None:
+        same = facts.consistency
+        rows.append((f"Experts shared with {same.against}", f"{same.overlap:.1%} (by chance {same.chance:.1%})"))
+        rows.append(("Tokens with the same experts, the same first", f"{same.exact:.1%}, {same.first:.1%}"))
+    return [fields_table("What was recorded", rows)]
 
 
 def _cost_table(points: tuple[CostPoint, ...]) -> Table:

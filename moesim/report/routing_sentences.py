@@ -60,6 +60,32 @@ def about_load(study: RoutingStudy) -> Sentence:
     return Sentence(text=text, tone="bad" if alerts or found["dead_experts"] else "good")
 
 
+def about_recording(study: RoutingStudy) -> Sentence:
+    """What the recording says of itself, where there is one: steps, repetition, experts that go together."""
+    facts = study.recording
+    if facts is None:
+        return Sentence(text="Nothing was recorded: the load is drawn from the popularity that was asked for.")
+    steps = "One step was" if facts.num_steps == 1 else f"{facts.num_steps:,} steps were"
+    tokens = "" if facts.num_tokens is None else f", {facts.num_tokens:,} tokens"
+    crowded = "none" if not facts.alert_steps else f"{facts.alert_steps:,}"
+    text = f"{steps} recorded{tokens}; in {crowded} of them an expert took over 3 times its layer's mean. "
+    if facts.first_repeat is not None:
+        text += (
+            f"A token's first expert is the previous token's in {facts.first_repeat:.1%} of cases "
+            f"({facts.first_repeat_chance:.1%} if tokens were shuffled). "
+        )
+    if facts.active_experts:
+        size, active = facts.active_experts[0]
+        text += f"{size} tokens in a row use {active:.1f} of {len(facts.counts_LE[0])} experts. "
+    if facts.pairs:
+        pair = facts.pairs[0]
+        text += (
+            f"Experts {pair.experts[0]} and {pair.experts[1]} of layer {pair.layer} are taken together "
+            f"{pair.lift:.1f} times as often as chance would have it."
+        )
+    return Sentence(text=text.strip(), tone="bad" if facts.collapse_steps else "plain")
+
+
 def about_drops(study: RoutingStudy) -> Sentence:
     """What the asked capacity drops, and the capacity that a wanted share takes."""
     load, needed, train = study.load, study.needed, study.scenario.train

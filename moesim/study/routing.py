@@ -14,6 +14,7 @@ from moesim.routing.recorded import RecordedRouting
 from moesim.scenario import Scenario
 from moesim.study.balance import BalanceCurve, balance_over_training
 from moesim.study.drops import NeededCapacity, TokenDrops, needed_capacity, token_drops
+from moesim.study.recording import RecordingFacts, recording_facts
 from moesim.study.routed import RoutedLoad, as_recorded, routed_base, routed_load
 from moesim.study.simulate import simulate
 from moesim.study.skew import CostPoint, DropCurve, cost_over_capacity, cost_over_skew, drop_curves
@@ -44,6 +45,7 @@ class RoutingStudy:
     over_capacity: tuple[CostPoint, ...]
     memory: tuple[MemoryOverSteps, ...]
     balancing: tuple[BalanceCurve, ...] = ()
+    recording: RecordingFacts | None = None  # what was recorded, where the load comes from a file
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the same for the same scenario, recording and seed; the results of ``moesim route`` on top."""
@@ -56,6 +58,7 @@ class RoutingStudy:
             "over_capacity": [dataclasses.asdict(point) for point in self.over_capacity],
             "memory_over_steps": [memory.to_dict() for memory in self.memory],
             "balancing": [dataclasses.asdict(curve) for curve in self.balancing],
+            "recording": None if self.recording is None else self.recording.to_dict(),
         }
 
     def rows(self) -> list[Row]:
@@ -92,6 +95,11 @@ class RoutingStudy:
             pairs = zip(balance.steps, balance.max_vio, strict=True)
             rows += [(section, "max_vio", step, value, "1") for step, value in pairs]
             rows += [(section, name, "", getattr(balance, name), "s") for name in ("lost_s", "settled_lost_s")]
+        if self.recording is not None:
+            plain = self.recording.to_dict().items()
+            rows += [
+                ("recording", name, "", value, "") for name, value in plain if isinstance(value, int | float | str)
+            ]
         return rows
 
 
@@ -158,4 +166,12 @@ def routing_study(
             memory_over_steps(scenario, num_steps, redraw=redraw, base=base, progress=progress) for redraw in redraws
         ),
         balancing=tuple(balancing),
+        recording=facts_of(load),
     )
+
+
+def facts_of(load: RoutedLoad, against: str | Path | None = None) -> RecordingFacts | None:
+    """What the load's recording says of itself; None where the load is drawn, or its recording was handed over open."""
+    if load.source == "popularity" or not Path(load.source).is_file():
+        return None
+    return recording_facts(load.source, num_experts=load.num_experts, top_k=load.top_k, against=against)
