@@ -13,6 +13,7 @@ from moesim.errors import InputError
 from moesim.metrics.summary import summarise
 from moesim.scenario import Scenario
 from moesim.study.sizes import rank_memories
+from moesim.timeline.load import step_load
 from moesim.timeline.step import run_step
 
 ASKED = {
@@ -107,16 +108,53 @@ def test_an_impossible_placement_is_refused_by_name(changes, message):
         run_step(scenario(**changes))
 
 
-def test_padding_to_capacity_costs_compute_and_memory_and_sends_no_more():
-    at = {"gini": 0.3, "capacity_factor": 1.5}
-    plain = run_step(scenario(**at))
-    raw = plain.scenario.to_dict()
-    padded = run_step(Scenario.from_mapping(raw | {"routing": raw["routing"] | {"pad_to_capacity": True}}))
-    one, other = summarise(plain), summarise(padded)
+def routed(base: Scenario, **routing: object) -> Scenario:
+    """The scenario with other fields of its routing."""
+    raw = base.to_dict()
+    return Scenario.from_mapping(raw | {"routing": raw["routing"] | routing})
+
+
+def test_padding_to_capacity_costs_compute_memory_and_traffic_and_drops_the_same():
+    plain = scenario(gini=0.3, capacity_factor=1.5)
+    one, other = (summarise(run_step(asked)) for asked in (plain, routed(plain, pad_to_capacity=True)))
     assert other.step_parts_s["experts"] > 1.1 * one.step_parts_s["experts"]
+    assert other.step_parts_s["dispatch"] > 1.5 * one.step_parts_s["dispatch"]
+    assert other.step_parts_s["permute"] > 1.05 * one.step_parts_s["permute"]
     assert other.memory["activations_bytes"] > one.memory["activations_bytes"]
-    assert other.step_parts_s["dispatch"] == one.step_parts_s["dispatch"]
     assert other.drop_fraction == one.drop_fraction
+
+
+def test_padded_buffers_travel_whole_whatever_the_skew():
+    """Megatron: each rank sends every expert ceil(T*k/E*factor) rows; two factors tell the rate and the latency."""
+
+    def dispatch_s(factor: float, gini: float) -> np.ndarray:
+        padded = routed(scenario(gini=gini, capacity_factor=factor), pad_to_capacity=True)
+        return step_load(padded).exchange_by_stage[0].combine_s_GMLR
+
+    assert np.ptp(dispatch_s(1.0, 0.3)) < 1e-5 * dispatch_s(1.0, 0.3).max(), "counted in float32"
+    assert dispatch_s(1.0, 0.3).max() == pytest.approx(dispatch_s(1.0, 0.0).max())
+    one, two, four = (float(dispatch_s(factor, 0.3).max()) for factor in (1.0, 2.0, 4.0))
+    assert four - two == pytest.approx(2 * (two - one), rel=1e-4)
+    assert two > 1.8 * one, "latency is the smaller part"
+
+
+def test_what_megablocks_drops_has_travelled_and_what_it_pads_has_not():
+    free = scenario(gini=0.3)
+    limited = routed(free, capacity_factor=1.0, capacity={"kind": "megablocks"})
+    padded = routed(limited, pad_to_capacity=True)
+    all_of, some, more = (summarise(run_step(asked)) for asked in (free, limited, padded))
+    assert some.drop_fraction > 0.05
+    assert some.step_parts_s["dispatch"] == pytest.approx(all_of.step_parts_s["dispatch"])
+    assert more.step_parts_s["dispatch"] == pytest.approx(all_of.step_parts_s["dispatch"])
+    before_sending = summarise(run_step(routed(free, capacity_factor=1.0)))
+    assert before_sending.step_parts_s["dispatch"] < 0.97 * all_of.step_parts_s["dispatch"]
+
+
+def test_a_dispatcher_that_takes_no_padded_buffers_sends_what_it_keeps():
+    plain = routed(scenario(gini=0.3, capacity_factor=1.5), dispatcher="deepep")
+    one, other = (summarise(run_step(asked)) for asked in (plain, routed(plain, pad_to_capacity=True)))
+    assert other.step_parts_s["dispatch"] == one.step_parts_s["dispatch"]
+    assert other.step_parts_s["experts"] > 1.1 * one.step_parts_s["experts"]
 
 
 def test_the_study_counts_replicas_in_memory_as_the_step_does():

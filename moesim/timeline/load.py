@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
-from moesim.describe.capacity import RankBuffer
+from moesim.describe.capacity import Megablocks, RankBuffer
 from moesim.describe.model import MoeFfn, Router
 from moesim.describe.pipeline import stage_layers
 from moesim.describe.workload import Balanced, Multinomial, Popularity, Recorded
@@ -68,9 +68,10 @@ class StepLoad:
     popularities: Popularities
     placed: PlacedExperts
     load: ExpertLoad
-    kept_GMLS: Floats  # kept assignments of each slot: what travels
+    kept_GMLS: Floats  # kept assignments of each slot
     rows_GMLS: Floats  # rows of each slot: what is computed and held, padding included
     exchange_by_stage: tuple[Exchange, ...]
+    laid_out_rows: float  # that each rank writes for the wire, of a layer and micro-batch
     etp: int
 
     @property
@@ -109,6 +110,7 @@ class StepLoad:
         exchange = self.exchange_by_stage[stage]
         rows_MLGRE = np.moveaxis(self.rows_GMLRE[:, :, at], 0, 2)
         return StageLoad(
+            laid_out_rows=self.laid_out_rows,
             rows_MLRE=np.repeat(rows_MLGRE, self.etp, axis=3).reshape(*rows_MLGRE.shape[:2], -1, rows_MLGRE.shape[-1]),
             dispatch_s_MLR=_by_rank(exchange.dispatch_s_GMLR[:, :, at], self.etp),
             combine_s_MLR=_by_rank(exchange.combine_s_GMLR[:, :, at], self.etp),
@@ -145,10 +147,11 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         rank_of_E=placed.rank_of_expert_E,
     )
     kept_GMLS = placed.of_slots(load.kept_GMLE)
+    sent = _sent(scenario, placed, load)
     exchanges: dict[Nodes, Exchange] = {}
     for nodes in (_nodes_of_groups(scenario, stage) for stage in range(parallel.pp)):
         if nodes not in exchanges:
-            exchanges[nodes] = _exchange(scenario, placed, kept_GMLS, nodes)
+            exchanges[nodes] = _exchange(scenario, placed, sent, nodes)
     return StepLoad(
         moe=moe,
         layers=layers,
@@ -159,6 +162,7 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         kept_GMLS=kept_GMLS,
         rows_GMLS=kept_GMLS if load.rows_GMLE is load.kept_GMLE else placed.of_slots(load.rows_GMLE),
         exchange_by_stage=tuple(exchanges[_nodes_of_groups(scenario, stage)] for stage in range(parallel.pp)),
+        laid_out_rows=sent.laid_out_rows,
         etp=parallel.etp,
     )
 
@@ -210,37 +214,63 @@ def _nodes_of_groups(scenario: Scenario, stage: int) -> Nodes:
     return tuple(tuple((nodes_R - nodes_R[0]).tolist()) for nodes_R in nodes_GR)
 
 
-def _exchange(scenario: Scenario, placed: PlacedExperts, kept_GMLS: Floats, nodes: Nodes) -> Exchange:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Sent:
+    """What travels: rows for each slot, how often a token does, and rows that each rank lays out for the wire."""
+
+    rows_GMLS: Floats
+    dedup: Dedup
+    laid_out_rows: float
+
+
+def _sent(scenario: Scenario, placed: PlacedExperts, load: ExpertLoad) -> _Sent:
+    """What the frameworks send of a drawn load. docs/model.md#what-is-sent.
+
+    Who keeps a limit for each expert drops before sending; padded buffers then travel whole, every assignment in a
+    place of its own. MegaBlocks drops and pads what has arrived; so does a dispatcher that takes no padded buffers.
+    """
+    routing, parallel = scenario.routing, scenario.parallel
+    rows = rank_tokens(parallel, scenario.train) * placed.popularities.router.top_k
+    if isinstance(routing.capacity, Megablocks):
+        return _Sent(rows_GMLS=placed.of_slots(load.assigned_GMLE), dedup=DEDUP[routing.dispatcher], laid_out_rows=rows)
+    limit = load.limit if routing.pad_to_capacity and routing.dispatcher == "alltoall" else None
+    if limit is None or limit.of == "rank":
+        return _Sent(rows_GMLS=placed.of_slots(load.kept_GMLE), dedup=DEDUP[routing.dispatcher], laid_out_rows=rows)
+    places = limit.total_places * load.kept_GMLE.shape[-1] / (parallel.ep * parallel.etp)
+    return _Sent(rows_GMLS=placed.of_slots(load.rows_GMLE), dedup="none", laid_out_rows=places)
+
+
+def _exchange(scenario: Scenario, placed: PlacedExperts, sent: _Sent, nodes: Nodes) -> Exchange:
     """Every group's seconds in its all-to-alls; groups that lie on nodes alike are done together."""
-    shape = (*kept_GMLS.shape[:-1], placed.rank_of_slot.num_ranks)
+    shape = (*sent.rows_GMLS.shape[:-1], placed.rank_of_slot.num_ranks)
     whole = Exchange(**{field.name: np.empty(shape) for field in fields(Exchange)})
     for pattern in dict.fromkeys(nodes):
         groups = [g for g, own in enumerate(nodes) if own == pattern]
-        part = _exchange_of_alike(scenario, placed, kept_GMLS[groups], np.array(pattern))
+        alike = replace(sent, rows_GMLS=sent.rows_GMLS[groups])
+        part = _exchange_of_alike(scenario, placed, alike, np.array(pattern))
         for field in fields(Exchange):
             getattr(whole, field.name)[groups] = getattr(part, field.name)
     return whole
 
 
-def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, kept_GMLS: Floats, node_of_rank_R: Ranks) -> Exchange:
+def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, node_of_rank_R: Ranks) -> Exchange:
     """Bytes between ranks, then the busiest port's time, for all micro-batches and layers at once."""
     parallel, train, cluster = scenario.parallel, scenario.train, scenario.cluster
     copies = expected_copies(
-        kept_GMLS,
+        sent.rows_GMLS,
         popularities=placed.popularities,
         visits=visit_probabilities(placed.popularities, placed.rank_of_slot, node_of_rank_R),
         placement=placed.rank_of_slot,
         tokens_per_rank=int(rank_tokens(parallel, train)),
         num_source_ranks=parallel.ep * parallel.etp,
     )
-    dedup = DEDUP[scenario.routing.dispatcher]
-    ports = ports_of(cluster, same_rail=dedup == "node")
+    ports = ports_of(cluster, same_rail=sent.dedup == "node")
     wide = scenario.model.hidden * ACTIVATION_BYTES
     narrow = scenario.model.hidden * (1 + FP8_SCALE_BYTES) if train.precision == "fp8" else wide
-    received = placed.rank_of_slot.rank_loads(kept_GMLS)
+    received = placed.rank_of_slot.rank_loads(sent.rows_GMLS)
 
     def seconds(ports_used: Callable[..., PortBytes], token_bytes: float) -> Floats:
-        port_bytes = ports_used(copies, token_bytes=token_bytes, dedup=dedup, cross_rail=cluster.cross_rail)
+        port_bytes = ports_used(copies, token_bytes=token_bytes, dedup=sent.dedup, cross_rail=cluster.cross_rail)
         own = np.asarray(alltoall_finish_s(port_bytes, ports), dtype=np.float64)
         if parallel.etp == 1:
             return own

@@ -24,7 +24,6 @@ from moesim.cost.layer import (
     layer_cost,
     mtp_projection_s,
     permute_s,
-    rank_tokens,
 )
 from moesim.describe.model import Layer, MoeFfn
 from moesim.describe.pipeline import Placed
@@ -38,10 +37,11 @@ Floats = NDArray[np.floating]
 @dataclass(frozen=True, kw_only=True)
 class StageLoad:
     """What routing brings to one stage: rows of each expert, and each rank's time in the all-to-alls, by MoE layer of
-    the stage.
+    the stage; and the rows that each rank lays out for the wire in a layer.
     """
 
     rows_MLRE: Floats
+    laid_out_rows: float
     dispatch_s_MLR: Floats
     combine_s_MLR: Floats
     dispatch_backward_s_MLR: Floats
@@ -144,7 +144,7 @@ class StagePlan:
     def _moe_forward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost) -> list[Phase]:
         assert self.load is not None
         rows_MRE = self.load.rows_MLRE[:, at]
-        lay_out_s, sort_s = self._permute_s(moe, rows_MRE)
+        lay_out_s, sort_s = self._permute_s(rows_MRE)
         experts = experts_s(
             self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.device, backward=False
         )
@@ -163,7 +163,7 @@ class StagePlan:
         """The forward's phases in reverse: gradients travel the combine's way back first."""
         assert self.load is not None
         rows_MRE = self.load.rows_MLRE[:, at]
-        lay_out_s, sort_s = self._permute_s(moe, rows_MRE)
+        lay_out_s, sort_s = self._permute_s(rows_MRE)
         experts = experts_s(
             self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.device, backward=True
         )
@@ -189,9 +189,9 @@ class StagePlan:
         alone = self.scenario.parallel.ep * self.scenario.parallel.etp == 1
         return [] if alone else [_local(name, "permute", index, seconds)]
 
-    def _permute_s(self, moe: MoeFfn, rows_MRE: Floats) -> tuple[Floats, Floats]:
-        sent = rank_tokens(self.scenario.parallel, self.scenario.train) * moe.router.top_k
-        return permute_s(self.scenario.model, sent, rows_MRE.sum(axis=-1), device=self.device)
+    def _permute_s(self, rows_MRE: Floats) -> tuple[Floats, Floats]:
+        assert self.load is not None
+        return permute_s(self.scenario.model, self.load.laid_out_rows, rows_MRE.sum(axis=-1), device=self.device)
 
     def _embedding(self, *, backward: bool) -> list[Phase]:
         model, parallel, train = self.scenario.model, self.scenario.parallel, self.scenario.train
