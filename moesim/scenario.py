@@ -39,6 +39,7 @@ PolicyName = Literal[
     "node_aware",
     "map",
 ]
+SplitName = Literal["even", "nearest", "least_loaded", "uneven"]
 DEFAULTS: Mapping[str, Any] = {
     "model": "deepseek-v3",
     "cluster": "h800-8x-ib400",
@@ -63,17 +64,18 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "popularity": ("routing", "popularity", "kind"),
     "gini": ("routing", "popularity", "gini"),
     **{name: ("routing", name) for name in ("recording", "capacity_factor", "drop_policy", "dispatcher")},
-    **{name: ("placement", name) for name in ("policy", "num_slots", "map")},
+    **{name: ("placement", name) for name in ("policy", "num_slots", "map", "split")},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementChoice:
-    """How experts are placed. Only contiguous placement is modelled so far."""
+    """How experts are placed, and how a sender chooses among the replicas of one."""
 
     policy: PolicyName = "contiguous"
     num_slots: int | None = None  # slots of an expert-parallel group, the same on each rank; null: one for each expert
     map: str | None = None  # a file of physical_to_logical or expert_to_rank, for policy: map
+    split: SplitName = "even"  # which replica a sender takes; of one replica each there is no choice
 
     def __post_init__(self) -> None:
         rule = "must name a file where policy is map, and only there"

@@ -48,6 +48,7 @@ dispatcher: str = "alltoall"
 policy: str = "contiguous"  # placement of the experts: contiguous, striped, eplb, search, or map
 num_slots = None  # type: int|None
 map = None  # type: str|None
+split: str = "even"  # which replica of an expert a sender takes: even, nearest, least_loaded or uneven
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
 seed: int = 0

@@ -50,6 +50,7 @@ dispatcher: str = "alltoall"
 policy: str = "contiguous"  # placement of the experts
 num_slots = None  # type: int|None slots for experts and replicas; None: one for each expert
 map = None  # type: str|None a placement of one's own, for policy: map
+split: str = "even"  # which replica of an expert a sender takes: even, nearest, least_loaded or uneven
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
 seed: int = 0

@@ -34,6 +34,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "policy": ("KIND", "Placement of the experts: contiguous, striped, eplb, search, map."),
         "num_slots": ("N|null", "Slots for experts over the expert-parallel ranks; more than experts: replicas."),
         "map": ("FILE|null", "A placement map (JSON), for the policy map."),
+        "split": ("KIND", "Which replica of an expert a sender takes: even, nearest, least_loaded, uneven."),
         "fidelity": ("port", "How traffic is timed."),
     },
     "Parallel sizes": {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from moesim.describe.workload import Balanced, Multinomial, Popularity, Recorded
 from moesim.errors import NotModelledError
 from moesim.fabric.collectives import allgather_s, alltoall_finish_s
 from moesim.fabric.ports import ports_of
+from moesim.fabric.senders import combine_ports_by_sender, dispatch_ports_by_sender
 from moesim.fabric.traffic import Dedup, PortBytes, combine_ports, dispatch_ports, expected_copies
 from moesim.placement import Placement
 from moesim.placement.maps import load_map
@@ -33,7 +34,7 @@ from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.visits import visit_probabilities
 from moesim.scenario import Scenario
 from moesim.seeds import stream
-from moesim.timeline.placed import PlacedExperts, placed_experts, scenario_ranks, token_choices
+from moesim.timeline.placed import PlacedExperts, placed_experts, scenario_ranks, sender_weights, token_choices
 from moesim.timeline.stage import StageLoad
 from moesim.units import BYTES_PER_ELEMENT
 
@@ -132,7 +133,7 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         raise NotModelledError(f"model {model.name}: MoE layers that differ from one another are not modelled")
     asked = scenario.routing.popularity
     popularities = _popularities(asked, len(layers), moe.num_experts, moe.router, scenario.seed, _stamp(asked))
-    placed = placed_experts(_placement(scenario, popularities), popularities)
+    placed = placed_experts(_placement(scenario, popularities), popularities, scenario.placement.split)
     if isinstance(scenario.routing.capacity, RankBuffer) and placed.rank_of_expert_E is None:
         what = "rank-level buffers with replicas, or with a placement that differs from layer to layer"
         raise NotModelledError(f"scenario.routing.capacity: {what}, are not modelled")
@@ -256,10 +257,11 @@ def _exchange(scenario: Scenario, placed: PlacedExperts, sent: _Sent, nodes: Nod
 def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, node_of_rank_R: Ranks) -> Exchange:
     """Bytes between ranks, then the busiest port's time, for all micro-batches and layers at once."""
     parallel, train, cluster = scenario.parallel, scenario.train, scenario.cluster
+    visits = visit_probabilities(placed.popularities, placed.rank_of_slot, node_of_rank_R)
     copies = expected_copies(
         sent.rows_GMLS,
         popularities=placed.popularities,
-        visits=visit_probabilities(placed.popularities, placed.rank_of_slot, node_of_rank_R),
+        visits=visits,
         placement=placed.rank_of_slot,
         tokens_per_rank=int(rank_tokens(parallel, train)),
         num_source_ranks=parallel.ep * parallel.etp,
@@ -277,9 +279,15 @@ def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, n
         in_node = min(parallel.etp, cluster.ranks_per_node)
         return own + allgather_s(parallel.etp, in_node, received * token_bytes, cluster)
 
-    out, back = seconds(dispatch_ports, wide), seconds(combine_ports, wide)
+    dispatch: Callable[..., PortBytes] = dispatch_ports
+    combine: Callable[..., PortBytes] = combine_ports
+    if placed.is_by_sender:
+        weights = sender_weights(placed, visits)
+        dispatch = partial(dispatch_ports_by_sender, weights=weights)
+        combine = partial(combine_ports_by_sender, weights=weights)
+    out, back = seconds(dispatch, wide), seconds(combine, wide)
     return Exchange(
-        dispatch_s_GMLR=out if narrow == wide else seconds(dispatch_ports, narrow),
+        dispatch_s_GMLR=out if narrow == wide else seconds(dispatch, narrow),
         combine_s_GMLR=back,
         dispatch_backward_s_GMLR=back,
         combine_backward_s_GMLR=out,
