@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moesim.catalog.hardware import CLUSTER_NAMES, load_cluster
 from moesim.catalog.models import MODEL_NAMES, load_model
 from moesim.describe.hardware import Cluster
@@ -64,7 +67,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "popularity": ("routing", "popularity", "kind"),
     "gini": ("routing", "popularity", "gini"),
     **{name: ("routing", name) for name in ("recording", "capacity_factor", "drop_policy", "dispatcher")},
-    **{name: ("placement", name) for name in ("policy", "num_slots", "map", "split")},
+    **{name: ("placement", name) for name in ("policy", "num_slots", "map", "split", "rank_speeds")},
 }
 
 
@@ -76,12 +79,18 @@ class PlacementChoice:
     num_slots: int | None = None  # slots of an expert-parallel group, the same on each rank; null: one for each expert
     map: str | None = None  # a file of physical_to_logical or expert_to_rank, for policy: map
     split: SplitName = "even"  # which replica a sender takes; of one replica each there is no choice
+    # GPUs that compute slower than the others (or faster), by global rank or ranks such as 8-15: speed over theirs.
+    rank_speeds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rule = "must name a file where policy is map, and only there"
         check((self.policy == "map") == (self.map is not None), "scenario.placement", "map", rule, self.map)
         slots = self.num_slots
         check(slots is None or slots >= 1, "scenario.placement", "num_slots", "must be at least 1", slots)
+        for name, speed in self.rank_speeds.items():
+            check(
+                speed > 0, "scenario.placement.rank_speeds", name, "must be positive: a speed over the others'", speed
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +174,7 @@ class Scenario:
             f"must be 1, since {model.name} is dense",
             p.ep * p.etp,
         )
+        assert self.speed_of_rank.size == layout.num_gpus
         check(
             p.tp <= self.cluster.ranks_per_node,
             "scenario.parallel",
@@ -176,6 +186,22 @@ class Scenario:
     @property
     def layout(self) -> RankLayout:
         return self.parallel.layout(self.cluster.num_gpus)
+
+    @property
+    def speed_of_rank(self) -> NDArray[np.float64]:
+        """Each GPU's computing speed over the usual one. Raises InputError for ranks that are none, or named twice."""
+        speed_of_rank = np.ones(self.cluster.num_gpus)
+        owner, named = "scenario.placement.rank_speeds", np.zeros(speed_of_rank.size, dtype=bool)
+        rule = f"must be ranks in 0..{speed_of_rank.size - 1}, such as 3 or 8-15"
+        for name, speed in self.placement.rank_speeds.items():
+            first, _, last = name.partition("-")
+            check(first.isdecimal() and (last or first).isdecimal(), owner, name, rule, name)
+            low, high = int(first), int(last or first)
+            check(low <= high < speed_of_rank.size, owner, name, rule, name)
+            check(not named[low : high + 1].any(), owner, name, "names a rank that another entry names", name)
+            speed_of_rank[low : high + 1] = speed
+            named[low : high + 1] = True
+        return speed_of_rank
 
     @property
     def expert_copies(self) -> float:
@@ -294,13 +320,18 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def spelt_out(raw: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """The file's mapping with its short forms written out: ``recording: FILE`` is a popularity, recorded; a popularity
-    of which only a measure is given is lognormal. Raises InputError for a recording beside a popularity.
+    of which only a measure is given is lognormal; rank_speeds may be a text such as ``3=0.8,8-15=0.5``. Raises
+    InputError for a recording beside a popularity.
 
     >>> spelt_out({"routing": {"recording": "trace.npy"}}, "scenario")
     {'routing': {'popularity': {'kind': 'recorded', 'file': 'trace.npy'}}}
     """
+    raw = dict(raw)
+    if isinstance(raw.get("placement"), Mapping) and "rank_speeds" in raw["placement"]:
+        speeds = _speeds_spelt_out(raw["placement"]["rank_speeds"], f"{owner}.placement")
+        raw["placement"] = dict(raw["placement"]) | {"rank_speeds": speeds}
     if not isinstance(raw.get("routing"), Mapping):
-        return dict(raw)
+        return raw
     routing = dict(raw["routing"])
     recording, popularity = routing.pop("recording", None), routing.get("popularity")
     if not popularity:
@@ -311,7 +342,24 @@ def spelt_out(raw: Mapping[str, Any], owner: str) -> dict[str, Any]:
         routing["popularity"] = {"kind": "recorded", "file": recording}
     elif isinstance(popularity, Mapping) and "kind" not in popularity and popularity.keys() & set(MEASURES):
         routing["popularity"] = {"kind": "lognormal"} | dict(popularity)
-    return dict(raw) | {"routing": routing}
+    return raw | {"routing": routing}
+
+
+def _speeds_spelt_out(speeds: Any, owner: str) -> Any:
+    """rank_speeds as a mapping with texts for keys."""
+    if speeds is None:
+        return {}
+    if isinstance(speeds, Mapping):
+        return {str(rank): speed for rank, speed in speeds.items()}
+    rule = "must be a mapping of ranks to speeds, or read such as 3=0.8,8-15=0.5"
+    check(isinstance(speeds, str), owner, "rank_speeds", rule, speeds)
+    found: dict[str, float] = {}
+    for item in filter(None, (part.strip() for part in speeds.split(","))):
+        rank, equals, speed = (part.strip() for part in item.partition("="))
+        is_number = bool(equals) and speed.replace(".", "", 1).isdecimal()
+        check(is_number and rank not in found, owner, "rank_speeds", rule, speeds)
+        found[rank] = float(speed)
+    return found
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,4 +405,4 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return value
+    return dict(value) if isinstance(value, Mapping) else value

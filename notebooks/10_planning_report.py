@@ -49,6 +49,7 @@ policy: str = "contiguous"  # placement of the experts: contiguous, striped, epl
 num_slots = None  # type: int|None
 map = None  # type: str|None
 split: str = "even"  # which replica of an expert a sender takes: even, nearest, least_loaded or uneven
+rank_speeds = None  # type: str|None slow GPUs, spelt as moesim simulate --help says
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
 seed: int = 0

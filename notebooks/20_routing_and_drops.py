@@ -51,6 +51,7 @@ policy: str = "contiguous"  # placement of the experts
 num_slots = None  # type: int|None slots for experts and replicas; None: one for each expert
 map = None  # type: str|None a placement of one's own, for policy: map
 split: str = "even"  # which replica of an expert a sender takes: even, nearest, least_loaded or uneven
+rank_speeds = None  # type: str|None slow GPUs, spelt as moesim simulate --help says
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
 seed: int = 0

@@ -50,6 +50,7 @@ policy: str = "contiguous"  # the placement of today, which the others are compa
 num_slots = None  # type: int|None expert slots of a group, for today and for all policies; None: one for each expert
 map = None  # type: str|None a JSON file of today's placement, where policy is map
 split: str = "even"  # which replica of an expert a sender takes: even, nearest, least_loaded or uneven
+rank_speeds = None  # type: str|None slow GPUs, spelt as moesim simulate --help says
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
 seed: int = 0

@@ -219,3 +219,12 @@ def test_a_search_keeps_what_stands_where_it_can() -> None:
     previous = LayerPlacements(physical_to_logical_LS=shuffled, num_experts=32, ranks=ranks)
     again = place_load(load_LE, ranks, policy="search", previous=previous, rng=np.random.default_rng(0))
     assert again.moved_slots_L.tolist() == [0, 0, 0]
+
+
+def test_a_slow_gpu_leaves_out_policies_that_know_no_speeds_and_the_search_wins(scenario: Scenario) -> None:
+    slow = placement_study(scenario.with_(rank_speeds="5=0.6"), slots=(64,))
+    names = [point.policy for point in slow.by_policy]
+    assert "search" in names
+    assert not {"eplb", "search_hierarchical"} & set(names)
+    assert slow.best.max_mean < slow.base.max_mean
+    assert slow.fastest.step.step_s < slow.base.step.step_s

@@ -35,6 +35,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "num_slots": ("N|null", "Slots for experts over the expert-parallel ranks; more than experts: replicas."),
         "map": ("FILE|null", "A placement map (JSON), for the policy map."),
         "split": ("KIND", "Which replica of an expert a sender takes: even, nearest, least_loaded, uneven."),
+        "rank_speeds": ("TEXT", "Slow GPUs by rank, speed over the others': 3=0.8,8-15=0.5."),
         "fidelity": ("port", "How traffic is timed."),
     },
     "Parallel sizes": {

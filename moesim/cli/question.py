@@ -125,6 +125,8 @@ def flat_leaves(scenario: Scenario, folder: Path | None) -> dict[str, Any]:
     popularity = filled["routing"]["popularity"]
     if popularity["kind"] == "recorded":
         filled["routing"] |= {"recording": popularity["file"], "popularity": {}}
+    speeds = filled["placement"]["rank_speeds"]
+    filled["placement"]["rank_speeds"] = ",".join(f"{rank}={speed!r}" for rank, speed in speeds.items()) or None
     for name in ("model", "cluster"):
         asked = str(scenario.raw[name])
         near = folder / asked if folder is not None else None

@@ -144,6 +144,9 @@ def _cluster_provenance(scenario: Scenario) -> list[Provenance]:
         "latency between nodes": cluster.latency_inter_s,
     } | {f"derate {name}": value for name, value in cluster.derates.items()}
     told = [Provenance(part=part, kind=number.kind, source=number.source) for part, number in numbers.items()]
+    if scenario.placement.rank_speeds:
+        source = f"placement.rank_speeds of the scenario: {dict(scenario.placement.rank_speeds)}"
+        told.append(Provenance(part="speeds of single GPUs", kind="assumed", source=source))
     popularity = scenario.routing.popularity
     if not scenario.model.is_moe:
         return told

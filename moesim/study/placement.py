@@ -354,9 +354,13 @@ def _draw(scenario: Scenario) -> _Drawn:
 
 
 def possible_policies(drawn: _Drawn) -> list[str]:
-    """All policies, without those that need more nodes, or groups that nodes divide. by_load is EPLB's global one."""
+    """All policies, without those that need more nodes, groups that nodes divide, or GPUs that are alike. by_load is
+    EPLB's global one.
+    """
     nodes, groups = drawn.today.ranks.num_nodes, drawn.router.num_groups
     left_out = {"eplb_global"}
+    if not drawn.today.ranks.are_alike:
+        left_out |= {"eplb", "search_hierarchical"}
     if nodes == 1 or groups % nodes:
         left_out.add("search_hierarchical")
     if nodes == 1 or drawn.choices is None:

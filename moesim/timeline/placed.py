@@ -235,9 +235,13 @@ def token_choices(popularities: Popularities, rng: np.random.Generator) -> Choic
 
 
 def scenario_ranks(scenario: Scenario, num_slots: int) -> RankSlots:
-    """num_slots over the ranks of the scenario's first expert-parallel group, on the nodes that they stand in."""
-    parallel = scenario.parallel
-    ranks_R = scenario.layout.stage_ranks(0)[: parallel.ep * parallel.etp : parallel.etp]
+    """num_slots over the ranks of the scenario's first expert-parallel group, on the nodes that they stand in.
+
+    One placement serves all groups and stages, so a rank is as slow as the slowest GPU that stands in its place in any.
+    """
+    parallel, layout = scenario.parallel, scenario.layout
+    ranks_R = layout.stage_ranks(0)[: parallel.ep * parallel.etp : parallel.etp]
     node_of_rank_R = np.unique(ranks_R // scenario.cluster.ranks_per_node, return_inverse=True)[1]
-    even = even_slots(num_slots, parallel.ep)
-    return RankSlots(num_slots_R=even.num_slots_R, speed_R=even.speed_R, node_of_rank_R=node_of_rank_R)
+    speed_R = scenario.speed_of_rank.reshape(-1, parallel.ep, parallel.etp).min(axis=(0, 2))
+    even = even_slots(num_slots, parallel.ep, speed_R=speed_R)
+    return RankSlots(num_slots_R=even.num_slots_R, speed_R=speed_R, node_of_rank_R=node_of_rank_R)

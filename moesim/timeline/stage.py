@@ -9,7 +9,7 @@ Legend: M micro-batches, L MoE layers of the stage, R ranks of the stage, E expe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from moesim.scenario import Scenario
 from moesim.timeline.phases import Phase
 
 Floats = NDArray[np.floating]
+COMM_PARTS = ("tensor_parallel_comm", "dispatch", "combine", "gradient_reduction")  # of a phase, on wires
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,8 @@ class StagePlan:
         phases += self._embedding(backward=False) if self._is_first(chunk) else []
         for index, placed in enumerate(self.chunks[chunk], self.first_layers[chunk]):
             phases += self._layer_forward(index, placed)
-        return phases + (self._head(backward=False) if self._is_last(chunk) else [])
+        phases += self._head(backward=False) if self._is_last(chunk) else []
+        return self._at_own_speed(phases)
 
     def backward(self, chunk: int) -> list[Phase]:
         """Phases of the backward of one chunk, recomputation included."""
@@ -80,7 +82,15 @@ class StagePlan:
                 phases += [_as_recompute(phase) for phase in self._layer_forward(index, placed)]
             phases += self._layer_backward(index, placed)
         phases += self._embedding(backward=True) if self._is_first(chunk) else []
-        return phases + self._weights("scatter gradients", self.gradient_scatter_C[chunk])
+        phases += self._weights("scatter gradients", self.gradient_scatter_C[chunk])
+        return self._at_own_speed(phases)
+
+    def _at_own_speed(self, phases: list[Phase]) -> list[Phase]:
+        """The phases with each rank computing at its own speed; what crosses wires takes the same."""
+        speed_R = self.scenario.speed_of_rank[self.scenario.layout.stage_ranks(self.stage)]
+        if (speed_R == 1.0).all():
+            return phases
+        return [p if p.part in COMM_PARTS else replace(p, seconds=np.asarray(p.seconds) / speed_R) for p in phases]
 
     def _is_first(self, chunk: int) -> bool:
         return self.stage == 0 and chunk == 0
@@ -219,7 +229,7 @@ def _local(name: str, part: str, layer: int, seconds: Floats | float) -> Phase:
 
 def _as_recompute(phase: Phase) -> Phase:
     """A forward phase done again: its compute counts as recomputation, its communication as communication."""
-    is_comm = phase.part in ("dispatch", "combine", "tensor_parallel_comm")
+    is_comm = phase.part in COMM_PARTS
     return Phase(
         name=f"{phase.name} again",
         part=phase.part if is_comm else "recompute",

@@ -122,13 +122,14 @@ def _lay_out_stage(
     backward = tuple(times(plan.backward(c)) for c in range(parallel.vpp))
     hidden_s = _hidden_reduction_s(scenario, reduce_s, chunks, backward)
     split = (layout.dp * parallel.cp, layout.edp) if parallel.zero >= 1 else (1, 1)
+    slowest = float(scenario.speed_of_rank[layout.stage_ranks(stage)].min())
     return _Stage(
         forward=tuple(times(plan.forward(c)) for c in range(parallel.vpp)),
         backward=backward,
         traced_R=traced_R,
         reduce_s=reduce_s,
         hidden_s=hidden_s,
-        optimizer_s=optimizer_s(dense / split[0] + expert / split[1], device),
+        optimizer_s=optimizer_s(dense / split[0] + expert / split[1], device) / slowest,
         gather_s=gather_s,
     )
 
