@@ -43,7 +43,7 @@ def _tokens(counts: list[int], skew: float = 0.0) -> list[torch.Tensor]:
     return [torch.randn(count, HIDDEN, generator=generator) + pull for count in counts]
 
 
-def _on_each_rank(
+def on_each_rank(
     placements: list[tuple[int, ...]], counts: list[int], skew: float, changes: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """One result per placement, of this rank."""
@@ -60,7 +60,7 @@ def _on_each_rank(
     return results
 
 
-def _in_one_process(counts: list[int], skew: float, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
+def in_one_process(counts: list[int], skew: float, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The same by the plain layer on all tokens; each source rank's drops are marked in the choice beforehand."""
     layer, x = _layer(changes), torch.cat(_tokens(counts, skew)).requires_grad_()
     choice, _ = layer.choose(x)
@@ -74,7 +74,13 @@ def _in_one_process(counts: list[int], skew: float, changes: dict[str, Any]) -> 
         output = output + layer.shared(x)
     output.square().sum().backward()
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    return {"output": output.detach(), "x": x.grad, "dropped": int((~torch.cat(kept)).sum()), **grads}
+    return {
+        "output": output.detach(),
+        "x": x.grad,
+        "wanted": plan.load_E,
+        "dropped": int((~torch.cat(kept)).sum()),
+        **grads,
+    }
 
 
 def _kept_of_rank(layer: MoeLayer, choice: Any) -> torch.Tensor:
@@ -127,8 +133,8 @@ CASES = {
 def test_ranks_together_equal_the_layer_in_one_process(name: str, num_ranks: int) -> None:
     counts, changes = [96 // num_ranks] * num_ranks, CASES[name]
     placements = [CONTIGUOUS, SHUFFLED, REPLICATED]
-    by_rank = run_on_ranks(_on_each_rank, num_ranks, placements, counts, 0.0, changes)
-    oracle = _in_one_process(counts, 0.0, changes)
+    by_rank = run_on_ranks(on_each_rank, num_ranks, placements, counts, 0.0, changes)
+    oracle = in_one_process(counts, 0.0, changes)
     assert (oracle["dropped"] > 0) == ("capacity_factor" in changes)
     for slots, ranks in zip(placements, zip(*by_rank, strict=True), strict=True):
         _assert_equal(list(ranks), oracle, slots)
@@ -136,8 +142,8 @@ def test_ranks_together_equal_the_layer_in_one_process(name: str, num_ranks: int
 
 @pytest.mark.slow  # a checkpoint imports torch's compiler, in every process: seconds
 def test_ranks_recompute_whole_layers_with_their_exchanges() -> None:
-    by_rank = run_on_ranks(_on_each_rank, 2, [REPLICATED], [48, 48], 0.0, {"recompute": "full"})
-    _assert_equal([rank[0] for rank in by_rank], _in_one_process([48, 48], 0.0, {}), REPLICATED)
+    by_rank = run_on_ranks(on_each_rank, 2, [REPLICATED], [48, 48], 0.0, {"recompute": "full"})
+    _assert_equal([rank[0] for rank in by_rank], in_one_process([48, 48], 0.0, {}), REPLICATED)
 
 
 def _bf16_output(slots: tuple[int, ...]) -> torch.Tensor:
@@ -156,16 +162,16 @@ def test_bf16_rows_travel_too() -> None:
 def test_uneven_tokens_and_ranks_that_receive_or_send_nothing_change_no_result() -> None:
     # All tokens go to experts of rank 0; rank 1 has none of its own.
     counts, changes = [40, 0, 17, 39], {"router": SWITCH_TOP_1}
-    by_rank = run_on_ranks(_on_each_rank, 4, [CONTIGUOUS], counts, 40.0, changes)
+    by_rank = run_on_ranks(on_each_rank, 4, [CONTIGUOUS], counts, 40.0, changes)
     (ranks,) = zip(*by_rank, strict=True)
     load = torch.stack([rank["load"] for rank in ranks])
     assert load.sum(1).tolist() == counts
     assert load[:, 2:].sum() == 0, "the case must leave ranks without rows"
-    _assert_equal(list(ranks), _in_one_process(counts, 40.0, changes), CONTIGUOUS)
+    _assert_equal(list(ranks), in_one_process(counts, 40.0, changes), CONTIGUOUS)
 
 
 def test_replicas_share_the_tokens_of_their_expert_evenly() -> None:
-    by_rank = run_on_ranks(_on_each_rank, 2, [REPLICATED], [48, 48], 0.0, {})
+    by_rank = run_on_ranks(on_each_rank, 2, [REPLICATED], [48, 48], 0.0, {})
     load_S = sum(rank[0]["load"] for rank in by_rank)
     shares = load_S[[slot for slot, expert in enumerate(REPLICATED) if expert == 0]]
     assert int(shares.sum()) > 8
