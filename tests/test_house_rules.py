@@ -145,6 +145,8 @@ def test_environment_yml_says_what_pyproject_says() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     listed = dict(requirement(item) for item in environment["dependencies"] if isinstance(item, str) and item != "pip")
     assert listed == wanted
+    for text in project["optional-dependencies"]["measured"]:  # pip only
+        assert f'pip install "{text}"' in (ROOT / "environment.yml").read_text()
     assert environment["channels"] == ["conda-forge"]
 
 
@@ -158,7 +160,7 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
     for line in filter(None, lines):
         pin = Requirement(line)
         pins.setdefault(canonicalize_name(pin.name), set()).update(spec.version for spec in pin.specifier)
-    extras = [text for extra in ("dev", "hf") for text in project["optional-dependencies"][extra]]
+    extras = [text for extra in ("dev", "hf", "measured") for text in project["optional-dependencies"][extra]]
     for text in [*project["dependencies"], *extras]:
         wanted = Requirement(text)
         versions = pins.get(canonicalize_name(wanted.name), set())

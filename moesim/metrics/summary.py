@@ -18,6 +18,7 @@ from moesim.describe.hardware import Sourced
 from moesim.describe.workload import Recorded
 from moesim.fabric.ports import spine_slowdown
 from moesim.metrics.memory import MemoryOverSteps, expected_redraw, memory_by_stage, memory_over_steps
+from moesim.metrics.scored import accuracy_statement, accuracy_warning
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, STEP_PARTS, StepResult
 from moesim.routing.statistics import entropy, gini, load_alerts, max_mean
 from moesim.scenario import Scenario
@@ -173,9 +174,7 @@ def _envelope(trace: Trace) -> list[str]:
     scenario = trace.scenario
     model, train = scenario.model, scenario.train
     reasons = [
-        "Step times are not fitted to any measured step. First scores: one MoE layer on 8 H100 comes out 0 to 12 % too "
-        "long, steps on 8 B200 come out 32 to 47 % too short (tests/test_step_against_measurements.py); nothing that "
-        "crosses nodes has been scored."
+        f"Step times are not fitted to any measured step. {accuracy_statement(scenario)} All scores: docs/accuracy.md."
     ]
     reasons += ["Host launch overhead beyond a kernel's start, and CUDA graphs, are not modelled."]
     if scenario.parallel.pp > 1:
@@ -214,8 +213,8 @@ def _warnings(trace: Trace, headroom: float, over_steps: MemoryOverSteps) -> tup
         )
     if any(item.kind == "assumed" and item.part == "product efficiency" for item in trace.device.provenance):
         told.append("product efficiency is assumed, not measured, for this GPU")
-    if trace.scenario.cluster.gpu.name in ("b200", "gb200", "gb300"):
-        told.append("on this GPU generation measured steps took about 1.5 to 1.9 times the predicted time (8 x B200)")
+    if off := accuracy_warning(trace.scenario):
+        told.append(off)
     if unused := _oversubscription_unused(trace.scenario):
         told.append(unused)
     return tuple(told)

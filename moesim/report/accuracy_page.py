@@ -1,0 +1,92 @@
+"""docs/accuracy.md: one section per kind of comparison, each written between its own two marks.
+
+A section is replaced whole and the others stay, so that tools that measure different things share the page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesim.door import read_text, write_text_atomically
+from moesim.units import format_seconds
+
+if TYPE_CHECKING:
+    from moesim.study.accuracy import Accuracy, AccuracyRow, ErrorSummary
+
+HEAD = (
+    "# Accuracy\n\nPredicted against measured, written by the tools named in each section. Errors are predicted over "
+)
+HEAD += "measured - 1.\n"
+NUM_WORST = 12
+TITLES = {
+    "dispatch": "Exchanges alone: dispatch, combine and NCCL collectives",
+    "layer": "One MoE layer",
+    "training": "Whole training steps",
+}
+
+
+def write_section(page: str | Path, name: str, text: str) -> None:
+    """Put text between the marks of section ``name`` of a page, after the last section where it is new.
+
+    >>> write_section("docs/accuracy.md", "port", "## Port against exact")  # doctest: +SKIP
+    """
+    path = Path(page)
+    old = read_text(path) if path.is_file() else HEAD
+    block = f"<!-- {name}: begin -->\n{text.strip()}\n<!-- {name}: end -->"
+    marks = re.compile(rf"<!-- {re.escape(name)}: begin -->.*?<!-- {re.escape(name)}: end -->", re.DOTALL)
+    new = marks.sub(lambda _: block, old) if marks.search(old) else f"{old.rstrip()}\n\n{block}\n"
+    write_text_atomically(path, new)
+
+
+def accuracy_section(accuracy: Accuracy, *, figure: str = "", said: Sequence[str] = ()) -> str:
+    """The section of one kind: how good, by group, the worst rows, what could not be expressed.
+
+    figure: a picture's path beside the page. said: paragraphs of the writer's own, after the first table.
+    """
+    summary = accuracy.summary()
+    lines = [f"## {TITLES[accuracy.kind]}", ""]
+    if figure:
+        lines += [f"![Predicted against measured: {TITLES[accuracy.kind]}]({figure})", ""]
+    lines += [
+        f"{len(accuracy.rows)} rows, {len(accuracy.tested)} of them tested (no part in a fit), "
+        f"{summary['num_outside_envelope']} outside the envelope, {len(accuracy.not_expressed)} not expressed.",
+        "",
+        "| rows | n | median abs. error | 90th percentile | mean (bias) | worst |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = ("tested", "tested_inside_envelope", "tested_outside_envelope", "used_in_fit")
+    for name in names:
+        part = summary[name]
+        if part is not None:
+            lines.append(
+                f"| {name.replace('_', ' ')} | {part['num_rows']} | {part['median_absolute_error']:.1%} | "
+                f"{part['p90_absolute_error']:.1%} | {part['mean_error']:+.1%} | {part['worst_error']:+.1%} |"
+            )
+    lines += ["", *(line for paragraph in said for line in (paragraph, ""))]
+    lines += ["Tested rows by release and operation:", "", *_group_table(accuracy.groups()), ""]
+    lines += [f"The worst {NUM_WORST} tested rows:", "", *_row_table(accuracy.tested[:NUM_WORST]), ""]
+    if accuracy.not_expressed:
+        lines += ["Rows without a prediction:", ""]
+        lines += [f"- `{row.id}`: {row.reason}" for row in accuracy.not_expressed]
+    return "\n".join(lines)
+
+
+def _group_table(groups: Sequence[ErrorSummary]) -> list[str]:
+    rows = [
+        f"| {group.name} | {group.num_rows} | {group.median:.1%} | {group.p90:.1%} | {group.bias:+.1%} | "
+        f"{group.worst:+.1%} (`{group.worst_id}`) |"
+        for group in groups
+    ]
+    return ["| group | n | median | 90th percentile | bias | worst |", "|---|---|---|---|---|---|", *rows]
+
+
+def _row_table(rows: Sequence[AccuracyRow]) -> list[str]:
+    body = [
+        f"| `{row.id}` | {format_seconds(row.predicted)} | {format_seconds(row.measured)} | "
+        f"{row.error_fraction:+.1%} | {'; '.join(row.reasons) or 'inside'} |"
+        for row in rows
+    ]
+    return ["| row | predicted | measured | error | envelope |", "|---|---|---|---|---|", *body]

@@ -1,0 +1,139 @@
+"""Whole training steps, predicted from a row of a measurement table.
+
+A row must name model, GPU, counts, parallel sizes, batch and a step time, or it is listed as not expressed. Where the
+run did something that moesim does not model (selective recomputation, overlapped all-to-alls, FP8 casts), the row is
+predicted without it and lies outside the envelope, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from moesim.catalog.hardware import load_cluster
+from moesim.describe.hardware import Cluster
+from moesim.describe.model import Model
+from moesim.door.records import Record, number_of
+from moesim.errors import InputError, MoesimError
+from moesim.metrics.scored import step_likeness
+from moesim.scenario import Scenario
+from moesim.study.accuracy import AccuracyRow, NotExpressed, Prediction
+from moesim.study.accuracy_cases import catalog_gpu, catalog_model, default_cluster, number, whole
+from moesim.timeline.step import run_step
+from moesim.units import MILLI
+
+RACK_SHARE = 64
+NO_RECOMPUTE = ("", "none", "[]", "see yaml")
+
+
+def predict(row: Record, owner: str) -> list[Prediction]:
+    """The step of one row, or why there is no prediction."""
+    name = row.get("id", "?")
+    try:
+        scenario, reasons = express(row, owner)
+        measured_s = step_s(row, owner)
+        predicted_s = run_step(scenario).step_s
+    except InputError as error:
+        return [NotExpressed(id=name, reason=f"{error.field} {error.rule}: {error.got}")]
+    except MoesimError as error:
+        return [NotExpressed(id=name, reason=str(error))]
+    software = row.get("software") or row.get("framework") or "Megatron-Bridge card"
+    kind = "MoE" if scenario.model.is_moe else "dense"
+    return [
+        AccuracyRow(
+            id=name,
+            group=f"{software.split(' + ')[0]}, {scenario.cluster.gpu.name}, {kind}",
+            predicted=predicted_s,
+            measured=measured_s,
+            inside_envelope=not reasons,
+            used_in_fit=False,
+            source=row.get("source", ""),
+            reasons=reasons,
+            like=step_likeness(scenario),
+        )
+    ]
+
+
+def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
+    """The row's scenario, and what the run did that it does not say. Raises InputError and NotModelledError."""
+    told = row.get("config_complete") or "full"
+    if not told.startswith("full"):
+        raise InputError(owner, "config_complete", "must be full", told)
+    if re.search(r"parallelism\)|in repo", told):
+        raise InputError(owner, "config_complete", "must be full in the row itself", told)
+    model, gpu = catalog_model(row, owner), catalog_gpu(row, owner)
+    num_gpus, tp, pp = (whole(row, name, owner) for name in ("n_gpus", "tp", "pp"))
+    ep = whole(row, "ep", owner, default=1) if model.is_moe else 1
+    leaves: dict[str, Any] = {
+        "tp": tp,
+        "pp": pp,
+        "vpp": whole(row, "vp", owner, default=1),
+        "cp": whole(row, "cp", owner, default=1),
+        "ep": ep,
+        "etp": whole(row, "etp", owner, default=_default_etp(num_gpus, tp, pp, ep)) if model.is_moe else 1,
+        "zero": 1,
+        "seq_len": whole(row, "seq_len", owner),
+        "micro_batch": whole(row, "mbs", owner),
+        "global_batch": whole(row, "gbs", owner),
+        "precision": "fp8" if "fp8" in row.get("precision", "").lower() else "bf16",
+        "recompute": "full" if row.get("recompute") == "full" else "none",
+        "dispatcher": "deepep" if re.search("deepep|hybridep", row.get("dispatcher", "").lower()) else "alltoall",
+    }
+    if model.is_moe and not row.get("routing", "").startswith("natural"):
+        leaves["popularity"] = "balanced"
+    cluster = _cluster(gpu, num_gpus)
+    base = Scenario.make(model="llama-3-8b", cluster="h100-8x-ib400", num_gpus=8)  # all of it is replaced
+    return base.with_(model=model, cluster=cluster, **leaves), outside_envelope(row, model, leaves)
+
+
+def _cluster(gpu: str, num_gpus: int) -> Cluster:
+    """The GPU's cluster of this size. Runs on several racks of 72 that do not fill them use 64 GPUs of each."""
+    name = default_cluster(gpu)
+    rack = load_cluster(name).ranks_per_node
+    if num_gpus <= rack or num_gpus % rack == 0 or num_gpus % RACK_SHARE:
+        return load_cluster(name, num_gpus)
+    return dataclasses.replace(load_cluster(name), num_gpus=num_gpus, ranks_per_node=RACK_SHARE)
+
+
+def _default_etp(num_gpus: int, tp: int, pp: int, ep: int) -> int:
+    """Megatron's default is the tensor-parallel size; where experts then do not fit, it must have been 1."""
+    return tp if num_gpus % (tp * ep * pp) == 0 else 1
+
+
+def step_s(row: Record, owner: str) -> float:
+    """The measured step [s]: told in seconds or milliseconds, or by tokens per second and GPU. Raises InputError."""
+    if (told_s := number_of(row, "step_time_s", owner)) is not None:
+        return told_s
+    if (told_ms := number_of(row, "real_step_ms", owner)) is not None:
+        return told_ms * MILLI
+    if number_of(row, "tokens_per_s_per_gpu", owner) is None:
+        raise InputError(owner, "step_time_s", "must be given, or tokens_per_s_per_gpu", "neither")
+    tokens = number(row, "gbs", owner) * number(row, "seq_len", owner)
+    return tokens / number(row, "tokens_per_s_per_gpu", owner) / number(row, "n_gpus", owner)
+
+
+def outside_envelope(row: Record, model: Model, leaves: dict[str, Any]) -> tuple[str, ...]:
+    """What the run did that its scenario leaves out; a function of the configuration alone."""
+    reasons = []
+    if leaves["precision"] == "fp8":
+        reasons.append("FP8 casts are not modelled")
+    recompute = row.get("recompute", "").split(" (")[0]
+    if recompute not in (*NO_RECOMPUTE, "full"):
+        reasons.append(f"selective recomputation is not modelled: {recompute}")
+    overlap = row.get("overlap_and_other", "") + row.get("extra_config", "")
+    if re.search(r"A2A overlap ON", overlap):
+        reasons.append("overlapped all-to-alls are not modelled")
+    if re.search(r"TP comm overlap on|ub_tp", overlap):
+        reasons.append("overlapped tensor-parallel communication is not modelled")
+    if re.search(r"CUDA graphs (attn|moe|on)|TE graphs", overlap):
+        reasons.append("CUDA graphs are not modelled")
+    if row.get("fsdp"):
+        reasons.append("fully sharded data parallelism is predicted as ZeRO-1")
+    if model.is_moe and not row.get("routing"):
+        reasons.append("routing is not said; taken as even")
+    if model.is_moe and row.get("routing", "").startswith("natural"):
+        reasons.append("the natural load is not known; taken as moesim's default skew")
+    if model.mtp_layers and leaves["pp"] > 1:
+        reasons.append("whether the multi-token-prediction layer was trained is not said; left out")
+    return tuple(reasons)
