@@ -160,6 +160,10 @@ class Scenario:
                 f"must divide the {ffn.num_experts} experts of {model.name}",
                 p.ep,
             )
+            most = ffn.num_experts * p.ep
+            rule = f"must not exceed every expert on every expert-parallel rank, {most}"
+            slots = self.placement.num_slots
+            check(slots is None or slots <= most, "scenario.placement", "num_slots", rule, slots)
             check(
                 ffn.expert.width % p.etp == 0,
                 "scenario.parallel",

@@ -320,7 +320,7 @@ def test_domains_with_crowded_favourites_lose_more() -> None:
 
 
 def test_a_share_that_is_none_is_refused() -> None:
-    with pytest.raises(InputError, match=r"wanted_drop_fraction: must lie in 0..1; got 1.5"):
+    with pytest.raises(InputError, match=r"wanted_drop_fraction: must be at least 0, and below 1; got 1.5"):
         routing_study(scenario(), wanted_drop_fraction=1.5)
 
 

@@ -172,7 +172,8 @@ def _from_scenario(
     check(scenario.model.is_moe, "--model", "", "must have experts to place", scenario.model.name)
     load_LE, choices, router = scenario_load(scenario)
     _check_size(load_LE.shape, scenario.parallel.ep)
-    slots = _slots(num_slots or scenario.placement.num_slots, load_LE.shape[1], scenario.parallel.ep)
+    asked = scenario.placement.num_slots if num_slots is None else num_slots
+    slots = _slots(asked, load_LE.shape[1], scenario.parallel.ep)
     return scenario, load_LE, choices, scenario_ranks(scenario, slots), router.num_groups
 
 

@@ -121,7 +121,7 @@ def needed_capacity(scenario: Scenario, popularities: Popularities, wanted_drop_
     Raises InputError for a share outside 0..1, and where no factor up to 4096 drops so little. At 0 it is the least
     that drops under a millionth. docs/model.md#needed-capacity.
     """
-    rule = "must lie in 0..1"
+    rule = "must be at least 0, and below 1"
     check(0.0 <= wanted_drop_fraction < 1.0, "parameters", "wanted_drop_fraction", rule, wanted_drop_fraction)
     limit = max(wanted_drop_fraction, _LEAST_DROP)
     in_mean = _least_factor(scenario, popularities, limit, of_worst_layer=False)
