@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.fabric import exact
+from moesim.fabric import exact, port_kernels
 from moesim.placement import search
 from moesim.routing import sampler
 from moesim.routing.balancing import LossFreeBias, TrainingSetting, simulate_balancing
@@ -13,6 +13,7 @@ from moesim.routing.balancing import LossFreeBias, TrainingSetting, simulate_bal
 def warm() -> None:
     """Call every room's kernels once."""
     exact.warm()
+    port_kernels.warm()
     sampler.warm()
     search.warm()
     setting = TrainingSetting(

@@ -29,11 +29,11 @@ def finish_s(flows: Flows, topology: Topology) -> Floats:
     at once are one call with ``together``. Raises InputError naming ranks and links where a message could never end.
     """
     routes = topology.routes(flows.source_F, flows.target_F)
-    _refuse_dead_links(flows, topology, routes)
+    refuse_dead_links(flows, topology, routes)
     return shared_finish_s(flows.bytes_F, flows.start_F + routes.latency_F, routes.link_FP, topology.rate_bytes_per_s_J)
 
 
-def _refuse_dead_links(flows: Flows, topology: Topology, routes: Routes) -> None:
+def refuse_dead_links(flows: Flows, topology: Topology, routes: Routes) -> None:
     """Raise InputError if a message with bytes passes a link of rate zero: it would never end."""
     dead_J = topology.rate_bytes_per_s_J == 0
     if not dead_J.any():
