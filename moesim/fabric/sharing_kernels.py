@@ -1,8 +1,8 @@
 """The exact solver's clock: messages that share links fairly, from one start or end to the next.
 
-Legend: I messages, J links, C classes (messages that pass the same links, so that they always move at one rate), L
-links of a component (links and classes that depend on one another), P links of a route (padded with -1), E pairs of a
-link and a class on it, S entries of a stack. Imported only by ``exact``.
+Legend: I messages, J links, C classes (messages that pass the same links, so that they always move at one speed), L
+links of a component (links and classes that depend on one another), P links of a route (padded with -1), S entries of
+a stack. Imported only by ``exact``.
 
 A class moves by V bytes per message since its component was built: a message that joins at V with b bytes left is done
 when V reaches its mark V + b. So an event costs as much as there are classes, however many messages they hold.
@@ -13,92 +13,62 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from moesim.fabric.filling_kernels import fill, forget, links_of, push, scratch, sift_down
 from moesim.fabric.shrink_kernels import classes_of, components_of, links_that_can_fill, local_links
 
-_DONE = 1e-11  # a message is done when this share of its bytes is left: rounding, not waiting
-_ROUNDING = 1e-15
+_SAME_TIME = 1e-12  # ends that differ by this share of the clock are one event: rounding, not waiting
 _SMALL = 48  # sets of so few messages run to their end
 _PATIENCE = 48.0  # events, per message of a class, until a larger set is shrunk anew; doubled while that does not help
+_MOST_DONE = 8  # but never more events than an eighth of the messages
 _WORTH = 0.8  # a shrink helps if so few of the classes stay
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _sift_down(key, item, size):  # type: ignore[no-untyped-def]
-    """Restore a heap whose first entry may be too large."""
-    top_key, top_item = key[0], item[0]
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= size:
+def _join(c, item, left, first_C1, link_CP, weight_CP, state):  # type: ignore[no-untyped-def]
+    """A message with ``left`` bytes starts to move."""
+    mark, held, size_C, moved_C, _, head_C, count_L = state
+    low, high = first_C1[c], first_C1[c + 1]
+    push(mark[low:high], held[low:high], np.int64(size_C[c]), moved_C[c] + left, item)
+    size_C[c] += 1.0
+    head_C[c] = mark[low]
+    for hop in range(link_CP.shape[1]):
+        if link_CP[c, hop] < 0:
             break
-        if child + 1 < size and key[child + 1] < key[child]:
-            child += 1
-        if key[child] >= top_key:
-            break
-        key[at], item[at] = key[child], item[child]
-        at = child
-    key[at], item[at] = top_key, top_item
+        count_L[link_CP[c, hop]] += weight_CP[c, hop] if weight_CP.size else 1.0
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _push(key, item, size, new_key, new_item):  # type: ignore[no-untyped-def]
-    """Add an entry to a heap of ``size`` entries."""
-    at = size
-    while at > 0:
-        parent = (at - 1) // 2
-        if key[parent] <= new_key:
+def _leave(c, first_C1, link_CP, weight_CP, state):  # type: ignore[no-untyped-def]
+    """The first message of a class is done. Returns it."""
+    mark, held, size_C, _, _, head_C, count_L = state
+    low, high = first_C1[c], first_C1[c + 1]
+    item = held[low]
+    size_C[c] -= 1.0
+    last = np.int64(size_C[c])
+    mark[low], held[low] = mark[low + last], held[low + last]
+    sift_down(mark[low:high], held[low:high], last)
+    head_C[c] = mark[low] if last > 0 else np.inf
+    for hop in range(link_CP.shape[1]):
+        if link_CP[c, hop] < 0:
             break
-        key[at], item[at] = key[parent], item[parent]
-        at = parent
-    key[at], item[at] = new_key, new_item
+        count_L[link_CP[c, hop]] -= weight_CP[c, hop] if weight_CP.size else 1.0
+    return item
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _fill(rate_L, count_L, first_L1, class_E, size_C, link_CP, weight_CP, speed_C, room_L, free_L, key_L, heap_L, left):  # type: ignore[no-untyped-def]
-    """Max-min fair speed_C of ``left`` classes with messages: the link with the least share settles its classes.
-
-    Shares only grow while links are settled, so a heap of outdated shares is a heap of lower bounds.
-    """
-    size = 0
-    for link in range(rate_L.size):
-        if count_L[link] > 0.0:
-            room_L[link], free_L[link] = rate_L[link], count_L[link]
-            _push(key_L, heap_L, size, rate_L[link] / count_L[link], link)
-            size += 1
-    weighted = weight_CP.size > 0
-    speed_C[:] = -1.0
-    level = 0.0
-    while left > 0:
-        link = heap_L[0]
-        open_here = free_L[link] > 0.5
-        if open_here:
-            share = room_L[link] / free_L[link]
-            if share > key_L[0]:
-                key_L[0] = share
-                _sift_down(key_L, heap_L, size)
-                if heap_L[0] != link:
-                    continue
-            level = max(level, share)
-        size -= 1
-        key_L[0], heap_L[0] = key_L[size], heap_L[size]
-        _sift_down(key_L, heap_L, size)
-        if not open_here:
-            continue
-        for entry in range(first_L1[link], first_L1[link + 1]):
-            c = class_E[entry]
-            if speed_C[c] >= 0.0 or size_C[c] == 0:
-                continue
-            speed_C[c] = level
-            left -= 1
-            for hop in range(link_CP.shape[1]):
-                other = link_CP[c, hop]
-                if other < 0:
-                    break
-                taken = np.float64(size_C[c])
-                if weighted:
-                    taken *= weight_CP[c, hop]
-                room_L[other] -= level * taken
-                free_L[other] -= taken
+def _next_end(link_CP, level_L1, size_C, moved_C, speed_C, head_C, wait_C):  # type: ignore[no-untyped-def]
+    """Set speed_C and wait_C, the seconds until each class's first message is done. Returns the least."""
+    step = np.inf
+    for c in range(size_C.size):
+        speed = level_L1[link_CP[c, 0]]
+        for hop in range(1, link_CP.shape[1]):
+            speed = min(speed, level_L1[link_CP[c, hop]])  # -1 is the last: infinite
+        speed_C[c] = speed if size_C[c] > 0.0 else 0.0
+        wait = (head_C[c] - moved_C[c]) / speed_C[c]
+        wait_C[c] = wait
+        if wait < step:
+            step = wait
+    return max(step, 0.0)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -109,137 +79,68 @@ def _run(component, messages, now, patience):  # type: ignore[no-untyped-def]
     left_I, finish_I). Returns (time, messages left, classes left); the messages stand first, their bytes in left_I.
     """
     items, first_C1, link_CP, weight_CP, rate_L = component
-    bytes_I, begin_I, left_I, finish_I = messages
-    num_classes, num_items, num_links = first_C1.size - 1, items.size, rate_L.size
-    weighted = weight_CP.size > 0
+    _, begin_I, left_I, finish_I = messages
+    num_classes, num_items = first_C1.size - 1, items.size
+    if link_CP.shape[1] > 2 and link_CP[:, 2].max() < 0:
+        link_CP = link_CP[:, :2].copy()
+    first_L1, class_E, other_E = links_of(link_CP, weight_CP, rate_L)
+    system = rate_L, link_CP, weight_CP, first_L1, class_E, other_E
+    work = scratch(num_classes, rate_L.size)
+    kept = work[-1]
+    level_L1 = np.full(rate_L.size + 1, np.inf)
+    mark, held = np.empty(num_items), np.empty(num_items, np.int64)
+    size_C, moved_C, speed_C = np.zeros(num_classes), np.zeros(num_classes), np.zeros(num_classes)
+    head_C, wait_C, count_L = np.full(num_classes, np.inf), np.empty(num_classes), np.zeros(rate_L.size)
+    state = mark, held, size_C, moved_C, speed_C, head_C, count_L
 
-    first_L1 = np.zeros(num_links + 1, np.int64)
+    class_n = np.empty(num_items, np.int64)
     for c in range(num_classes):
-        for hop in range(link_CP.shape[1]):
-            if link_CP[c, hop] < 0:
-                break
-            first_L1[link_CP[c, hop] + 1] += 1
-    first_L1 = np.cumsum(first_L1)
-    class_E = np.empty(first_L1[num_links], np.int32)
-    filled_L = first_L1[:-1].copy()
-    for c in range(num_classes):
-        for hop in range(link_CP.shape[1]):
-            link = link_CP[c, hop]
-            if link < 0:
-                break
-            class_E[filled_L[link]] = c
-            filled_L[link] += 1
-
-    mark = np.empty(num_items)
-    held = np.empty(num_items, np.int64)
-    size_C, moved_C, speed_C = np.zeros(num_classes, np.int64), np.zeros(num_classes), np.zeros(num_classes)
-    count_L, room_L, free_L = np.zeros(num_links), np.empty(num_links), np.empty(num_links)
-    key_L, heap_L = np.empty(num_links), np.empty(num_links, np.int64)
-    moving = np.empty(num_classes, np.int64)  # classes with messages, then those without
-    place_C = np.empty(num_classes, np.int64)
-    for c in range(num_classes):
-        moving[c] = place_C[c] = c
+        class_n[first_C1[c] : first_C1[c + 1]] = c
+    begin_n = begin_I[items]
+    coming = np.argsort(begin_n, kind="mergesort")
+    come = 0
     num_moving = 0
-
-    begin = np.empty(num_items)
-    class_of = np.empty(num_items, np.int64)
-    for c in range(num_classes):
-        for slot in range(first_C1[c], first_C1[c + 1]):
-            begin[slot] = begin_I[items[slot]]
-            class_of[slot] = c
-    coming = np.argsort(begin, kind="mergesort")
-    next_coming = 0
-    if begin[coming[0]] > now:
-        now = begin[coming[0]]
-
+    now = max(now, begin_n[coming[0]])
     while True:
-        while next_coming < num_items and begin[coming[next_coming]] <= now:
-            slot = coming[next_coming]
-            next_coming += 1
-            c = class_of[slot]
-            low, high = first_C1[c], first_C1[c + 1]
-            _push(mark[low:high], held[low:high], size_C[c], moved_C[c] + left_I[items[slot]], items[slot])
-            if size_C[c] == 0:
-                _swap(moving, place_C, place_C[c], num_moving)
-                num_moving += 1
-            size_C[c] += 1
-            for hop in range(link_CP.shape[1]):
-                link = link_CP[c, hop]
-                if link < 0:
-                    break
-                count_L[link] += weight_CP[c, hop] if weighted else 1.0
+        while come < num_items and begin_n[coming[come]] <= now:
+            item = items[coming[come]]
+            _join(class_n[coming[come]], item, left_I[item], first_C1, link_CP, weight_CP, state)
+            kept[-1][0] = 0
+            num_moving += 1
+            come += 1
         if num_moving == 0:
-            if next_coming == num_items:
+            if come == num_items:
                 break
-            now = begin[coming[next_coming]]
+            now = begin_n[coming[come]]
             continue
-        if patience <= 0 and num_items > _SMALL:
+        if patience <= 0.0 and num_items > _SMALL:
             break
-        patience -= 1
-        _fill(
-            rate_L,
-            count_L,
-            first_L1,
-            class_E,
-            size_C,
-            link_CP,
-            weight_CP,
-            speed_C,
-            room_L,
-            free_L,
-            key_L,
-            heap_L,
-            num_moving,
-        )
-        step = np.inf
-        for at in range(num_moving):
-            c = moving[at]
-            step = min(step, (mark[first_C1[c]] - moved_C[c]) / speed_C[c])
-        step = max(step, 0.0)
+        patience -= 1.0
+        fill(system, count_L, size_C, speed_C, level_L1[:-1], work)
+        step = _next_end(link_CP, level_L1, size_C, moved_C, speed_C, head_C, wait_C)
         until = now + step
-        if next_coming < num_items and begin[coming[next_coming]] <= until:
-            until = begin[coming[next_coming]]
+        if come < num_items and begin_n[coming[come]] <= until:
+            until = begin_n[coming[come]]
             step = until - now
         now = until
-        at = 0
-        while at < num_moving:
-            c = moving[at]
+        soon = step + _SAME_TIME * now
+        for c in range(num_classes):
             moved_C[c] += speed_C[c] * step
-            low, high = first_C1[c], first_C1[c + 1]
-            while size_C[c] > 0 and mark[low] - moved_C[c] <= _DONE * bytes_I[held[low]] + _ROUNDING * mark[low]:
-                finish_I[held[low]] = now
-                left_I[held[low]] = -1.0
-                size_C[c] -= 1
-                mark[low], held[low] = mark[low + size_C[c]], held[low + size_C[c]]
-                _sift_down(mark[low:high], held[low:high], size_C[c])
-                for hop in range(link_CP.shape[1]):
-                    link = link_CP[c, hop]
-                    if link < 0:
-                        break
-                    count_L[link] -= weight_CP[c, hop] if weighted else 1.0
-            if size_C[c] == 0:
-                num_moving -= 1
-                _swap(moving, place_C, at, num_moving)
-            else:
-                at += 1
-
-    for at in range(num_moving):
-        c = moving[at]
-        for slot in range(first_C1[c], first_C1[c] + size_C[c]):
+            if wait_C[c] <= soon:
+                while size_C[c] > 0.0 and head_C[c] - moved_C[c] <= speed_C[c] * _SAME_TIME * now:
+                    forget(kept, speed_C[c], link_CP[c], weight_CP[c] if weight_CP.size else moved_C[:0])
+                    item = _leave(c, first_C1, link_CP, weight_CP, state)
+                    finish_I[item], left_I[item] = now, -1.0
+                    num_moving -= 1
+    for c in range(num_classes):
+        for slot in range(first_C1[c], first_C1[c] + np.int64(size_C[c])):
             left_I[held[slot]] = mark[slot] - moved_C[c]
-    kept = 0
-    for slot in range(num_items):
-        if left_I[items[slot]] >= 0.0:
-            items[kept] = items[slot]
-            kept += 1
-    return now, kept, num_moving + num_items - next_coming
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _swap(moving, place_C, one, other):  # type: ignore[no-untyped-def]
-    """Exchange two places of ``moving``."""
-    moving[one], moving[other] = moving[other], moving[one]
-    place_C[moving[one]], place_C[moving[other]] = one, other
+    num_left = 0
+    for n in range(num_items):
+        if left_I[items[n]] >= 0.0:
+            items[num_left] = items[n]
+            num_left += 1
+    return now, num_left, (size_C > 0.0).sum() + num_items - come
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -277,7 +178,7 @@ def finish_shared(bytes_I, begin_I, link_IP, weight_IP, rate_J, finish_I):  # ty
                 np.arange(first_G1[group], first_G1[group + 1]), link_CP, rate_L, local_J
             )
             weight_CP = weight_IP[part] if weight_IP.size else weight_IP
-            patience = 2.0 * waited
+            patience = min(2.0 * waited, part.size / _MOST_DONE)
             if num_classes < _WORTH * expected:
                 patience = _PATIENCE * part.size / num_classes
             component = part, first_C - first_C[0], part_link_CP, weight_CP, part_rate_L
