@@ -20,7 +20,7 @@
 # skew costs.
 
 # %% tags=["parameters"]
-# Parameters: what is asked. Each name is a field of the scenario file, except the last five.
+# Parameters: what is asked. Each name is a field of the scenario file, except the last six.
 model: str = "qwen3-30b-a3b"  # a preset, a Hugging Face config.json, or a design YAML
 cluster: str = "h100-8x-ib400"  # a preset, or a cluster YAML
 num_gpus: int = 64
@@ -59,6 +59,7 @@ wanted_drop: float = 0.01  # share of assignments that may be dropped
 num_steps: int = 32  # steps drawn for the distribution of memory
 training_steps: int = 10000  # of balancing over training; 0 leaves it out
 learning_rate: float = 3e-4  # of that training
+histogram_every: int = 1000  # steps of that training between two histograms of expert usage (written with out_dir)
 out_dir: str = ""  # folder for results.json, results.csv and histogram.csv; "" writes none
 
 # %%
@@ -81,6 +82,7 @@ with working() as say:
         num_steps=num_steps,
         training_steps=training_steps,
         learning_rate=learning_rate,
+        histogram_every=histogram_every,
         progress=say,
     )
 routing_sentences.verdict(study)
@@ -187,9 +189,9 @@ routing_sentences.about_memory(study)
 # %% [markdown]
 # ## Balance over training
 #
-# How the skew of this report would fare under three policies: no balancing, an auxiliary loss (weight 0.01), and a bias
-# on the router's scores that moves by 0.001 a step towards the mean load. Their dynamics are fitted on one published
-# training run of a 1B model.
+# How the skew of this report would fare under four policies: no balancing, an auxiliary loss (weight 0.01), a bias on
+# the router's scores that moves by 0.001 a step towards the mean load, and noise on the router's logits beside the
+# auxiliary loss. Their dynamics are fitted on one published training run of a 1B model; on another they are a guess.
 
 # %%
 if study.balancing:

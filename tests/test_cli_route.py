@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def test_full_adds_what_skew_costs() -> None:
         (["--recorded", "nowhere.npy"], "nowhere.npy"),
         (["--recorded", "trace.txt"], "must end in .npy, .npz, .safetensors, .jsonl"),
         (["--wanted-drop", "1.5"], "--wanted-drop"),
-        (["--replay", "10"], "--replay: needs a folder to write into (--out); got 10"),
+        (["--replay", "10"], "--replay: needs a folder to write into (--out), or a file (--write); got 10"),
         (["--capacity-factor", "-1"], "capacity_factor: must be positive"),
     ],
 )
@@ -178,3 +179,31 @@ def test_what_was_recorded_is_told_beside_what_is_planned_from_it(tmp_path: Path
     status, _, err = moesim("route", *SMALL, "--against", str(paths[1]))
     assert (status, err.count("\n")) == (2, 1)
     assert "--against: needs a recording beside it" in err
+
+
+def test_routing_is_written_in_every_form_and_reads_back(tmp_path: Path) -> None:
+    """Drawn once, then converted from form to form: the same counts to the last assignment."""
+    files = [tmp_path / f"drawn.{form}" for form in ("npz", "safetensors", "jsonl", "npy", "csv")]
+    answer(*SMALL, "--replay", "500", "--write", str(files[0]))
+    counts = answer(*SMALL, "--recorded", str(files[0]))["result"]["recording"]["counts_LE"]
+    assert np.sum(counts) == 500 * 16 * 8
+    for source, target in itertools.pairwise(files):
+        answer(*SMALL, "--recorded", str(source), "--write", str(target))
+        assert answer(*SMALL, "--recorded", str(target))["result"]["recording"]["counts_LE"] == counts
+    status, _, err = moesim("route", *SMALL, "--recorded", str(files[-1]), "--write", str(tmp_path / "back.npz"))
+    assert status == 2
+    assert "back.npz: must end in .csv or .parquet where a histogram was recorded" in err
+    assert not (tmp_path / "back.npz").exists()
+
+
+def test_balancing_over_training_is_told_with_histograms_every_so_many_steps(tmp_path: Path) -> None:
+    more = ["--training-steps", "60", "--learning-rate", "1e-3", "--histogram-every", "25", "--out", str(tmp_path)]
+    found = answer(*SMALL, *more)["result"]["balancing"]
+    assert [curve["policy"] for curve in found] == ["none", "aux_loss", "loss_free", "noisy_gating"]
+    for curve in found:
+        with (tmp_path / f"balancing_{curve['policy']}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert sorted({int(row["step"]) for row in rows}) == [0, 25, 50]
+        batch = sum(int(row["tokens"]) for row in rows if row["step"] == "25" and row["layer"] == "0")
+        assert batch == pytest.approx(32 * 512 * 8, abs=64)  # each expert's count is rounded
+    assert answer(*SMALL)["result"]["balancing"] == []

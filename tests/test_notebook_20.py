@@ -23,7 +23,7 @@ from moesim.study.routing import RoutingStudy, routing_study
 
 NOTEBOOK = find_notebook("20_routing_and_drops")
 PARAMETER_FILES = sorted((notebooks_folder() / "params" / "20_routing_and_drops").glob("*.yaml"))
-OWN = {"wanted_drop", "num_steps", "training_steps", "learning_rate", "out_dir"}
+OWN = {"wanted_drop", "num_steps", "training_steps", "learning_rate", "histogram_every", "out_dir"}
 SMALL = {
     "model": "olmoe-1b-7b",
     "cluster": "h100-8x-ib400",

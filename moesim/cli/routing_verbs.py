@@ -14,13 +14,19 @@ from moesim.cli.verbs import ScenarioFile, app
 from moesim.errors import check
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moesim.metrics.memory import MemoryOverSteps
+    from moesim.routing.recorded import RecordedRouting
+    from moesim.scenario import Scenario
+    from moesim.study.balance import BalanceCurve
     from moesim.study.drops import NeededCapacity
     from moesim.study.recording import RecordingFacts
     from moesim.study.routed import RoutedLoad
     from moesim.study.skew import CostPoint, DropCurve
 
 MOST_SHOWN = 10
+REPLAY_TOKENS = 65536  # drawn where tokens are written and --replay does not say how many
 EXAMPLES = (
     "Examples:",
     "moesim route --model mixtral-8x7b --cluster h100-8x-ib400 --num-gpus 64 --ep 8 --capacity-factor 1.25",
@@ -62,6 +68,23 @@ def route(
             metavar="TOKENS", help="Also draw so many tokens and write routed_experts.npy into the folder.", min=0
         ),
     ] = 0,
+    write: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the routing in this form (repeatable): tokens as .npy, .npz, .safetensors or .jsonl, a "
+            "histogram as .csv or .parquet. Of a recording, the recording itself.",
+            show_default=False,
+        ),
+    ] = None,
+    training_steps: Annotated[
+        int,
+        typer.Option(metavar="N", help="Also simulate how balancing evens the load out over N steps.", min=0),
+    ] = 0,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of that training.")] = 3e-4,
+    histogram_every: Annotated[
+        int, typer.Option(metavar="N", help="Steps between two histograms of expert usage in it (--out).", min=1)
+    ] = 1000,
     full: Annotated[
         bool, typer.Option("--full", help="Also simulate what skew and capacity do to step time and memory.")
     ] = False,
@@ -70,63 +93,91 @@ def route(
     from moesim.cli.question import scenario_of
 
     scenario = scenario_of(call, scenario_file)
-    from moesim.routing.histogram import write_histogram
-    from moesim.routing.recorded import write_recorded
-    from moesim.study.drops import needed_capacity
-    from moesim.study.routed import as_recorded, replay_of, routed_load
-    from moesim.study.routing import facts_of, routing_study
-    from moesim.study.skew import drop_curves
+    from moesim.study.balance import balance_over_training
+    from moesim.study.routed import as_recorded
+    from moesim.study.routing import facts_of
 
-    check(not replay or call.out is not None, "--replay", "", "needs a folder to write into (--out)", replay)
+    has_place = call.out is not None or bool(write)
+    check(not replay or has_place, "--replay", "", "needs a folder to write into (--out), or a file (--write)", replay)
     check(not replay or recorded is None, "--replay", "", "draws from a popularity, not from --recorded", replay)
     scenario, rest = as_recorded(scenario, recorded)
-    text = f"Routing {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"
-    with working(call, text):
-        if full:
-            study = routing_study(scenario, wanted_drop_fraction=wanted_drop, recorded=rest)
-            load, needed, curves, result = study.load, study.needed, study.drop_curves, study.to_dict()
-            costs = [_cost_table(study.over_skew), _memory_table(study.memory)]
-        else:
-            load, popularities = routed_load(scenario, rest)
-            needed = needed_capacity(scenario, popularities, wanted_drop)
-            curves = tuple(drop_curves(scenario, popularities, ginis=()))
-            result = load.to_dict() | {
-                "needed_capacity": dataclasses.asdict(needed),
-                "drop_curves": [dataclasses.asdict(curve) for curve in curves],
-            }
-            costs = []
+    with working(call, f"Routing {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"):
+        load, result, tables = _routed(scenario, rest, wanted_drop, full=full)
         facts = facts_of(load, against)
         check(against is None or facts is not None, "--against", "", "needs a recording beside it", str(against))
-        result |= {"recording": None if facts is None else facts.to_dict()}
-    title = f"{scenario.model.name} on {scenario.cluster.num_gpus:,} x {scenario.cluster.gpu.name}: routing of one step"
-    own = next(curve for curve in curves if curve.asked)
+        balancing: list[BalanceCurve] = []
+        if training_steps:
+            balancing = balance_over_training(
+                scenario, num_steps=training_steps, learning_rate=learning_rate, histogram_every=histogram_every
+            )
+    result["recording"] = None if facts is None else facts.to_dict()
+    result["balancing"] = [curve.to_dict() for curve in balancing]
+    source = None if load.source == "popularity" else load.source
     answer = Answer(
-        inputs={
-            "scenario": scenario.to_dict(),
-            "recorded": None if load.source == "popularity" else load.source,
-            "wanted_drop_fraction": wanted_drop,
-        },
+        inputs={"scenario": scenario.to_dict(), "recorded": source, "wanted_drop_fraction": wanted_drop},
         result=result,
-        tables=[
-            fields_table(title, headline(result, load, needed)),
-            *_alerts(result),
-            _drop_table(own),
-            *costs,
-            *_recording(facts),
-        ],
+        tables=[*tables, *_recording(facts), *_balancing(balancing)],
         provenance=[provenance_of(scenario.to_dict(), load)],
         warnings=warnings_of(result, load),
         writes_own_files=True,
     )
-    if call.out is not None:
-        written = [call.out / name for name in ("results.json", "histogram.csv")]
-        write_results(written[0], envelope_of(call.command, answer))
-        write_histogram(load.histogram, written[1])
-        if replay:
-            written.append(call.out / "routed_experts.npy")
-            write_recorded(replay_of(scenario, replay), written[-1])
-        call.note("wrote " + ", ".join(map(str, written)))
+    _write_files(call, answer, scenario, load, balancing, files=write or [], replay=replay)
     return answer
+
+
+def _routed(
+    scenario: Scenario, rest: Path | RecordedRouting | None, wanted_drop: float, *, full: bool
+) -> tuple[RoutedLoad, dict[str, Any], list[Table]]:
+    """(load, result, tables) of one step; with ``full`` what skew and capacity cost beside them."""
+    from moesim.study.drops import needed_capacity
+    from moesim.study.routed import routed_load
+    from moesim.study.routing import routing_study
+    from moesim.study.skew import drop_curves
+
+    costs: list[Table] = []
+    if full:
+        study = routing_study(scenario, wanted_drop_fraction=wanted_drop, recorded=rest)
+        load, needed, curves, result = study.load, study.needed, study.drop_curves, study.to_dict()
+        costs = [_cost_table(study.over_skew), _memory_table(study.memory)]
+    else:
+        load, popularities = routed_load(scenario, rest)
+        needed = needed_capacity(scenario, popularities, wanted_drop)
+        curves = tuple(drop_curves(scenario, popularities, ginis=()))
+        result = load.to_dict() | {
+            "needed_capacity": dataclasses.asdict(needed),
+            "drop_curves": [dataclasses.asdict(curve) for curve in curves],
+        }
+    title = f"{scenario.model.name} on {scenario.cluster.num_gpus:,} x {scenario.cluster.gpu.name}: routing of one step"
+    own = next(curve for curve in curves if curve.asked)
+    first = fields_table(title, headline(result, load, needed))
+    return load, result, [first, *_alerts(result), _drop_table(own), *costs]
+
+
+def _write_files(
+    call: Call,
+    answer: Answer,
+    scenario: Scenario,
+    load: RoutedLoad,
+    balancing: Sequence[BalanceCurve],
+    *,
+    files: Sequence[Path],
+    replay: int,
+) -> None:
+    """The files named, and in the folder the results, the load, balancing and the replay."""
+    from moesim.report.routing_export import write_balancing
+    from moesim.routing.histogram import write_histogram
+    from moesim.study.routed import write_routing_file
+
+    written = [write_routing_file(file, scenario, load, replay or REPLAY_TOKENS) for file in files]
+    if call.out is not None:
+        results, histogram = call.out / "results.json", call.out / "histogram.csv"
+        write_results(results, envelope_of(call.command, answer))
+        write_histogram(load.histogram, histogram)
+        written += [results, histogram, *write_balancing(balancing, call.out)]
+        if replay:
+            written.append(write_routing_file(call.out / "routed_experts.npy", scenario, load, replay))
+    if written:
+        call.note("wrote " + ", ".join(map(str, written)))
 
 
 def provenance_of(scenario: dict[str, Any], load: RoutedLoad) -> dict[str, str]:
@@ -219,6 +270,26 @@ def _recording(facts: RecordingFacts | None) -> list[Table]:
         rows.append((f"Experts shared with {same.against}", f"{same.overlap:.1%} (by chance {same.chance:.1%})"))
         rows.append(("Tokens with the same experts, the same first", f"{same.exact:.1%}, {same.first:.1%}"))
     return [fields_table("What was recorded", rows)]
+
+
+def _balancing(curves: Sequence[BalanceCurve]) -> list[Table]:
+    """How even each policy makes the load over training, and what it costs until then."""
+    from moesim.units import format_seconds
+
+    rows = [
+        (
+            curve.policy.replace("_", " "),
+            f"{curve.final_max_vio:.2f}",
+            "never" if curve.steps_until_balanced is None else f"{curve.steps_until_balanced:,}",
+            "never" if curve.first_collapse_step is None else f"{curve.first_collapse_step:,}",
+            format_seconds(curve.lost_s),
+        )
+        for curve in curves
+    ]
+    columns = ("Policy", "MaxVio at the end", "Balanced from step", "First collapse", "Lost at first")
+    note = "Fitted on one published run of a 1B model. Lost: waiting in the first 24 hours, or all steps if fewer."
+    title = "Balance over training"
+    return [Table(title=title, columns=columns, rows=rows, right=columns[1:], note=note)] if rows else []
 
 
 def _cost_table(points: tuple[CostPoint, ...]) -> Table:

@@ -6,19 +6,21 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moesim.door import write_text_atomically
 from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
 from moesim.routing.histogram import write_histogram
+from moesim.study.balance import BalanceCurve
 from moesim.study.routing import RoutingStudy
 
 
 def write_routing(study: RoutingStudy, out_dir: str | Path) -> list[Path]:
-    """Write results.json, results.csv and histogram.csv [step, layer, expert, tokens]; none where out_dir is "".
+    """Write results.json, results.csv, histogram.csv [step, layer, expert, tokens], and one for each balancing policy.
 
-    The same study gives the same bytes. Raises InputError where the folder cannot be written.
+    None where out_dir is "". The same study gives the same bytes. Raises InputError where the folder cannot be written.
 
     >>> write_routing(study, "out/routing")  # doctest: +SKIP
     """
@@ -29,7 +31,17 @@ def write_routing(study: RoutingStudy, out_dir: str | Path) -> list[Path]:
     write_text_atomically(paths[0], routing_json(study))
     write_text_atomically(paths[1], _routing_csv(study))
     write_histogram(study.load.histogram, paths[2])
-    return paths
+    return [*paths, *write_balancing(study.balancing, folder)]
+
+
+def write_balancing(curves: Sequence[BalanceCurve], folder: Path) -> list[Path]:
+    """Write balancing_POLICY.csv for each policy: expert usage [step, layer, expert, tokens] during training."""
+    written = []
+    for curve in curves:
+        assert curve.histogram is not None, "a simulated run has a histogram"
+        written.append(folder / f"balancing_{curve.policy}.csv")
+        write_histogram(curve.histogram, written[-1])
+    return written
 
 
 def routing_json(study: RoutingStudy) -> str:

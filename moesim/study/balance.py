@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -19,27 +20,32 @@ from moesim.routing.balancing import (
     Balancing,
     LossFreeBias,
     NoBalancing,
+    NoisyGating,
     TrainingSetting,
     early_cost,
     simulate_balancing,
 )
+from moesim.routing.histogram import Histogram
 from moesim.routing.statistics import gini
 from moesim.scenario import Scenario
 from moesim.seeds import stream
 from moesim.study.routed import routed_base
 from moesim.study.simulate import simulate
 
-POLICIES: tuple[Balancing, ...] = (NoBalancing(), AuxiliaryLoss(), LossFreeBias())
+# Noise alone holds nothing back, so it has the auxiliary loss beside it.
+POLICIES: tuple[Balancing, ...] = (NoBalancing(), AuxiliaryLoss(), LossFreeBias(), NoisyGating(weight=0.01))
 FIRST_HOURS = 24.0
 MAX_LAYERS = 4  # simulated; layers do not act on one another, so more only narrow the mean
 MAX_POINTS = 400  # of a curve
+HISTOGRAM_EVERY = 1000  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceCurve:
     """MaxVio (busiest expert over the mean, less 1; mean over layers) during training under one policy.
 
-    steps_until_balanced: None where it never stays under 0.1. lost_s: training time that imbalance costs in the first
+    steps_until_balanced: None where it never stays under 0.1. histogram: expert usage of single batches, every so many
+    steps, of the layers that were simulated (numbered from 0). lost_s: training time that imbalance costs in the first
     hours against perfect balance; settled_lost_s: of that what never goes away.
     """
 
@@ -54,6 +60,13 @@ class BalanceCurve:
     first_hours_steps: int
     lost_s: float
     settled_lost_s: float
+    histogram: Histogram | None = field(default=None, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the histogram has a file of its own."""
+        found = asdict(replace(self, histogram=None))
+        del found["histogram"]
+        return found
 
 
 def balance_over_training(
@@ -63,6 +76,7 @@ def balance_over_training(
     learning_rate: float,
     balanced: StepResult | None = None,
     policies: tuple[Balancing, ...] = POLICIES,
+    histogram_every: int = HISTOGRAM_EVERY,
     progress: Callable[[str], None] | None = None,
 ) -> list[BalanceCurve]:
     """Simulate the scenario's first num_steps training steps under each policy, from its own skew on.
@@ -92,7 +106,8 @@ def balance_over_training(
     for policy in policies:
         if progress is not None:
             progress(f"balance over {num_steps:,} steps: {policy.kind.replace('_', ' ')}")
-        run = simulate_balancing(policy, setting, rng=stream(scenario.seed, "balancing"))
+        rng = stream(scenario.seed, "balancing")
+        run = simulate_balancing(policy, setting, rng=rng, histogram_every=histogram_every)
         cost = early_cost(
             run,
             hours=FIRST_HOURS,
@@ -114,6 +129,7 @@ def balance_over_training(
                 first_hours_steps=cost.num_steps,
                 lost_s=cost.lost_s,
                 settled_lost_s=cost.settled_lost_s,
+                histogram=run.histogram,
             )
         )
     return curves

@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from moesim.describe.model import MoeFfn
 from moesim.describe.workload import Recorded
 from moesim.errors import NotModelledError, check
-from moesim.routing.histogram import Histogram, histogram_load
+from moesim.routing.histogram import (
+    Histogram,
+    histogram_load,
+    read_histogram,
+    recorded_histogram,
+    write_histogram,
+)
 from moesim.routing.popularity import Popularities
 from moesim.routing.recorded import (
     RecordedRouting,
@@ -28,6 +34,7 @@ from moesim.routing.recorded import (
     read_recorded,
     recorded_from_array,
     weights_of_inclusion,
+    write_recorded,
 )
 from moesim.routing.routers import draw_token_sequence
 from moesim.routing.sampler import draw_choices
@@ -307,6 +314,33 @@ def replay_of(scenario: Scenario, num_tokens: int) -> RecordedRouting:
             repeat = float(popularities.repeat_L[layer])
             experts_TLK[:, layer] = draw_token_sequence(weights_E, router, num_tokens, repeat, rng)
     return recorded_from_array(experts_TLK, num_experts=popularities.num_experts, layers=base.layers)
+
+
+def write_routing_file(path: Path, scenario: Scenario, load: RoutedLoad, num_tokens: int) -> Path:
+    """Write a step's routing in the form that the path's ending names, and return the path.
+
+    .npy, .npz, .safetensors, .jsonl: tokens, the recording's own or num_tokens drawn ones; .csv, .parquet: a histogram,
+    of the recording step by step, or of the step that was drawn. Raises InputError for other endings, and for tokens
+    where only a histogram was recorded.
+    """
+    is_table, source = path.suffix.lower() in TABLES, Path(load.source)
+    if load.source == "popularity":
+        if is_table:
+            write_histogram(load.histogram, path)
+        else:
+            write_recorded(replay_of(scenario, num_tokens), path)
+        return path
+    if source.suffix.lower() in TABLES:
+        rule = "must end in .csv or .parquet where a histogram was recorded: it does not say what single tokens took"
+        check(is_table, str(path), "", rule, path.suffix)
+        write_histogram(read_histogram(source, num_experts=load.num_experts), path)
+        return path
+    trace = read_recorded(source, num_experts=load.num_experts)
+    if is_table:
+        write_histogram(recorded_histogram(trace), path)
+    else:
+        write_recorded(trace, path)
+    return path
 
 
 def recorded_inclusion(base: StepLoad, recorded: str | Path | RecordedRouting) -> tuple[Popularities, str]:

@@ -12,7 +12,7 @@ from moesim.metrics.memory import MemoryOverSteps, Redraw, drift_of, memory_over
 from moesim.metrics.step import StepResult
 from moesim.routing.recorded import RecordedRouting
 from moesim.scenario import Scenario
-from moesim.study.balance import BalanceCurve, balance_over_training
+from moesim.study.balance import HISTOGRAM_EVERY, BalanceCurve, balance_over_training
 from moesim.study.drops import NeededCapacity, TokenDrops, needed_capacity, token_drops
 from moesim.study.recording import RecordingFacts, recording_facts
 from moesim.study.routed import RoutedLoad, as_recorded, routed_base, routed_load
@@ -57,7 +57,7 @@ class RoutingStudy:
             "over_skew": [dataclasses.asdict(point) for point in self.over_skew],
             "over_capacity": [dataclasses.asdict(point) for point in self.over_capacity],
             "memory_over_steps": [memory.to_dict() for memory in self.memory],
-            "balancing": [dataclasses.asdict(curve) for curve in self.balancing],
+            "balancing": [curve.to_dict() for curve in self.balancing],
             "recording": None if self.recording is None else self.recording.to_dict(),
         }
 
@@ -114,14 +114,15 @@ def routing_study(
     num_steps: int = 32,
     training_steps: int = 0,
     learning_rate: float = LEARNING_RATE,
+    histogram_every: int = HISTOGRAM_EVERY,
     step: StepResult | None = None,
     progress: Progress | None = None,
     recorded: str | Path | RecordedRouting | None = None,
 ) -> RoutingStudy:
     """Route a step and find what its skew costs: about 20 simulated steps, and num_steps drawn ones for memory.
 
-    training_steps, learning_rate: of balancing over training (0 steps: left out); step: the scenario's own result,
-    where it is known; progress: called with what comes next; recorded: routing that somebody recorded (see
+    training_steps, learning_rate, histogram_every: of balancing over training (0 steps: left out); step: the scenario's
+    own result, where it is known; progress: called with what comes next; recorded: routing that somebody recorded (see
     ``moesim.study.routed.routed_load``). Raises InputError and NotModelledError.
 
     >>> routing_study(scenario).needed.capacity_factor  # doctest: +SKIP
@@ -149,7 +150,11 @@ def routing_study(
     balancing: list[BalanceCurve] = []
     if training_steps:
         balancing = balance_over_training(
-            scenario, num_steps=training_steps, learning_rate=learning_rate, progress=progress
+            scenario,
+            num_steps=training_steps,
+            learning_rate=learning_rate,
+            histogram_every=histogram_every,
+            progress=progress,
         )
     redraws: tuple[Redraw, ...] = ("counts", "favourites" if drift_of(scenario) is None else "drift")
     return RoutingStudy(
