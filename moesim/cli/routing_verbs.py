@@ -126,7 +126,7 @@ def route(
 
 
 def _routed(
-    scenario: Scenario, rest: Path | RecordedRouting | None, wanted_drop: float, *, full: bool
+    scenario: Scenario, rest: str | Path | RecordedRouting | None, wanted_drop: float, *, full: bool
 ) -> tuple[RoutedLoad, dict[str, Any], list[Table]]:
     """(load, result, tables) of one step; with ``full`` what skew and capacity cost beside them."""
     from moesim.study.drops import needed_capacity

@@ -351,8 +351,8 @@ def fit_dynamics(
 # 1.28) and reinforcement (imbalance grows e-fold in 10,000 steps if nothing holds it).
 # The 3B case took no part in the fit, but is a weak test: its batch and learning rate are remembered, and the answer
 # hangs on them; whoever chose how drift and pull scale had seen both published numbers. Auxiliary loss, published 0.52:
-# 0.51 with both as remembered (1728, 7.8e-4), 0.57 and 0.61 with one of them, 0.70 with those of the 1B case. Loss-free,
-# published 0.04: 0.030 as remembered, 0.033, 0.036, 0.040. docs/decisions/balancing-from-one-case.md.
+# 0.51 with both as remembered (1728, 7.8e-4), 0.57 and 0.61 with one of them, 0.70 with those of the 1B case. Without
+# the loss, published 0.04: 0.030, 0.033, 0.036, 0.040. docs/decisions/balancing-from-one-case.md.
 FITTED = Dynamics(
     drift=0.0059,
     reinforcement=1e-4,
