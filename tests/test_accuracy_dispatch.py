@@ -91,6 +91,20 @@ def test_an_sm_bound_dispatch_is_inversely_proportional_to_its_sms() -> None:
     assert (four - start) / (eight - start) == pytest.approx(2.0, rel=1e-6)
 
 
+def test_sm_counts_of_another_release_are_predicted_by_the_constants_of_an_older_one() -> None:
+    """One H200 node, 131,072 tokens a rank, sglang 0.5.12 (aiconfigurator-core 0.12): 1/SMs up to the wire."""
+    measured_ms = {"4": 70.8, "8": 36.4, "12": 24.7, "16": 18.8, "20": 15.5, "24": 14.6}
+    base = {"library": "sglang 0.5.6 DeepEP", "gpu": "H200", "ep_size": "8", "tokens_per_rank": "131072"}
+    for sms, told_ms in measured_ms.items():
+        found = exchange(**base, num_sms=sms, latency_us="1")
+        assert predicted_s(found) == pytest.approx(told_ms * 1e-3, rel=0.08), sms
+
+
+def test_a_table_may_say_how_many_nodes_a_token_uses() -> None:
+    free = exchange(ep_size="64", topk_groups="8", bandwidth_GBps="46")
+    assert free.measured_s == pytest.approx(4096 * distinct_sets(256, 8, 8) * FP8_ROW / 46e9, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -101,6 +115,7 @@ def test_an_sm_bound_dispatch_is_inversely_proportional_to_its_sms() -> None:
         ({"dtype": "INT4"}, "dtype"),
         ({"bandwidth_def": "busbw"}, "bandwidth_def"),
         ({"n_experts": ""}, "n_experts"),
+        ({"n_nodes": "4"}, "n_nodes"),
         ({"bandwidth_GBps": "0"}, "bandwidth_GBps"),
     ],
 )

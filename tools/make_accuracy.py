@@ -15,7 +15,7 @@ from moesim.errors import InputError
 from moesim.report.accuracy_figures import predicted_measured
 from moesim.report.accuracy_page import accuracy_section, write_section
 from moesim.study.accuracy import KINDS, Accuracy, carried_cases, score, summarise_errors
-from moesim.study.accuracy_dispatch import express_or_none, has_fit_setting, scored
+from moesim.study.accuracy_dispatch import express, has_fit_setting, scored
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -66,7 +66,7 @@ def said_of(accuracy: Accuracy) -> list[str]:
         cases = measured_cases()
     except InputError:
         return told
-    exchanges = [found for row in cases if (found := express_or_none(row)) is not None]
+    exchanges = [express(row, SOURCE) for row in cases]
     elsewhere = [scored(exchange) for exchange in exchanges if not has_fit_setting(exchange)]
     whole = summarise_errors("all", [row for row in elsewhere if row.inside_envelope])
     told.append(

@@ -100,7 +100,7 @@ def _tables(found: Accuracy, owner: str) -> list[Table]:
     names = ("tested", "tested_inside_envelope", "tested_outside_envelope", "used_in_fit")
     parts: list[dict[str, Any]] = [summary[name] for name in names if summary[name] is not None]
     together = [_errors(part, part["name"].replace("_", " ")) for part in parts]
-    groups = [_errors(group, group["name"]) for group in summary["groups"]]
+    groups = [_errors(group, group["name"])[:-1] for group in summary["groups"]]  # 80 columns: long names, no worst
     worst = [
         (row.id, f"{row.error_fraction:+.1%}", "fit" if row.used_in_fit else "in" if row.inside_envelope else "out")
         for row in found.rows[:SHOWN_ROWS]
@@ -108,7 +108,7 @@ def _tables(found: Accuracy, owner: str) -> list[Table]:
     columns = ("", "Rows", "Median", "P90", "Bias", "Worst")
     return [
         Table(title=f"{found.kind}: {owner}", columns=columns, rows=together, right=columns[1:]),
-        Table(title="Tested rows by group", columns=columns, rows=groups, right=columns[1:]),
+        Table(title="Tested rows by group", columns=columns[:-1], rows=groups, right=columns[1:-1]),
         Table(
             title=f"The worst {len(worst)} of {len(found.rows)} rows",
             columns=("Row", "Error", "Envelope"),

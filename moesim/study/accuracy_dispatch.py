@@ -35,7 +35,9 @@ from moesim.units import GIGA, MICRO
 
 SCALE_ELEMENTS, SCALE_BYTES = 128, 4  # an FP8 row carries one FP32 scale per 128 elements
 LOW_LATENCY_HEADER_BYTES = 16  # of each message of DeepEP's low-latency kernels
-MOST_GROUPS = 4  # DeepEP's tests let a token use at most 4 nodes
+MOST_NODES = 4  # that a token of a throughput kernel uses where a table does not say: as in DeepEP's tests
+LEAST_MESSAGE_BYTES, LEAST_TOKENS, MOST_TOKENS = 65536, 512, 16384  # of the envelope
+WITHOUT_SWITCH_REDUCTION = ("a100-80gb",)  # switches reduce from Hopper's generation on
 # Words of a table's ``library``, the most telling first, and the catalog's name.
 LIBRARY_WORDS = (
     (r"deepep v2", "deepep-v2"),
@@ -62,6 +64,7 @@ class Exchange:
     hidden: int
     top_k: int
     num_experts: int
+    most_nodes: int  # that a token of a throughput kernel uses
     dtype: str
     num_sms: float | None
     message_bytes: float
@@ -121,7 +124,10 @@ def express(row: Record, owner: str, known: Mapping[str, Library] | None = None)
     if operation not in ("dispatch", "combine", *get_args(Collective)):
         raise InputError(owner, "op", "must be dispatch, combine or a collective", operation)
     gpu, ranks = catalog_gpu(row, owner), whole(row, "ep_size", owner)
-    cluster = _cluster(gpu)
+    num_nodes = -(-ranks // _cluster(gpu).ranks_per_node)
+    if whole(row, "n_nodes", owner, default=num_nodes) != num_nodes:
+        rule = f"must be {num_nodes}: {ranks} ranks fill the nodes of the GPU's cluster"
+        raise InputError(owner, "n_nodes", rule, row["n_nodes"])
     is_nccl = library.kind == "nccl"
     exchange = Exchange(
         id=row.get("id", "?"),
@@ -129,11 +135,12 @@ def express(row: Record, owner: str, known: Mapping[str, Library] | None = None)
         operation=operation,
         gpu=gpu,
         num_ranks=ranks,
-        num_nodes=-(-ranks // cluster.ranks_per_node),
+        num_nodes=num_nodes,
         tokens_per_rank=0.0 if is_nccl else number(row, "tokens_per_rank", owner),
         hidden=0 if is_nccl else whole(row, "hidden", owner),
         top_k=0 if is_nccl else whole(row, "topk", owner),
         num_experts=0 if is_nccl else _num_experts(row, owner),
+        most_nodes=whole(row, "topk_groups", owner, default=MOST_NODES),
         dtype=row.get("dtype", "").lower(),
         num_sms=_first_number(row.get("num_sms", "")),
         message_bytes=number(row, "message_bytes", owner) if is_nccl else 0.0,
@@ -168,18 +175,48 @@ def logical_bytes(exchange: Exchange, definition: str, owner: str) -> float:
     return per_rank * _row_bytes(exchange)
 
 
-def predicted_s(exchange: Exchange) -> float:
-    """Seconds of the exchange when every expert is equally popular. docs/model.md#accuracy-dispatch."""
+def predicted_s(exchange: Exchange, load: ExchangeLoad | None = None) -> float:
+    """Seconds of the exchange when every expert is equally popular; load: where it is known already.
+
+    docs/model.md#accuracy-dispatch.
+    """
     if exchange.library.kind == "nccl":
         return _nccl_s(exchange)
-    port_bytes = _port_bytes(exchange)
+    load = load or exchange_load(exchange)
     ports, sm_bytes_per_s = _rates(exchange)
-    seconds = float(alltoall_s(port_bytes, ports).max())
+    seconds = float(alltoall_s(load.port_bytes, ports).max())
     if sm_bytes_per_s is None or exchange.num_sms is None:
         return seconds
-    handled_bytes = _handled_rows(exchange) * _row_bytes(exchange)
-    start_s = ports.latency_inter_s if port_bytes.nic_out.max() > 0 else ports.latency_intra_s
-    return max(seconds, start_s + handled_bytes / (exchange.num_sms * sm_bytes_per_s))
+    start_s = ports.latency_inter_s if load.port_bytes.nic_out.max() > 0 else ports.latency_intra_s
+    return max(seconds, start_s + load.sm_bytes / (exchange.num_sms * sm_bytes_per_s))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExchangeLoad:
+    """What an exchange moves, whatever the rates: bytes through ports, and bytes that a rank's SMs copy.
+
+    SMs copy a row per rank that a token goes to and, across nodes, one per node as well; a rank's own copies pass
+    through the same buffers.
+    """
+
+    port_bytes: PortBytes
+    sm_bytes: float
+
+
+def exchange_load(exchange: Exchange) -> ExchangeLoad:
+    """The load of a dispatch or combine.
+
+    Throughput kernels send a token once to each node (to each rank on one node), low-latency ones to each expert.
+    """
+    copies, row_bytes = _copies(exchange), _row_bytes(exchange)
+    crosses_nodes = bool(copies.node_of_rank_R.max())
+    ports = dispatch_ports if exchange.operation == "dispatch" else combine_ports
+    if exchange.library.kind == "low_latency":
+        port_bytes = ports(copies, token_bytes=row_bytes, dedup="none", cross_rail="direct")
+    else:
+        port_bytes = ports(copies, token_bytes=row_bytes, dedup="node" if crosses_nodes else "rank")
+    rows = copies.visits_GMLR.sum() + (copies.node_visits_GMLN.sum() if crosses_nodes else 0.0)
+    return ExchangeLoad(port_bytes=port_bytes, sm_bytes=float(rows) * row_bytes)
 
 
 def _nccl_s(exchange: Exchange) -> float:
@@ -188,7 +225,7 @@ def _nccl_s(exchange: Exchange) -> float:
     factor = library.value(exchange.operation, "nccl", gpu.name, "latency")
     rates = NcclRates(derate=derate or 1.0, latency_factor=factor or 1.0)
     name: Collective = exchange.operation  # type: ignore[assignment]
-    switches = gpu.name != "a100-80gb"  # NVSwitch reduces from the third generation on (Hopper)
+    switches = gpu.name not in WITHOUT_SWITCH_REDUCTION
     return float(nccl_s(name, exchange.num_ranks, exchange.message_bytes, gpu, rates, in_switch_reduction=switches))
 
 
@@ -217,22 +254,13 @@ def _rates(exchange: Exchange) -> tuple[Ports, float | None]:
     return ports, library.value(key, "sm", exchange.gpu, "bytes_per_s")
 
 
-def _port_bytes(exchange: Exchange) -> PortBytes:
-    """Throughput kernels send a token once to each node (to each rank on one node), low-latency ones to each expert."""
-    copies, row_bytes = _copies(exchange), _row_bytes(exchange)
-    ports = dispatch_ports if exchange.operation == "dispatch" else combine_ports
-    if exchange.library.kind == "low_latency":
-        return ports(copies, token_bytes=row_bytes, dedup="none", cross_rail="direct")
-    return ports(copies, token_bytes=row_bytes, dedup="node" if copies.node_of_rank_R.max() else "rank")
-
-
 def _copies(exchange: Exchange) -> Copies:
     """Expected copies of one rank's tokens under equal experts, laid out contiguously."""
     ranks, tokens = exchange.num_ranks, exchange.tokens_per_rank
-    is_limited = exchange.library.kind == "throughput" and exchange.num_nodes > MOST_GROUPS
-    groups = exchange.num_nodes if is_limited else 1
+    is_limited = exchange.library.kind == "throughput" and exchange.num_nodes > exchange.most_nodes
+    groups = (exchange.num_nodes, exchange.most_nodes) if is_limited else (1, 1)
     in_node = exchange.cluster.ranks_per_node if exchange.library.uses_nvlink else 1
-    visits = _equal_visits(exchange.num_experts, ranks, in_node, exchange.top_k, groups)
+    visits = _equal_visits(exchange.num_experts, ranks, in_node, exchange.top_k, *groups)
     shape = (1, 1, 1, ranks)
     return Copies(
         assignments_GMLR=np.full(shape, tokens * exchange.top_k / ranks),
@@ -243,21 +271,14 @@ def _copies(exchange: Exchange) -> Copies:
 
 
 @lru_cache(maxsize=256)
-def _equal_visits(num_experts: int, num_ranks: int, in_node: int, top_k: int, num_groups: int) -> VisitProbabilities:
-    """Visits when all experts are equal; with groups a token uses at most MOST_GROUPS of them."""
-    router = Router(top_k=top_k, num_groups=num_groups, top_groups=min(num_groups, MOST_GROUPS), group_score="max")
+def _equal_visits(
+    num_experts: int, num_ranks: int, in_node: int, top_k: int, num_groups: int, top_groups: int
+) -> VisitProbabilities:
+    """Visits when all experts are equal; a token uses the experts of at most top_groups of num_groups."""
+    router = Router(top_k=top_k, num_groups=num_groups, top_groups=top_groups, group_score="max")
     rng = np.random.default_rng(0)
     equal = popularity_LE(Multinomial(), num_layers=1, num_experts=num_experts, router=router, rng=rng)
     return visit_probabilities(equal, contiguous(num_experts, num_ranks), np.arange(num_ranks) // in_node)
-
-
-def _handled_rows(exchange: Exchange) -> float:
-    """Rows that a rank's SMs move in a throughput kernel: one per rank that a token goes to and, across nodes, one per
-    node as well; a rank's own copies pass through the same buffers.
-    """
-    copies = _copies(exchange)
-    per_node = float(copies.node_visits_GMLN.sum()) if copies.node_of_rank_R.max() else 0.0
-    return float(copies.visits_GMLR.sum()) + per_node
 
 
 def _row_bytes(exchange: Exchange) -> float:
@@ -282,37 +303,25 @@ def outside_envelope(exchange: Exchange) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-LEAST_MESSAGE_BYTES, LEAST_TOKENS, MOST_TOKENS = 65536, 512, 16384
+@cache
+def fitted_rows() -> tuple[Exchange, ...]:
+    """The carried rows that the libraries' constants were fitted on, by the rule of ``fit_rows``."""
+    return tuple(fit_rows([express(row, "carried") for row in carried_cases("dispatch")]))
 
 
 @cache
 def fitted_ids() -> frozenset[str]:
-    """Ids of the carried rows that the libraries' constants were fitted on, by the rule of ``fit_rows``."""
-    carried = (express_or_none(row) for row in carried_cases("dispatch"))
-    return frozenset(exchange.id for exchange in fit_rows([found for found in carried if found is not None]))
+    """Their ids."""
+    return frozenset(exchange.id for exchange in fitted_rows())
 
 
 def has_fit_setting(exchange: Exchange) -> bool:
     """Whether rows of the same library, operation, GPU and number of ranks were fitted on, this one or others."""
-    return _setting(exchange) in _fit_settings()
-
-
-@cache
-def _fit_settings() -> frozenset[tuple[str, str, str, int]]:
-    carried = (express_or_none(row) for row in carried_cases("dispatch"))
-    return frozenset(_setting(exchange) for exchange in fit_rows([found for found in carried if found is not None]))
+    return _setting(exchange) in {_setting(row) for row in fitted_rows()}
 
 
 def _setting(exchange: Exchange) -> tuple[str, str, str, int]:
     return exchange.library.name, exchange.operation, exchange.gpu, exchange.num_ranks
-
-
-def express_or_none(row: Record) -> Exchange | None:
-    """A row as an Exchange, or None where it is not one."""
-    try:
-        return express(row, row.get("id", "?"))
-    except InputError:
-        return None
 
 
 def fit_rows(exchanges: Sequence[Exchange]) -> list[Exchange]:

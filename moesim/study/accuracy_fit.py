@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from moesim.catalog.libraries import Library, LibraryRate
-from moesim.study.accuracy_dispatch import Exchange, predicted_s
+from moesim.study.accuracy_dispatch import Exchange, exchange_load, predicted_s
 
 FIRST_STEP, LAST_STEP = 0.4, 0.0005  # of a constant's logarithm
 SMOOTH_ERROR = 0.05
@@ -15,44 +15,48 @@ FITTED = ("derate", "latency", "bytes_per_s")
 
 
 def fit_library(library: Library, exchanges: Sequence[Exchange]) -> Library:
-    """The library with all its values fitted on these exchanges, each a row of its own.
+    """The library with all its values fitted on these exchanges.
 
-    Starts from the library's values; a step of each logarithm up and down, halved when none helps. Deterministic.
+    Starts from the library's values; the best step of one logarithm up or down, halved when none helps. Deterministic.
+    Errors count absolutely beyond SMOOTH_ERROR, squared below: an outlier weighs little, and the best is one point.
     """
-    rows = [replace(exchange, library=library) for exchange in exchanges]
-    rates = list(library.rates)
-    for rate in rates:
-        assert any(_uses(row, rate) for row in rows), f"no row to fit {library.name} {rate.tiers} on"
-    step = FIRST_STEP
-    best = _mean_error(rows)
+    loads = [None if library.kind == "nccl" else exchange_load(exchange) for exchange in exchanges]
+    users = [[at for at, exchange in enumerate(exchanges) if _uses(exchange, rate)] for rate in library.rates]
+    assert all(users), f"some constants of {library.name} have no row to be fitted on"
+
+    def errors(candidate: Library, rows: Sequence[int]) -> list[float]:
+        times = ((predicted_s(replace(exchanges[at], library=candidate), loads[at]), exchanges[at]) for at in rows)
+        return [math.hypot(math.log(predicted / row.measured_s), SMOOTH_ERROR) for predicted, row in times]
+
+    best, error_of_row, step = library, errors(library, range(len(exchanges))), FIRST_STEP
     while step > LAST_STEP:
-        helped = False
-        for at in range(len(rates)):
-            for name in FITTED:
-                value = getattr(rates[at], name)
-                for factor in (math.exp(step), math.exp(-step)) if value is not None else ():
-                    tried_value = value.value * factor
-                    if name == "derate" and tried_value > 1.0:
-                        continue
-                    tried = [*rates]
-                    tried[at] = replace(rates[at], **{name: replace(value, value=tried_value)})
-                    candidate = replace(library, rates=tuple(tried))
-                    rows_now = [replace(row, library=candidate) for row in rows]
-                    error = _mean_error(rows_now)
-                    if error < best - 1e-9:
-                        best, rates, helped = error, tried, True
-                        break
-        step = step if helped else step / 2
-    return replace(library, rates=tuple(rates))
+        gain, chosen = 1e-9, None
+        for at, tried in _neighbours(best, step):
+            now = errors(tried, users[at])
+            gained = sum(error_of_row[row] for row in users[at]) - sum(now)
+            if gained > gain:
+                gain, chosen = gained, (at, tried, now)
+        if chosen is None:
+            step /= 2
+            continue
+        at, best, now = chosen
+        for row, error in zip(users[at], now, strict=True):
+            error_of_row[row] = error
+    return best
+
+
+def _neighbours(library: Library, step: float) -> Iterator[tuple[int, Library]]:
+    """(which entry, the library with one of its values a step up or down on a logarithmic scale); derates at most 1."""
+    for at, rate in enumerate(library.rates):
+        for name in FITTED:
+            value = getattr(rate, name)
+            for factor in () if value is None else (math.exp(step), math.exp(-step)):
+                moved = value.value * factor
+                if name != "derate" or moved <= 1.0:
+                    changed = replace(rate, **{name: replace(value, value=moved)})
+                    yield at, replace(library, rates=(*library.rates[:at], changed, *library.rates[at + 1 :]))
 
 
 def _uses(exchange: Exchange, rate: LibraryRate) -> bool:
     key = exchange.operation if "nccl" in rate.tiers else exchange.rate_key
-    fits_gpu = not rate.gpus or exchange.gpu in rate.gpus
-    return fits_gpu and key in rate.operations
-
-
-def _mean_error(exchanges: Sequence[Exchange]) -> float:
-    """Absolute errors beyond SMOOTH_ERROR, squared ones below, so that an outlier weighs little and the best is one."""
-    errors = (math.log(predicted_s(row) / row.measured_s) for row in exchanges)
-    return sum(math.hypot(error, SMOOTH_ERROR) for error in errors) / len(exchanges)
+    return key in rate.operations and (not rate.gpus or exchange.gpu in rate.gpus)
