@@ -136,7 +136,8 @@ figures.memory_by_stage(study.step)
 # %% [markdown]
 # ## What to change
 #
-# Single settings changed one at a time. Those that fit are simulated, and the fastest comes first.
+# Single settings changed one at a time. Of those that fit, the likeliest to help are simulated, and the fastest comes
+# first.
 
 # %%
 tables.changes(options, study.step)

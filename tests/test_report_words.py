@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 import pytest
+from report_fakes import step_result
 
 from moesim.report import sentences, tables
 from moesim.report.sentences import first_page
@@ -123,3 +124,34 @@ def test_keeping_activations_is_simulated_even_where_it_leaves_least_memory(stud
     kept = next(option for option in options if option.leaves == {"recompute": "none"})
     assert kept.tokens_per_s_per_gpu is not None
     assert kept.tokens_per_s_per_gpu > study.step.tokens_per_s_per_gpu * 0.99
+
+
+def test_what_was_asked_names_placement_copies_dispatcher_and_slow_gpus() -> None:
+    sizes = {"model": "olmoe-1b-7b", "cluster": "h100-8x-ib400", "num_gpus": 16, "ep": 8}
+    usual = tables.question(Scenario.make(**sizes)).as_raw_html()
+    assert "contiguous, one slot for each expert" in usual
+    assert "Unlike GPUs" not in usual
+    changed = {"policy": "search", "num_slots": 80, "split": "nearest", "dispatcher": "deepep", "rank_speeds": "3=0.8"}
+    page = tables.question(Scenario.make(**sizes, **changed)).as_raw_html()
+    for words in ("search, 80 slots for experts and their copies", "serve the senders next to them", "3 at 0.8 ×"):
+        assert words in page
+    assert "once to each node" in page
+
+
+def test_the_first_page_says_what_other_steps_need_where_routing_moves_it() -> None:
+    step = step_result()
+    held = step.memory | {"peak_p99_bytes": step.memory["peak_bytes"]}
+    assert "99 of 100" not in str(sentences._fit(dataclasses.replace(step, memory=held)))
+    risky = dataclasses.replace(step, out_of_memory_fraction=0.08)
+    assert "99 of 100 stay under" in str(sentences._fit(risky))
+    assert "8.0% of steps do not fit" in str(sentences._fit(risky))
+    assert sentences._fit(risky).tone == "bad"
+
+
+def test_a_scenario_placed_in_order_is_advised_to_place_by_load_and_one_placed_so_is_not() -> None:
+    sizes = {"model": "olmoe-1b-7b", "cluster": "h100-8x-ib400", "num_gpus": 16, "ep": 8, "global_batch": 64}
+    found = changes(Scenario.make(**sizes, gini=0.4))
+    placed = next(change for change in found if change.name == "policy=search")
+    assert placed.tokens_per_s_per_gpu > 0
+    for other in ({"policy": "search", "gini": 0.4}, {"popularity": "balanced"}):
+        assert "policy=search" not in [change.name for change in changes(Scenario.make(**sizes, **other))]

@@ -11,6 +11,7 @@ from moesim.errors import InputError
 from moesim.placement import LayerPlacements, even_slots
 from moesim.placement.nodes import cross_node_tokens
 from moesim.placement.policies import POLICIES
+from moesim.report import placement_figures
 from moesim.routing.popularity import popularity_LE
 from moesim.scenario import Scenario
 from moesim.seeds import stream
@@ -228,3 +229,19 @@ def test_a_slow_gpu_leaves_out_policies_that_know_no_speeds_and_the_search_wins(
     assert not {"eplb", "search_hierarchical"} & set(names)
     assert slow.best.max_mean < slow.base.max_mean
     assert slow.fastest.step.step_s < slow.base.step.step_s
+
+
+def test_titles_do_not_sell_rounding_as_a_difference(study: PlacementStudy) -> None:
+    first, even = study.by_slots[0], dataclasses.replace(study.by_slots[0].placed, max_mean_L=np.full(16, 1.001))
+    alike = dataclasses.replace(study, by_slots=tuple(dataclasses.replace(first, placed=even) for _ in range(2)))
+    assert placement_figures.redundancy_title(alike).startswith("Copies have nothing to even out")
+    copies_L = np.full(16, 2.0)
+    points = {
+        name: tuple(dataclasses.replace(point, cross_node_per_token_L=copies_L) for point in getattr(study, name))
+        for name in ("by_policy", "by_slots")
+    }
+    base = dataclasses.replace(study.base, cross_node_per_token_L=copies_L)
+    still = dataclasses.replace(study, base=base, trades=(), **points)
+    assert placement_figures.front(still).alt.startswith("No layout changes the traffic by 1%: 2.00 copies of a token")
+    fewer = dataclasses.replace(base, cross_node_per_token_L=copies_L / 2)
+    assert placement_figures.front(dataclasses.replace(still, base=fewer)).alt.startswith("Least traffic: 1.00 copies")

@@ -5,8 +5,6 @@ Legend: G expert-parallel groups, M micro-batches, L MoE layers, E experts, R ra
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +13,7 @@ from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory
 from moesim.describe.flops import training_flops_per_token
 from moesim.describe.hardware import Sourced
+from moesim.describe.popularity import popularity_words
 from moesim.describe.workload import Recorded
 from moesim.fabric.ports import spine_slowdown
 from moesim.metrics.memory import MemoryOverSteps, expected_redraw, memory_by_stage, memory_over_steps
@@ -153,7 +152,7 @@ def _cluster_provenance(scenario: Scenario) -> list[Provenance]:
         return told
     if isinstance(popularity, Recorded):
         return [*told, Provenance(part="expert popularity", kind="measured", source=popularity.file)]
-    skew = f"routing.popularity of the scenario: {dataclasses.asdict(popularity)}"
+    skew = f"routing.popularity of the scenario: {popularity_words(popularity)}"
     return [*told, Provenance(part="expert popularity", kind="assumed", source=skew)]
 
 

@@ -50,6 +50,9 @@ POLICY_COLOURS: Mapping[str, str] = MappingProxyType(
 _REPLICA_PARTS = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 _AGED = ("today", "by_load", "eplb", "search", "fresh")  # lines of the ageing figure: more would hide each other
 _MAX_GPU_LINES = 40  # node borders beyond this many would hide the map
+NO_GAIN = 0.005  # of the busiest GPU, over the mean: less is none
+ALIKE = 0.01  # copies of a token that differ by less are alike
+LEAST_SPAN = 0.05  # of an axis of busiest GPUs
 
 
 def colour_of(policy: str) -> str:
@@ -154,6 +157,8 @@ def redundancy_title(study: PlacementStudy) -> str:
     if len(points) < 2:
         return f"{points[0].num_slots} slots: the busiest GPU gets {points[0].max_mean:.2f} times the mean"
     num_ranks = points[0].placed.placements.ranks.num_ranks
+    if points[0].max_mean - min(point.max_mean for point in points) < NO_GAIN:
+        return f"Copies have nothing to even out: the busiest GPU gets {points[0].max_mean:.2f} times the mean without"
     more = (points[1].num_slots - points[0].num_slots) / num_ranks
     cost = points[1].replica_bytes.total_bytes - points[0].replica_bytes.total_bytes
     return (
@@ -171,6 +176,10 @@ def front(study: PlacementStudy) -> Picture:
         f"Least traffic: {least.cross_node_per_token:.2f} copies of a token leave its node ({point_name(least)}); "
         f"most even: {best.cross_node_per_token:.2f} copies ({point_name(best)})"
     )
+    copies = [point.cross_node_per_token for point in points] + [trade.cross_node_per_token for trade in study.trades]
+    middle, reach = (max(copies) + min(copies)) / 2, max(copies) - min(copies)
+    if reach < ALIKE * middle:
+        title = f"No layout changes the traffic by {ALIKE:.0%}: {middle:.2f} copies of a token leave its node"
     with house_style():
         figure = new_figure(9.0, 4.4)
         axes = figure.subplots()
@@ -200,6 +209,8 @@ def front(study: PlacementStudy) -> Picture:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
         axes.minorticks_off()
         axes.margins(x=0.32, y=0.14)
+        half = 0.82 * max(reach, ALIKE * middle)  # so that what hardly differs does not look far apart
+        axes.set_xlim(middle - half, middle + half)
         _label_points(axes, points, study.trades)
         axes.set(
             xlabel="Copies of a token that leave its node, mean over layers", ylabel="Busiest GPU above the mean [%]"
@@ -339,6 +350,8 @@ def _slots_balance_panel(axes: Axes, points: Sequence[PlacementPoint], per_gpu: 
     axes.plot(
         per_gpu, [point.lower_bound for point in points], color=COLOURS["ink"], linestyle=(0, (4, 3)), linewidth=1.2
     )
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, max(high, low + LEAST_SPAN))  # so that rounding does not look like a difference
     axes.set_ylabel("Busiest GPU over the mean [×]")
     axes.set_title("band: all layers; dashed: the bound", fontsize=9)
     light_grid(axes, "y")

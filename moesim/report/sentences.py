@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, StepResult
+from moesim.metrics.summary import RISK
 from moesim.report.style import COLOURS, MEMORY_WORDS, WORDS, short_count, signed_percent
 from moesim.study.advice import Change
 from moesim.study.planning import PlanningStudy
@@ -88,15 +89,25 @@ def _fit(step: StepResult) -> Sentence:
     if step.fits:
         text = (
             f"Yes. The fullest GPU (in {place}) needs {format_bytes(peak)} of {format_bytes(capacity)}; "
-            f"{format_bytes(step.headroom_bytes)} stay free. {most}"
+            f"{format_bytes(step.headroom_bytes)} stay free. {most}{_over_steps(step)}"
         )
-        return Sentence(question="Does it fit?", text=text, tone="good")
+        risky = step.out_of_memory_fraction > RISK
+        return Sentence(question="Does it fit?", text=text, tone="bad" if risky else "good")
     text = (
         f"No. The fullest GPU (in {place}) needs {format_bytes(peak)}, {format_bytes(-step.headroom_bytes)} more "
         f"than its "
         f"{format_bytes(capacity)}. {most} All times below are those of GPUs that had enough memory."
     )
     return Sentence(question="Does it fit?", text=text, tone="bad")
+
+
+def _over_steps(step: StepResult) -> str:
+    """What other steps need, where routing moves it: nothing where it hardly does."""
+    p99, peak = step.memory["peak_p99_bytes"], step.memory["peak_bytes"]
+    if p99 < 1.005 * peak and step.out_of_memory_fraction <= RISK:
+        return ""
+    chance = f"; {step.out_of_memory_fraction:.1%} of steps do not fit" if step.out_of_memory_fraction > RISK else ""
+    return f" Routing differs from step to step: 99 of 100 stay under {format_bytes(p99)}{chance}."
 
 
 def _speed(study: PlanningStudy) -> Sentence:

@@ -69,6 +69,13 @@ def question(scenario: Scenario) -> GT:
     if scenario.model.is_moe:
         rows.append(("Routing", skew))
         rows.append(("Expert capacity", _capacity_in_words(scenario)))
+        rows.append(("Placement", _placement_in_words(scenario)))
+        travels = {"alltoall": "once to each GPU that needs it", "deepep": "once to each node, and on by NVLink"}
+        dispatcher = scenario.routing.dispatcher
+        rows.append(("Dispatcher", f"{dispatcher}: a token travels {travels[dispatcher]}"))
+    if scenario.placement.rank_speeds:
+        slow = ", ".join(f"{rank} at {speed:g} ×" for rank, speed in scenario.placement.rank_speeds.items())
+        rows.append(("Unlike GPUs", f"{slow} the speed of the others"))
     return _two_columns("question", rows)
 
 
@@ -89,6 +96,21 @@ def _capacity_in_words(scenario: Scenario) -> str:
         room = f"capacity factor {routing.capacity_factor:g} as {kind.replace('_', ' ')} counts it"
     padding = "; buffers are padded to it" if routing.pad_to_capacity else ""
     return f"{room}; {rest}{padding}"
+
+
+def _placement_in_words(scenario: Scenario) -> str:
+    """Where experts live, and what becomes of their copies."""
+    choice = scenario.placement
+    where = f"the map of {choice.map}" if choice.policy == "map" else choice.policy.replace("_", " ")
+    if scenario.expert_copies == 1.0:
+        return f"{where}, one slot for each expert"
+    senders = {
+        "even": "share an expert's tokens evenly",
+        "nearest": "serve the senders next to them",
+        "least_loaded": "are filled the least loaded first",
+        "uneven": "share tokens so that the busiest GPU is least busy",
+    }[choice.split]
+    return f"{where}, {choice.num_slots} slots for experts and their copies, which {senders}"
 
 
 def headline(result: StepResult, twins: Twins | None) -> GT:

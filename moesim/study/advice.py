@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesim.errors import MoesimError
+from moesim.metrics.memory import PLACED_BLINDLY
 from moesim.scenario import Scenario
 from moesim.study.simulate import simulate
 from moesim.study.sizes import rank_memories
@@ -82,6 +83,9 @@ def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
     if scenario.model.is_moe:
         if scenario.routing.dispatcher == "alltoall" and p.ep > scenario.cluster.ranks_per_node:
             found.append(({"dispatcher": "deepep"}, "a token crosses the network once for each node, not for each GPU"))
+        if p.ep > 1 and scenario.placement.policy in PLACED_BLINDLY and scenario.routing.popularity.kind != "balanced":
+            placed = {"policy": "search", "map": None} if scenario.placement.map else {"policy": "search"}
+            found.append((placed, "experts are placed by their expected load instead of in order, so GPUs wait less"))
         if p.ep % 2 == 0:
             found.append(({"ep": p.ep // 2}, "fewer GPUs share the experts, so tokens travel less and each holds more"))
         found.append(({"ep": p.ep * 2}, "more GPUs share the experts, so each holds fewer and tokens travel further"))
