@@ -153,7 +153,7 @@ placement_sentences.about_ageing(study)
 #
 # - **Expert-parallel group**: the GPUs that share one set of experts. Tokens travel among them twice in each MoE layer.
 # - **Slot**: room for one expert's weights in one layer on one GPU. More slots than experts means copies (*replicas*),
-#   which share their expert's tokens evenly.
+#   which share their expert's tokens.
 # - **Contiguous**: the first experts on the first GPU, the next on the second, and so on. **Striped**: dealt out in
 #   turn. **Random**: shuffled. **by_load**: copies for the heaviest, then the heaviest to the least loaded GPU.
 # - **EPLB**: DeepSeek's public balancer, which keeps the router's expert groups on one node where it can.

@@ -234,7 +234,14 @@ def test_a_slow_gpu_leaves_out_policies_that_know_no_speeds_and_the_search_wins(
 def test_titles_do_not_sell_rounding_as_a_difference(study: PlacementStudy) -> None:
     first, even = study.by_slots[0], dataclasses.replace(study.by_slots[0].placed, max_mean_L=np.full(16, 1.001))
     alike = dataclasses.replace(study, by_slots=tuple(dataclasses.replace(first, placed=even) for _ in range(2)))
-    assert placement_figures.redundancy_title(alike).startswith("Copies have nothing to even out")
+    assert placement_figures.redundancy_title(alike) == (
+        "Copies have nothing to even out: the busiest GPU gets 1.00 times the mean without"
+    )
+    quick = dataclasses.replace(
+        first, placed=even, step=dataclasses.replace(first.step, step_s=0.9 * first.step.step_s)
+    )
+    near = dataclasses.replace(alike, by_slots=(alike.by_slots[0], quick))
+    assert placement_figures.redundancy_title(near).endswith("a step is 10% shorter with 64 slots")
     copies_L = np.full(16, 2.0)
     points = {
         name: tuple(dataclasses.replace(point, cross_node_per_token_L=copies_L) for point in getattr(study, name))
@@ -243,5 +250,7 @@ def test_titles_do_not_sell_rounding_as_a_difference(study: PlacementStudy) -> N
     base = dataclasses.replace(study.base, cross_node_per_token_L=copies_L)
     still = dataclasses.replace(study, base=base, trades=(), **points)
     assert placement_figures.front(still).alt.startswith("No layout changes the traffic by 1%: 2.00 copies of a token")
-    fewer = dataclasses.replace(base, cross_node_per_token_L=copies_L / 2)
-    assert placement_figures.front(dataclasses.replace(still, base=fewer)).alt.startswith("Least traffic: 1.00 copies")
+    *others, last = points["by_policy"]
+    fewer = (*others, dataclasses.replace(last, cross_node_per_token_L=copies_L / 2))
+    alt = placement_figures.front(dataclasses.replace(still, by_policy=fewer)).alt
+    assert alt.startswith("Least traffic: 1.00 copies of a token leave its node")

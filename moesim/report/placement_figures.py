@@ -158,7 +158,15 @@ def redundancy_title(study: PlacementStudy) -> str:
         return f"{points[0].num_slots} slots: the busiest GPU gets {points[0].max_mean:.2f} times the mean"
     num_ranks = points[0].placed.placements.ranks.num_ranks
     if points[0].max_mean - min(point.max_mean for point in points) < NO_GAIN:
-        return f"Copies have nothing to even out: the busiest GPU gets {points[0].max_mean:.2f} times the mean without"
+        chosen, alone = study.chosen_slots, points[0]
+        if (
+            chosen.step is not None
+            and alone.step is not None
+            and chosen.step.step_s < alone.step.step_s * (1 - NO_GAIN)
+        ):
+            shorter = 1 - chosen.step.step_s / alone.step.step_s
+            return f"Copies even out nothing more, yet a step is {shorter:.0%} shorter with {chosen.num_slots} slots"
+        return f"Copies have nothing to even out: the busiest GPU gets {alone.max_mean:.2f} times the mean without"
     more = (points[1].num_slots - points[0].num_slots) / num_ranks
     cost = points[1].replica_bytes.total_bytes - points[0].replica_bytes.total_bytes
     return (
@@ -397,7 +405,8 @@ def _slots_step_panel(axes: Axes, study: PlacementStudy, per_gpu: Sequence[float
         axes.axhline(study.base.step.step_s, color=colour_of(study.base.policy), linewidth=1.4, linestyle=(0, (4, 3)))
     crosses = "; cross: does not fit" if any(not step.fits for _, step in known) else ""
     axes.set_title(f"dashed: today{crosses}", fontsize=9)
-    axes.set_ylim(0, None)
+    today = [] if study.base.step is None else [study.base.step.step_s]
+    axes.set_ylim(0, 1.08 * max(seconds + today))
     axes.set_ylabel("Time of one training step [s]")
     light_grid(axes, "y")
 
