@@ -1,4 +1,4 @@
-"""Run a function on several local ranks at once: processes of one thread each, joined by gloo on the CPU."""
+"""Run a function on several local ranks at once: processes of one thread, joined by gloo, or by NCCL with a GPU each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import distributed
@@ -18,8 +18,14 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 LIMIT_S = 300.0
 
 
-def run_on_ranks(work: Callable[..., Any], num_ranks: int, *arguments: Any, limit_s: float = LIMIT_S) -> list[Any]:
-    """work(*arguments) on each of num_ranks new processes in one gloo group; what each returned, by rank.
+def run_on_ranks(
+    work: Callable[..., Any],
+    num_ranks: int,
+    *arguments: Any,
+    backend: Literal["gloo", "nccl"] = "gloo",
+    limit_s: float = LIMIT_S,
+) -> list[Any]:
+    """work(*arguments) on each of num_ranks new processes in one group; what each returned, by rank.
 
     work and its arguments must be importable and picklable. A rank that raises ends them all: RuntimeError
     with its traceback; a collective that waits longer than limit_s [s] is an error too.
@@ -32,7 +38,10 @@ def run_on_ranks(work: Callable[..., Any], num_ranks: int, *arguments: Any, limi
     with tempfile.TemporaryDirectory() as folder:
         try:
             start_processes(
-                _rank, (work, num_ranks, arguments, folder, limit_s), nprocs=num_ranks, start_method="forkserver"
+                _rank,
+                (work, num_ranks, arguments, backend, folder, limit_s),
+                nprocs=num_ranks,
+                start_method="forkserver",
             )
         except ProcessException as error:
             # The first to fail says why; the others only that their peer is gone.
@@ -42,13 +51,21 @@ def run_on_ranks(work: Callable[..., Any], num_ranks: int, *arguments: Any, limi
 
 
 def _rank(
-    rank: int, work: Callable[..., Any], num_ranks: int, arguments: tuple[Any, ...], folder: str, limit_s: float
+    rank: int,
+    work: Callable[..., Any],
+    num_ranks: int,
+    arguments: tuple[Any, ...],
+    backend: str,
+    folder: str,
+    limit_s: float,
 ) -> None:
     torch.set_num_threads(1)
     # The loopback interface always exists; a host's own name need not resolve.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{Path(folder) / 'meeting'}",
         rank=rank,
         world_size=num_ranks,

@@ -216,3 +216,23 @@ def _fails_on_rank_one() -> None:
 def test_an_error_on_one_rank_ends_all_of_them_and_is_raised_here() -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 of 2:[\s\S]*rank one gave up"):
         run_on_ranks(_fails_on_rank_one, 2, limit_s=30.0)
+
+
+def _on_the_gpu() -> tuple[torch.Tensor, torch.Tensor, list[dict[str, float]]]:
+    num_ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    changes = {"hidden": 128, "width": 256, "device": "cuda", "dtype": torch.bfloat16}
+    layer = ExpertParallelMoe(_layer(changes), Placement.of(SHUFFLED, num_ranks=num_ranks))
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(num_ranks, 96, 128, device="cuda", generator=generator).bfloat16()
+    clock = PhaseClock(device=torch.device("cuda"))
+    ours = layer(x[rank], clock).output_TH
+    return ours.detach().cpu(), _layer(changes)(x[rank]).output_TH.detach().cpu(), phase_table(clock)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
+def test_ranks_with_a_gpu_each_exchange_by_nccl() -> None:
+    num_ranks = max(count for count in (1, 2, 4, 8) if count <= torch.cuda.device_count())
+    for ours, oracle, table in run_on_ranks(_on_the_gpu, num_ranks, backend="nccl"):
+        torch.testing.assert_close(ours, oracle, rtol=2**-6, atol=2**-6)
+        assert all(row["experts"] > 0.0 for row in table)

@@ -16,7 +16,14 @@ from reference_model.capacity import capacity_tokens  # noqa: E402
 from reference_model.dispatch import combine, permute, permute_weights, plan_dispatch  # noqa: E402
 from reference_model.experts import Experts, grouped_product, looped_product, row_alignment  # noqa: E402
 from reference_model.layer import MoeLayer, layer_by_loops  # noqa: E402
-from reference_model.routers import Choice, SoftmaxTopK, router_logits  # noqa: E402
+from reference_model.routers import (  # noqa: E402
+    Choice,
+    GshardTop2,
+    NoisyTopK,
+    SigmoidTopK,
+    SoftmaxTopK,
+    router_logits,
+)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -188,6 +195,50 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(moe, (x, weights))
 
 
+def _norm_error(ours, oracle) -> float:
+    return float((ours.float() - oracle.float()).norm() / oracle.float().norm())
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 0.5])
+def test_bf16_layer_equals_the_loop_over_experts_to_the_precision_of_bf16(capacity_factor):
+    layer = _layer(dtype=torch.bfloat16, capacity_factor=capacity_factor, shared_width=24)
+    assert layer.experts.path() == "grouped"
+    x = torch.randn(53, 32, generator=_generator(2)).bfloat16().requires_grad_()
+    leaves = (x, *layer.parameters())
+    output, oracle = layer(x).output_TH, layer_by_loops(layer, x)
+    assert output.dtype == torch.bfloat16
+    for ours, theirs in zip((output, *_gradients(output, leaves)), (oracle, *_gradients(oracle, leaves)), strict=True):
+        # bf16 keeps 8 bits: a unit in the last place of each entry, rounded in other places.
+        assert _norm_error(ours.detach(), theirs.detach()) < 2**-7
+
+
+def test_autocast_runs_experts_in_bf16_and_the_router_and_all_gradients_in_float32():
+    layer = _layer()
+    x = torch.randn(53, 32, generator=_generator(2), requires_grad=True)
+    leaves = (x, *layer.parameters())
+    exact = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = layer(x)
+    assert result.output_TH.dtype == torch.bfloat16
+    torch.testing.assert_close(result.choice.weights_TK, exact.choice.weights_TK, rtol=0, atol=0)
+    grads = _gradients(result.output_TH, leaves)
+    assert {grad.dtype for grad in grads} == {torch.float32}
+    for ours, theirs in zip(grads, _gradients(exact.output_TH, leaves), strict=True):
+        assert _norm_error(ours, theirs) < 2**-6
+
+
+def test_bf16_rows_are_summed_in_float32():
+    num_choices = 8
+    experts = torch.arange(num_choices)[None]
+    choice = Choice(torch.ones(1, num_choices), experts, torch.full((1, num_choices), 1 / num_choices))
+    plan = plan_dispatch(choice, num_experts=num_choices)
+    rows = torch.full((num_choices, 16), 2**-9, dtype=torch.bfloat16)
+    rows[0] = 1.0  # beside which bf16 drops 2**-9 each time, but not seven of them together
+    total = combine(rows, plan)
+    assert bool((total == torch.tensor(1 + 7 * 2**-9).bfloat16()).all())
+    assert float(total[0, 0]) > 1.0
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
@@ -209,19 +260,26 @@ def test_bf16_on_the_gpu_equals_the_loop_with_padding_and_empty_experts(capacity
     output, oracle = layer(x).output_TH, layer_by_loops(layer, x)
     grads, oracle_grads = _gradients(output, leaves), _gradients(oracle, leaves)
     for ours, theirs in zip((output, *grads), (oracle, *oracle_grads), strict=True):
-        # bf16 keeps 8 bits: a unit in the last place of the largest entry, summed in another order.
-        assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 2e-2
+        assert _norm_error(ours.detach(), theirs.detach()) < 2e-2  # bf16 keeps 8 bits, summed in another order
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_the_layer_never_waits_for_the_gpu():
+@pytest.mark.parametrize("recompute", ["none", "moe_act"])
+@pytest.mark.parametrize(
+    "router",
+    [SoftmaxTopK(top_k=2), SigmoidTopK(top_k=2, num_groups=4, top_groups=2), NoisyTopK(top_k=2), GshardTop2()],
+    ids=lambda router: router.kind,
+)
+def test_the_layer_never_waits_for_the_gpu(router, recompute):
     layer = MoeLayer(
         hidden=256,
         width=384,
         num_experts=8,
-        router=SoftmaxTopK(top_k=2),
+        router=router,
+        shared_width=128,
         capacity_factor=1.0,
+        recompute=recompute,
         device="cuda",
         dtype=torch.bfloat16,
     )
