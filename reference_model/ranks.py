@@ -1,4 +1,4 @@
-"""Run a function on several local ranks at once: processes of one thread, joined by gloo, or by NCCL with a GPU each."""
+"""Run a function on several local ranks: processes of one thread each, joined by gloo, or by NCCL with a GPU each."""
 
 from __future__ import annotations
 

@@ -9,11 +9,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+
 from moesim.cost.activations import MEGATRON, REFERENCE, SavedTensor, Software, layer_tensors  # noqa: E402
 from moesim.describe.flops import layer_flops  # noqa: E402
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn  # noqa: E402
 from moesim.describe.model import Router as DescribedRouter  # noqa: E402
 from moesim.describe.parallel import Parallelism  # noqa: E402
+from reference_model import experts  # noqa: E402
+from reference_model.experts import activate  # noqa: E402
 from reference_model.flops import flop_counter  # noqa: E402
 from reference_model.layer import FeedForward, MoeLayer  # noqa: E402
 from reference_model.routers import SWITCH_TOP_1, SigmoidTopK, SoftmaxTopK  # noqa: E402
@@ -82,6 +86,27 @@ def test_recomputing_the_activation_keeps_all_but_its_output_and_full_recomputat
     assert len(less) == len(tensors) - 1
     assert _kept(router, recompute="moe_act").num_bytes == _bytes(less, router.top_k) + ENDS_BYTES
     assert _kept(router, recompute="full").num_bytes == TOKENS * HIDDEN * 2
+
+
+@pytest.mark.parametrize("path", ["grouped", "loop"])
+def test_the_recomputed_activation_is_really_freed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Hooks inside a layer hide from the record above what they keep: look whether the storage still lives.
+    outputs: list[StorageWeakRef] = []
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        active = activate(*arguments)
+        outputs.append(StorageWeakRef(active.untyped_storage()))
+        return active
+
+    monkeypatch.setattr(experts, "activate", watched)
+    for recompute, freed in (("none", False), ("moe_act", True)):
+        layer = MoeLayer(
+            hidden=HIDDEN, width=WIDTH, num_experts=EXPERTS, router=SWITCH_TOP_1, recompute=recompute, path=path
+        )
+        result = layer(torch.randn(TOKENS, HIDDEN, requires_grad=True))
+        assert outputs[-1].expired() == freed
+        result.output_TH.sum().backward()
+    assert len(outputs) > 2, "the backward must compute it again"
 
 
 def test_every_large_tensor_that_megatron_keeps_is_kept_in_the_same_shape() -> None:
