@@ -2,11 +2,12 @@
 
 Legend: E experts, R ranks, S slots, M at most so many slots of a rank.
 
-A time is refuted when no choice of replicas and slots can meet it. Four arguments, each a necessary condition:
+A time is refuted when no choice of replicas and slots can meet it. Four kinds of argument, each a necessary condition:
 volume (the load fits all ranks together); replicas (an expert heavier than a rank needs several, and there are S
-slots); company (a slot shares its rank with n-1 others, which weigh at least the n-1 lightest slots there can be);
-counting (of slots heavier than v a rank of capacity C holds at most m with m*v plus the lightest company <= C, and
-experts are thinned below v only by replicas that the slots must pay for: a fractional knapsack, an underestimate).
+slots); company (a slot shares its rank with n-1 others: what heavy slots have above one weight must find as much room
+in light ones below another, and as many of them, see _company_refuted); counting (of slots heavier than v a rank of
+capacity C holds at most m with m*v plus the lightest company <= C, and experts are thinned below v only by replicas
+that the slots must pay for: a fractional knapsack, an underestimate).
 The bound is the largest time refuted by bisection; it holds whether or not the conditions are monotone.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 from numba import njit
 
 _SLACK = 1e-10  # relative rounding allowance: a bound must never exceed the truth
+_NUM_LIGHT = 24  # light weights that the surplus is taken at, then as many closer together around the best
 
 
 @njit(nogil=True, cache=True)
@@ -96,38 +98,120 @@ def _fewest_heavier(load_E, least_E, spare, v):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _heavy_set_refuted(load_E, least_E, lightest_M, spare, num_ranks, slots_per_rank, time):  # type: ignore[no-untyped-def]
-    """Whether some set of heaviest experts does not fit with the company it must keep; all ranks alike.
+def _surplus(load_E, least_E, spare, heavy, light):  # type: ignore[no-untyped-def]
+    """What is above ``heavy`` in all slots less what is free below ``light``, when the spare slots serve it best.
 
-    The set's replicas, h of them, lie on p <= h ranks, which hold n*p - h other slots. So its load plus the lightest
-    n*p - h others (less what spare replicas outside the set thin) must be at most p * time, for some h and p.
+    A replica more takes ``heavy`` off an expert's surplus, the last one what is left, and any replica frees at most
+    ``light``; an expert's savings fall one after the other, so the largest of all of them are the most to be saved.
     """
-    by_load = np.argsort(-load_E / least_E, kind="mergesort")
-    set_load = 0.0
-    fewest = 0
-    for position in range(by_load.size):
-        e = by_load[position]
-        set_load += load_E[e]
-        fewest += least_E[e]
-        if fewest >= num_ranks:
-            return False
-        fits = False
-        for more in range(spare + 1):
-            h = fewest + more
-            p = min(h, num_ranks)
+    surplus = 0.0
+    whole = 0
+    last_E = np.empty(load_E.size)
+    num_last = 0
+    for e in range(load_E.size):
+        above = load_E[e] - least_E[e] * heavy
+        if above > 0.0:
+            surplus += above
+            times = np.int64(above / heavy)
+            whole += times
+            if above - times * heavy > light:
+                last_E[num_last] = above - times * heavy
+                num_last += 1
+        else:
+            surplus -= max(0.0, least_E[e] * light - load_E[e])
+    if whole >= spare:
+        return surplus - spare * heavy
+    surplus -= whole * heavy
+    left = spare - whole
+    if num_last > left:
+        last_E[:num_last] = -np.sort(-last_E[:num_last])
+        num_last = left
+    for i in range(num_last):
+        surplus -= last_E[i]
+    return surplus - (left - num_last) * light
+
+
+@njit(nogil=True, cache=True)
+def _unmatched(load_E, least_E, spare, heavy, light):  # type: ignore[no-untyped-def]
+    """Slots over ``heavy`` less slots up to ``light``, when the spare slots lower it as far as whole experts can.
+
+    An expert passes below heavy, and below light, at the price of some replicas; any replica beyond adds one light
+    slot. Of experts the steeper step goes first, in parts too: an underestimate.
+    """
+    number = 0.0
+    steep_X = np.empty(2 * load_E.size)
+    price_X = np.empty(2 * load_E.size, np.int64)
+    num_steps = 0
+    for e in range(load_E.size):
+        share = load_E[e] / least_E[e]
+        if share <= light * (1.0 + _SLACK):
+            number -= least_E[e]
+            continue
+        to_light = _needed(load_E[e], light) - least_E[e]
+        to_middle = _needed(load_E[e], heavy * (1.0 + _SLACK)) - least_E[e]
+        above = np.float64(least_E[e]) if to_middle > 0 else 0.0
+        number += above
+        gain = above + least_E[e] + to_light  # all its replicas are light then
+        if 0 < to_middle < to_light and above * to_light >= gain * to_middle:
+            if above > to_middle:
+                steep_X[num_steps], price_X[num_steps] = above / to_middle, to_middle
+                num_steps += 1
+            gain, to_light = gain - above, to_light - to_middle
+        if gain > to_light:
+            steep_X[num_steps], price_X[num_steps] = gain / max(1, to_light), max(1, to_light)
+            num_steps += 1
+    left = np.float64(spare)
+    by_steepness = np.argsort(-steep_X[:num_steps])
+    for place in range(num_steps):
+        if left <= 0.0:
+            break
+        x = by_steepness[place]
+        part = min(left, np.float64(price_X[x]))
+        number -= part * steep_X[x]
+        left -= part
+    return number - left
+
+
+@njit(nogil=True, cache=True)
+def _company_refuted(load_E, least_E, company_M, spare, num_slots_R, capacity_R):  # type: ignore[no-untyped-def]
+    """Whether for some weights a >= u the slots above a find too little room, or too few slots, below u.
+
+    If a + (n-1)*u >= C, a rank of n slots that is done in time has sum (w - a)+ <= sum (u - w)+ over its slots: one
+    slot above a leaves the others less than u each on average, two leave less still. And where no rank can hold two
+    slots above a, each such slot has a slot below u beside it. Either must hold for all slots together.
+    """
+    share_E = np.sort(load_E / least_E)
+    limit = _SLACK * load_E.sum()
+    largest = capacity_R.max()
+    most = num_slots_R.max()
+    for count in range(2):
+        centre, width = 0.5, 1.0
+        for _ in range(2):
             best = -np.inf
-            while p > 0:
-                others = max(0, slots_per_rank * p - h - (spare - more))
-                room = p * time - lightest_M[others]
-                if room <= best:
-                    break
-                best = room
-                p -= 1
-            if best * (1.0 + _SLACK) >= set_load:
-                fits = True
-                break
-        if not fits:
-            return True
+            best_place = centre
+            for i in range(_NUM_LIGHT):
+                place = centre + width * ((i + 0.5) / _NUM_LIGHT - 0.5)
+                if place < 0.0 or place >= 1.0:
+                    continue
+                light = share_E[np.int64(place * share_E.size)]
+                heavy = light
+                for r in range(capacity_R.size):
+                    if num_slots_R[r] > 0:
+                        heavy = max(heavy, capacity_R[r] - (num_slots_R[r] - 1) * light)
+                if heavy >= share_E[-1]:
+                    continue
+                if count == 0:
+                    found = _surplus(load_E, least_E, spare, heavy, light)
+                elif most >= 2 and 2.0 * heavy + company_M[most - 2] > largest * (1.0 + _SLACK):
+                    found = _unmatched(load_E, least_E, spare, heavy, light)
+                else:
+                    continue
+                if found > (limit if count == 0 else 1e-6):
+                    return True
+                if found > best:
+                    best = found
+                    best_place = place
+            centre, width = best_place, 2.0 / _NUM_LIGHT
     return False
 
 
@@ -154,38 +238,7 @@ def _counting_refuted(load_E, least_E, company_M, spare, num_slots_R, capacity_R
 
 
 @njit(nogil=True, cache=True)
-def _crowd_refuted(load_E, least_E, lightest_M, company_M, spare, num_ranks, slots_per_rank, time):  # type: ignore[no-untyped-def]
-    """As _counting_refuted, with the company of all heavy slots at once: no two of them share the lightest slots.
-
-    X slots of weight v or more, at most m on a rank, lie on p ranks, X/m <= p <= X; with them lie n*p - X others.
-    v runs over the weights that slots of half to all of ``time`` can have. All ranks alike.
-    """
-    for e in range(load_E.size):
-        replicas = least_E[e]
-        while load_E[e] > 0.3 * time * replicas:
-            v = load_E[e] / replicas * (1.0 - 1e-9)
-            replicas += 1
-            heavy = np.int64(np.ceil(_fewest_heavier(load_E, least_E, spare, v) - 1e-6))
-            most = slots_per_rank
-            while most > 0 and most * v + company_M[slots_per_rank - most] > time * (1.0 + _SLACK):
-                most -= 1
-            if heavy == 0:
-                continue
-            if heavy > most * num_ranks:
-                return True
-            fits = False
-            for p in range((heavy + most - 1) // most, min(heavy, num_ranks) + 1):
-                others = max(0, slots_per_rank * p - heavy - spare)
-                if heavy * v + lightest_M[others] <= p * time * (1.0 + _SLACK):
-                    fits = True
-                    break
-            if not fits:
-                return True
-    return False
-
-
-@njit(nogil=True, cache=True)
-def refuted(load_E, num_slots_R, slowness_R, time, thorough):  # type: ignore[no-untyped-def]
+def refuted(load_E, num_slots_R, slowness_R, time):  # type: ignore[no-untyped-def]
     """Whether no layout can have every rank done by ``time``."""
     num_slots = num_slots_R.sum()
     capacity_R = time / slowness_R
@@ -212,32 +265,24 @@ def refuted(load_E, num_slots_R, slowness_R, time, thorough):  # type: ignore[no
         for r in range(capacity_R.size):
             if num_slots_R[r] > 0:
                 largest = max(largest, capacity_R[r] - company_M[num_slots_R[r] - 1])
-    if _counting_refuted(load_E, least_E, company_M, spare, num_slots_R, capacity_R):
+    if _company_refuted(load_E, least_E, company_M, spare, num_slots_R, capacity_R):
         return True
-    alike = slowness_R.min() == slowness_R.max() and num_slots_R.min() == num_slots_R.max()
-    if not alike:
-        return False
-    num_ranks = slowness_R.size
-    if _heavy_set_refuted(load_E, least_E, lightest_M, spare, num_ranks, num_slots_R[0], capacity_R[0]):
-        return True
-    return thorough and _crowd_refuted(
-        load_E, least_E, lightest_M, company_M, spare, num_ranks, num_slots_R[0], capacity_R[0]
-    )
+    return _counting_refuted(load_E, least_E, company_M, spare, num_slots_R, capacity_R)
 
 
 @njit(nogil=True, cache=True)
-def lower_bound(load_E, num_slots_R, slowness_R, reached, num_halvings, thorough):  # type: ignore[no-untyped-def]
+def lower_bound(load_E, num_slots_R, slowness_R, reached, num_halvings):  # type: ignore[no-untyped-def]
     """Largest time found refuted below ``reached`` (a time that some layout has), at least the volume bound."""
     low = load_E.sum() / (1.0 / slowness_R).sum()
     high = max(reached, low)
     # Most instances are bound by volume alone: then one test tells.
-    if not refuted(load_E, num_slots_R, slowness_R, low * (1.0 + 1e-6), thorough):
+    if not refuted(load_E, num_slots_R, slowness_R, low * (1.0 + 1e-6)):
         return low
     for _ in range(num_halvings):
         if high - low <= 1e-7 * high:
             break
         middle = 0.5 * (low + high)
-        if refuted(load_E, num_slots_R, slowness_R, middle, thorough):
+        if refuted(load_E, num_slots_R, slowness_R, middle):
             low = middle
         else:
             high = middle
@@ -245,6 +290,6 @@ def lower_bound(load_E, num_slots_R, slowness_R, reached, num_halvings, thorough
 
 
 @njit(nogil=True, cache=True)
-def lower_bounds(load_LE, num_slots_R, slowness_R, reached_L, num_halvings, thorough, bound_L):  # type: ignore[no-untyped-def]
+def lower_bounds(load_LE, num_slots_R, slowness_R, reached_L, num_halvings, bound_L):  # type: ignore[no-untyped-def]
     for layer in range(load_LE.shape[0]):
-        bound_L[layer] = lower_bound(load_LE[layer], num_slots_R, slowness_R, reached_L[layer], num_halvings, thorough)
+        bound_L[layer] = lower_bound(load_LE[layer], num_slots_R, slowness_R, reached_L[layer], num_halvings)

@@ -11,17 +11,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from moesim.placement.bound_kernels import lower_bound
+from moesim.placement.bound_kernels import lower_bound, refuted
 from moesim.placement.move_kernels import below, descend, index_slots, kick, refresh, slowest
-from moesim.placement.start_kernels import capped_counts, folded_counts, greedy_counts, pack, respread
+from moesim.placement.start_kernels import capped_counts, greedy_counts, levelled_counts, pack, respread
 
-# Other replica counts to start from: folds 2.._NUM_FOLDS + 1, and caps of _NUM_CAPS steps down from the bound, each
-# with the slots left over given to shares below these fractions of the bound.
-_NUM_FOLDS = 4
+# Other replica counts to start from: levels of depth 1.._NUM_DEPTHS, and caps of _NUM_CAPS steps down from the bound,
+# each with the slots left over given to shares below these fractions of the bound.
+_NUM_DEPTHS = 4
 _NUM_CAPS = 6
 _CUTS = np.array([0.0, 0.5, 0.75])
 _PROMISING = 1.1  # a packed start this much worse than the best descended one is not worth descending from
 _NUM_FINALISTS = 4
+_HALVINGS = 10
 _NUM_TRIALS = 4  # random spreads packed for each that is descended from
 
 
@@ -93,100 +94,134 @@ def improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, enough, max_ki
 
 
 @njit(nogil=True, cache=True)
-def _other_start(load_E, order_E, num_slots, time, turn, count_E):  # type: ignore[no-untyped-def]
+def _other_start(load_E, order_E, num_ranks, num_slots, time, turn, count_E):  # type: ignore[no-untyped-def]
     """Replica counts of the turn-th start after the greedy one; False where there is none."""
-    if turn < _NUM_FOLDS:
-        folded_counts(order_E, num_slots, turn + 2, count_E)
-        return True
-    turn -= _NUM_FOLDS
+    if turn < _NUM_DEPTHS:
+        return levelled_counts(load_E, order_E, num_ranks, num_slots, turn + 1, count_E)
+    turn -= _NUM_DEPTHS
     most = time * (1.05 - 0.05 * (turn // _CUTS.size))
     return capped_counts(load_E, num_slots, most, time * _CUTS[turn % _CUTS.size], count_E)
 
 
 @njit(nogil=True, cache=True)
-def _start_in_single_precision(load_E, first_R1, slowness_R, expert_S):  # type: ignore[no-untyped-def]
-    """Greedy counts packed heaviest first in float32, as EPLB computes: rounding breaks its ties, at times luckily."""
+def _greedy_start(load_E, first_R1, slowness_R, order_E, goal, expert_S):  # type: ignore[no-untyped-def]
+    """Fill expert_S as EPLB does: greedy counts packed heaviest first. Returns its slowest time.
+
+    In float64, then in float32 as EPLB computes, for its rounding breaks ties, at times luckily; the better is kept.
+    """
+    count_E = np.empty(load_E.size, np.int64)
+    share_E = np.empty(load_E.size)
+    load_R = np.empty(slowness_R.size)
+    greedy_counts(load_E, expert_S.size, count_E, share_E)
+    pack(share_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R)
+    best = slowest(load_R, slowness_R)[1]
+    if best <= goal:
+        return best
     load32_E = load_E.astype(np.float32)
-    count_E = np.ones(load_E.size, np.int64)
-    share32_E = load32_E.copy()
-    for _ in range(expert_S.size - load_E.size):
-        best = np.argmax(share32_E)
-        count_E[best] += 1
-        share32_E[best] = np.float32(load32_E[best] / count_E[best])
-    load32_R = np.zeros(slowness_R.size, np.float32)
-    pack(share32_E, count_E, first_R1, slowness_R, np.arange(load_E.size), expert_S, load32_R)
+    share32_E = np.empty_like(load32_E)
+    greedy_counts(load32_E, expert_S.size, count_E, share32_E)
+    start_S = np.empty_like(expert_S)
+    load32_R = np.empty(slowness_R.size, np.float32)
+    pack(share32_E, count_E, first_R1, slowness_R, np.arange(load_E.size), start_S, load32_R)
+    refresh(load_E, start_S, first_R1, count_E, load_R)
+    if slowest(load_R, slowness_R)[1] < best:
+        best = slowest(load_R, slowness_R)[1]
+        expert_S[:] = start_S
+    return best
 
 
 @njit(nogil=True, cache=True)
 def search_layer(load_E, first_R1, slowness_R, tolerance, patience, max_kicks, max_moves, seed, expert_S):  # type: ignore[no-untyped-def]
     """Fill expert_S with the best layout found; returns its slowest time.
 
-    The first start is greedy counts packed heaviest first, which is what EPLB does globally, so the result is never
-    worse. Others follow only while the lower bound says that better may exist: other counts, then kicks, a third of
-    them shared by the most promising starts and the rest spent on the best.
+    The first start is what EPLB does globally, so the result is never worse. Others follow only while the lower bound
+    says that better may exist: other counts, then kicks, a third of them shared by the most promising starts and the
+    rest spent on the best.
     """
     num_slots = expert_S.size
     num_ranks = slowness_R.size
+    order_E = np.argsort(-load_E, kind="mergesort")
+    ideal = load_E.sum() / (1.0 / slowness_R).sum()
+    goal = ideal * (1.0 + tolerance)
+    best = _greedy_start(load_E, first_R1, slowness_R, order_E, goal, expert_S)
+    if best <= goal or load_E.size <= 1:
+        return best
     rank_S = np.empty(num_slots, np.int64)
     for r in range(num_ranks):
         rank_S[first_R1[r] : first_R1[r + 1]] = r
     state_1 = np.empty(1, np.uint64)
     state_1[0] = seed
-    order_E = np.argsort(-load_E, kind="mergesort")
-    count_E = np.empty(load_E.size, np.int64)
-    load_R = np.empty(num_ranks)
-    goal = load_E.sum() / (1.0 / slowness_R).sum() * (1.0 + tolerance)
-    greedy_counts(load_E, num_slots, count_E)
-    pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R)
     best = improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1)
-    if best <= goal or load_E.size <= 1:
+    num_slots_R = first_R1[1:] - first_R1[:-1]
+    enough = ideal * (1.0 + patience)
+    if best <= enough or max_kicks == 0 or refuted(load_E, num_slots_R, slowness_R, best / (1.0 + patience)):
         return best
-    start_S = np.empty_like(expert_S)
-    _start_in_single_precision(load_E, first_R1, slowness_R, start_S)
-    refresh(load_E, start_S, first_R1, count_E, load_R)
-    if slowest(load_R, slowness_R)[1] < best:
-        best = improve(load_E, start_S, first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1)
-        expert_S[:] = start_S
-    bound = lower_bound(load_E, first_R1[1:] - first_R1[:-1], slowness_R, best, 14, False)
+    bound = lower_bound(load_E, num_slots_R, slowness_R, best, _HALVINGS)
     goal = (1.0 + tolerance) * bound
     enough = (1.0 + patience) * bound
-    if best <= enough or max_kicks == 0:
-        return best
     kicks_left = max_kicks
     if num_slots > load_E.size and num_slots > num_ranks:
-        num_starts = _NUM_FOLDS + _NUM_CAPS * _CUTS.size
-        start_PS = np.empty((num_starts + 1, num_slots), np.int64)
-        worst_P = np.full(num_starts + 1, np.inf)
-        start_PS[0] = expert_S
-        worst_P[0] = best
-        for turn in range(num_starts):
-            if not _other_start(load_E, order_E, num_slots, bound, turn, count_E):
-                continue
-            pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, start_PS[turn + 1], load_R)
-            if slowest(load_R, slowness_R)[1] > _PROMISING * best:
-                continue
-            worst_P[turn + 1] = improve(
-                load_E, start_PS[turn + 1], first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1
-            )
-            if worst_P[turn + 1] <= enough:
-                break
-        by_worst = np.argsort(worst_P, kind="mergesort")
-        for place in range(min(_NUM_FINALISTS, by_worst.size)):
-            p = by_worst[place]
-            if worst_P[p] == np.inf:
-                break
-            if worst_P[by_worst[0]] > enough:
-                kicks = max_kicks // 3 // _NUM_FINALISTS
-                kicks_left -= kicks
-                worst_P[p] = improve(
-                    load_E, start_PS[p], first_R1, rank_S, slowness_R, goal, enough, kicks, max_moves, state_1
-                )
-            if worst_P[p] < best:
-                best = worst_P[p]
-                expert_S[:] = start_PS[p]
-            if best <= enough:
-                return best
+        kicks_left -= max_kicks // 3
+        best = _other_starts(
+            load_E,
+            first_R1,
+            rank_S,
+            slowness_R,
+            order_E,
+            bound,
+            goal,
+            enough,
+            max_kicks // 3,
+            max_moves,
+            state_1,
+            expert_S,
+        )
+        if best <= enough:
+            return best
     return improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, enough, kicks_left, max_moves, state_1)
+
+
+@njit(nogil=True, cache=True)
+def _other_starts(  # type: ignore[no-untyped-def]
+    load_E, first_R1, rank_S, slowness_R, order_E, bound, goal, enough, max_kicks, max_moves, state_1, expert_S
+):
+    """Descend from other counts, and shake the most promising; expert_S becomes the best. Returns its slowest time."""
+    num_starts = _NUM_DEPTHS + _NUM_CAPS * _CUTS.size
+    count_E = np.empty(load_E.size, np.int64)
+    load_R = np.empty(slowness_R.size)
+    start_PS = np.empty((num_starts + 1, expert_S.size), np.int64)
+    worst_P = np.full(num_starts + 1, np.inf)
+    start_PS[0] = expert_S
+    refresh(load_E, expert_S, first_R1, count_E, load_R)
+    best = slowest(load_R, slowness_R)[1]
+    worst_P[0] = best
+    for turn in range(num_starts):
+        if not _other_start(load_E, order_E, slowness_R.size, expert_S.size, bound, turn, count_E):
+            continue
+        pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, start_PS[turn + 1], load_R)
+        if slowest(load_R, slowness_R)[1] > _PROMISING * best:
+            continue
+        worst_P[turn + 1] = improve(
+            load_E, start_PS[turn + 1], first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1
+        )
+        if worst_P[turn + 1] <= enough:
+            break
+    by_worst = np.argsort(worst_P, kind="mergesort")
+    for place in range(_NUM_FINALISTS):
+        p = by_worst[place]
+        if worst_P[p] == np.inf:
+            break
+        if worst_P[by_worst[0]] > enough:
+            kicks = max_kicks // _NUM_FINALISTS
+            worst_P[p] = improve(
+                load_E, start_PS[p], first_R1, rank_S, slowness_R, goal, enough, kicks, max_moves, state_1
+            )
+        if worst_P[p] < best:
+            best = worst_P[p]
+            expert_S[:] = start_PS[p]
+        if best <= enough:
+            break
+    return best
 
 
 @njit(nogil=True, cache=True)

@@ -102,11 +102,12 @@ class ByLoad:
 
         load = _checked(load_LE, ranks)
         expert_LS = np.empty((load.shape[0], ranks.num_slots), dtype=np.int64)
-        count_E, load_R = np.empty(load.shape[1], dtype=np.int64), np.empty(ranks.num_ranks)
+        count_E, share_E = np.empty(load.shape[1], dtype=np.int64), np.empty(load.shape[1])
+        load_R = np.empty(ranks.num_ranks)
         for layer, load_E in enumerate(load):
-            greedy_counts(load_E, ranks.num_slots, count_E)
+            greedy_counts(load_E, ranks.num_slots, count_E, share_E)
             order_E = np.argsort(-load_E, kind="stable")
-            pack(load_E / count_E, count_E, ranks.first_R1, 1.0 / ranks.speed_R, order_E, expert_LS[layer], load_R)
+            pack(share_E, count_E, ranks.first_R1, 1.0 / ranks.speed_R, order_E, expert_LS[layer], load_R)
         return LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=load.shape[1], ranks=ranks)
 
 

@@ -109,7 +109,7 @@ def lower_bounds(load_LE: ArrayLike, ranks: RankSlots, *, reached_L: ArrayLike |
     worst_L = total_L * float(slowness_R.max())  # all of it on the slowest rank
     reached = worst_L if reached_L is None else np.asarray(reached_L, dtype=np.float64) * ideal_L
     bound_L = np.empty(load.shape[0])
-    bound_kernels.lower_bounds(scaled, ranks.num_slots_R, slowness_R, reached * (1.0 + 1e-9), _HALVINGS, True, bound_L)
+    bound_kernels.lower_bounds(scaled, ranks.num_slots_R, slowness_R, reached * (1.0 + 1e-9), _HALVINGS, bound_L)
     return bound_L / ideal_L
 
 

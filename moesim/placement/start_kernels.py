@@ -14,17 +14,37 @@ _TINY = 1e-12  # relative rounding allowance
 
 
 @njit(nogil=True, cache=True)
-def greedy_counts(load_E, num_slots, count_E):  # type: ignore[no-untyped-def]
-    """Fill count_E: one replica each, every further one to the expert with the largest load per replica."""
+def _sink_heaviest(heap, share_E, at):  # type: ignore[no-untyped-def]
+    """Restore the heap of experts (largest share first, ties by number) below place ``at``."""
+    while True:
+        most = at
+        for child in (2 * at + 1, 2 * at + 2):
+            if child < heap.size:
+                a, b = heap[child], heap[most]
+                if share_E[a] > share_E[b] or (share_E[a] == share_E[b] and a < b):
+                    most = child
+        if most == at:
+            return
+        heap[at], heap[most] = heap[most], heap[at]
+        at = most
+
+
+@njit(nogil=True, cache=True)
+def greedy_counts(load_E, num_slots, count_E, share_E):  # type: ignore[no-untyped-def]
+    """Fill count_E and share_E: one replica each, every further one to the expert with the largest load per replica.
+
+    Shares are rounded to load_E's precision.
+    """
     count_E[:] = 1
-    share_E = load_E.copy()
+    share_E[:] = load_E
+    heap = np.arange(load_E.size)
+    for at in range(load_E.size // 2 - 1, -1, -1):
+        _sink_heaviest(heap, share_E, at)
     for _ in range(num_slots - load_E.size):
-        best = 0
-        for e in range(1, load_E.size):
-            if share_E[e] > share_E[best]:
-                best = e
-        count_E[best] += 1
-        share_E[best] = load_E[best] / count_E[best]
+        heaviest = heap[0]
+        count_E[heaviest] += 1
+        share_E[heaviest] = load_E[heaviest] / count_E[heaviest]
+        _sink_heaviest(heap, share_E, 0)
 
 
 @njit(nogil=True, cache=True)
@@ -56,16 +76,21 @@ def capped_counts(load_E, num_slots, most, cut, count_E):  # type: ignore[no-unt
 
 
 @njit(nogil=True, cache=True)
-def folded_counts(order_E, num_slots, fold, count_E):  # type: ignore[no-untyped-def]
-    """Fill count_E: fold replicas to each of the heaviest experts while slots last. Suits loads that are all alike."""
+def levelled_counts(load_E, order_E, num_ranks, num_slots, depth, count_E):  # type: ignore[no-untyped-def]
+    """Fill count_E: the heaviest experts share ``depth`` slots of every rank, largest share first; all others have one.
+
+    Then both the shared and the other slots divide by the ranks. Suits loads that are all alike: 256 experts on 288
+    slots of 36 ranks balance when 4 experts stand on 9 ranks each. False where depth leaves no such split.
+    """
+    num_shared = num_ranks * depth - (num_slots - load_E.size)
+    if num_shared <= 0 or num_shared > load_E.size:
+        return False
     count_E[:] = 1
-    extra = num_slots - order_E.size
-    position = 0
-    while extra > 0:
-        more = min(fold - 1, extra)
-        count_E[order_E[position]] += more
-        extra -= more
-        position = (position + 1) % order_E.size
+    shared_load, shared_count = load_E[order_E[:num_shared]], np.empty(num_shared, np.int64)
+    greedy_counts(shared_load, num_ranks * depth, shared_count, np.empty(num_shared))
+    for i in range(num_shared):
+        count_E[order_E[i]] = shared_count[i]
+    return True
 
 
 @njit(nogil=True, cache=True)
