@@ -13,7 +13,8 @@ from numba import njit
 
 from moesim.placement.bound_kernels import lower_bound, refuted
 from moesim.placement.move_kernels import below, descend, index_slots, kick, refresh, slowest
-from moesim.placement.start_kernels import capped_counts, greedy_counts, levelled_counts, pack, respread
+from moesim.placement.pair_kernels import walk_counts
+from moesim.placement.start_kernels import capped_counts, greedy_counts, levelled_counts, pack
 
 # Other replica counts to start from: levels of depth 1.._NUM_DEPTHS, and caps of _NUM_CAPS steps down from the bound,
 # each with the slots left over given to shares below these fractions of the bound.
@@ -21,9 +22,10 @@ _NUM_DEPTHS = 4
 _NUM_CAPS = 6
 _CUTS = np.array([0.0, 0.5, 0.75])
 _PROMISING = 1.1  # a packed start this much worse than the best descended one is not worth descending from
-_NUM_FINALISTS = 4
-_HALVINGS = 10
-_NUM_TRIALS = 4  # random spreads packed for each that is descended from
+_NUM_DESCENTS = 3
+_RECOUNT_EVERY = 8  # kicks: then replicas pass between experts and all is packed anew
+_HALVINGS = 9  # of the way from volume to the best time: the bound only steers
+_TRIALS_A_KICK = 250  # where ranks have two slots: trials of a walk over counts for each kick elsewhere
 
 
 @njit(nogil=True, cache=True)
@@ -56,23 +58,10 @@ def improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, enough, max_ki
     refresh(load_E, expert_S, first_R1, count_E, load_R)
     best = descend(load_E, expert_S, first_R1, rank_S, slots_EX, slowness_R, count_E, load_R, goal, max_moves, change_R)
     best_S = expert_S.copy()
-    trial_S = expert_S.copy()
     for turn in range(max_kicks):
         if best <= enough:
             break
-        spread = most > 1 and turn % 4 == 2 and respread(load_E, expert_S.size, goal, count_E, state_1)
-        if spread:
-            least = np.inf
-            for _ in range(_NUM_TRIALS):
-                pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, trial_S, load_R)
-                if slowest(load_R, slowness_R)[1] < least:
-                    least = slowest(load_R, slowness_R)[1]
-                    expert_S[:] = trial_S
-                respread(load_E, expert_S.size, goal, count_E, state_1)
-            index_slots(expert_S, count_E, slots_EX)
-            refresh(load_E, expert_S, first_R1, count_E, load_R)
-        elif most > 1 and turn % 2 == 0:
-            index_slots(expert_S, count_E, slots_EX)  # a spread that found no slots to give left its counts there
+        if most > 1 and turn % _RECOUNT_EVERY == _RECOUNT_EVERY - 1:
             recount(expert_S, first_R1, load_R, slowness_R, count_E, most, state_1)
             pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, expert_S, load_R)
             index_slots(expert_S, count_E, slots_EX)
@@ -101,6 +90,50 @@ def _other_start(load_E, order_E, num_ranks, num_slots, time, turn, count_E):  #
     turn -= _NUM_DEPTHS
     most = time * (1.05 - 0.05 * (turn // _CUTS.size))
     return capped_counts(load_E, num_slots, most, time * _CUTS[turn % _CUTS.size], count_E)
+
+
+@njit(nogil=True, cache=True)
+def _one_slot_each(load_E, expert_S):  # type: ignore[no-untyped-def]
+    """Fill expert_S with greedy counts, expert after expert; returns the largest share."""
+    count_E = np.empty(load_E.size, np.int64)
+    share_E = np.empty(load_E.size)
+    greedy_counts(load_E, expert_S.size, count_E, share_E)
+    s = 0
+    for e in range(load_E.size):
+        for _ in range(count_E[e]):
+            expert_S[s] = e
+            s += 1
+    return share_E.max()
+
+
+@njit(nogil=True, cache=True)
+def _two_slots_each(load_E, num_slots_R, slowness_R, tolerance, patience, max_kicks, best, state_1, expert_S):  # type: ignore[no-untyped-def]
+    """Improve expert_S, packed heaviest first with time ``best``, by walks over counts. Returns its slowest time."""
+    num_slots = expert_S.size
+    if num_slots == load_E.size or refuted(load_E, num_slots_R, slowness_R, best / (1.0 + patience)):
+        return best
+    pace = slowness_R[0]
+    bound = lower_bound(load_E, num_slots_R, slowness_R, best, _HALVINGS) / pace
+    count_E = np.empty(load_E.size, np.int64)
+    share_E = np.empty(load_E.size)
+    walked_S = np.empty_like(expert_S)
+    goal, enough = bound * (1.0 + tolerance), bound * (1.0 + patience)
+    left = max_kicks * _TRIALS_A_KICK
+    spread = 0
+    while left > 0 and best > pace * enough:
+        greedy_counts(load_E, num_slots, count_E, share_E)
+        for _ in range(below(state_1, 1 + spread)):
+            giver, taker = below(state_1, load_E.size), below(state_1, load_E.size)
+            if count_E[giver] > 1:
+                count_E[giver] -= 1
+                count_E[taker] += 1
+        spread += num_slots - load_E.size
+        time, used = walk_counts(load_E, count_E, goal, enough, left, state_1, walked_S)
+        left -= used
+        if time * pace < best:
+            best = time * pace
+            expert_S[:] = walked_S
+    return best
 
 
 @njit(nogil=True, cache=True)
@@ -134,90 +167,68 @@ def _greedy_start(load_E, first_R1, slowness_R, order_E, goal, expert_S):  # typ
 def search_layer(load_E, first_R1, slowness_R, tolerance, patience, max_kicks, max_moves, seed, expert_S):  # type: ignore[no-untyped-def]
     """Fill expert_S with the best layout found; returns its slowest time.
 
-    The first start is what EPLB does globally, so the result is never worse. Others follow only while the lower bound
-    says that better may exist: other counts, then kicks, a third of them shared by the most promising starts and the
-    rest spent on the best.
+    Where all ranks are alike and have one slot, greedy counts are the optimum; where they have two, only counts are
+    searched. Else the first start is what EPLB does globally, so the result is never worse. Other counts, and then
+    kicks of the best layout, follow only while the lower bound says that better may exist.
     """
     num_slots = expert_S.size
     num_ranks = slowness_R.size
+    num_slots_R = first_R1[1:] - first_R1[:-1]
+    alike = slowness_R.min() == slowness_R.max() and num_slots_R.min() == num_slots_R.max()
+    if alike and num_slots == num_ranks:
+        return _one_slot_each(load_E, expert_S) * slowness_R[0]
     order_E = np.argsort(-load_E, kind="mergesort")
     ideal = load_E.sum() / (1.0 / slowness_R).sum()
     goal = ideal * (1.0 + tolerance)
     best = _greedy_start(load_E, first_R1, slowness_R, order_E, goal, expert_S)
     if best <= goal or load_E.size <= 1:
         return best
+    state_1 = np.empty(1, np.uint64)
+    state_1[0] = seed
+    if alike and num_slots == 2 * num_ranks:
+        return _two_slots_each(load_E, num_slots_R, slowness_R, tolerance, patience, max_kicks, best, state_1, expert_S)
     rank_S = np.empty(num_slots, np.int64)
     for r in range(num_ranks):
         rank_S[first_R1[r] : first_R1[r + 1]] = r
-    state_1 = np.empty(1, np.uint64)
-    state_1[0] = seed
     best = improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1)
-    num_slots_R = first_R1[1:] - first_R1[:-1]
     enough = ideal * (1.0 + patience)
     if best <= enough or max_kicks == 0 or refuted(load_E, num_slots_R, slowness_R, best / (1.0 + patience)):
         return best
     bound = lower_bound(load_E, num_slots_R, slowness_R, best, _HALVINGS)
     goal = (1.0 + tolerance) * bound
     enough = (1.0 + patience) * bound
-    kicks_left = max_kicks
-    if num_slots > load_E.size and num_slots > num_ranks:
-        kicks_left -= max_kicks // 3
+    if num_slots > load_E.size:
         best = _other_starts(
-            load_E,
-            first_R1,
-            rank_S,
-            slowness_R,
-            order_E,
-            bound,
-            goal,
-            enough,
-            max_kicks // 3,
-            max_moves,
-            state_1,
-            expert_S,
+            load_E, first_R1, rank_S, slowness_R, order_E, bound, goal, enough, best, max_moves, state_1, expert_S
         )
-        if best <= enough:
-            return best
-    return improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, enough, kicks_left, max_moves, state_1)
+    return improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, enough, max_kicks, max_moves, state_1)
 
 
 @njit(nogil=True, cache=True)
 def _other_starts(  # type: ignore[no-untyped-def]
-    load_E, first_R1, rank_S, slowness_R, order_E, bound, goal, enough, max_kicks, max_moves, state_1, expert_S
+    load_E, first_R1, rank_S, slowness_R, order_E, bound, goal, enough, best, max_moves, state_1, expert_S
 ):
-    """Descend from other counts, and shake the most promising; expert_S becomes the best. Returns its slowest time."""
+    """Descend from the most promising other counts; expert_S, whose time is ``best``, becomes the best found.
+
+    Returns its slowest time.
+    """
     num_starts = _NUM_DEPTHS + _NUM_CAPS * _CUTS.size
     count_E = np.empty(load_E.size, np.int64)
     load_R = np.empty(slowness_R.size)
-    start_PS = np.empty((num_starts + 1, expert_S.size), np.int64)
-    worst_P = np.full(num_starts + 1, np.inf)
-    start_PS[0] = expert_S
-    refresh(load_E, expert_S, first_R1, count_E, load_R)
-    best = slowest(load_R, slowness_R)[1]
-    worst_P[0] = best
-    for turn in range(num_starts):
-        if not _other_start(load_E, order_E, slowness_R.size, expert_S.size, bound, turn, count_E):
-            continue
-        pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, start_PS[turn + 1], load_R)
-        if slowest(load_R, slowness_R)[1] > _PROMISING * best:
-            continue
-        worst_P[turn + 1] = improve(
-            load_E, start_PS[turn + 1], first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1
-        )
-        if worst_P[turn + 1] <= enough:
+    start_PS = np.empty((num_starts, expert_S.size), np.int64)
+    time_P = np.full(num_starts, np.inf)
+    for p in range(num_starts):
+        if _other_start(load_E, order_E, slowness_R.size, expert_S.size, bound, p, count_E):
+            pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, start_PS[p], load_R)
+            time = slowest(load_R, slowness_R)[1]
+            if time <= _PROMISING * best and not np.any(time_P[:p] == time):
+                time_P[p] = time
+    for p in np.argsort(time_P, kind="mergesort")[:_NUM_DESCENTS]:
+        if time_P[p] == np.inf:
             break
-    by_worst = np.argsort(worst_P, kind="mergesort")
-    for place in range(_NUM_FINALISTS):
-        p = by_worst[place]
-        if worst_P[p] == np.inf:
-            break
-        if worst_P[by_worst[0]] > enough:
-            kicks = max_kicks // _NUM_FINALISTS
-            worst_P[p] = improve(
-                load_E, start_PS[p], first_R1, rank_S, slowness_R, goal, enough, kicks, max_moves, state_1
-            )
-        if worst_P[p] < best:
-            best = worst_P[p]
+        time = improve(load_E, start_PS[p], first_R1, rank_S, slowness_R, goal, goal, 0, max_moves, state_1)
+        if time < best:
+            best = time
             expert_S[:] = start_PS[p]
         if best <= enough:
             break

@@ -134,6 +134,31 @@ def _transfer_time(load_E, slots_EX, rank_S, slowness_R, count_E, load_R, taker,
 
 
 @njit(nogil=True, cache=True)
+def _givable(load_E, rank_S, slots_EX, slowness_R, count_E, load_R, limit, slot_S):  # type: ignore[no-untyped-def]
+    """Fill slot_S with slots that their experts can spare: the ranks of the others stay below limit. Returns how many.
+
+    Whether the slot's next expert relieves one of those ranks is not looked at: that is rare.
+    """
+    size = 0
+    for e in range(load_E.size):
+        if count_E[e] < 2:
+            continue
+        more = load_E[e] / (count_E[e] - 1) - load_E[e] / count_E[e]
+        num_over = 0
+        over = 0
+        for x in range(count_E[e]):
+            r = rank_S[slots_EX[e, x]]
+            if (load_R[r] + more) * slowness_R[r] >= limit:
+                num_over += 1
+                over = x
+        for x in range(count_E[e]):
+            if num_over == 0 or (num_over == 1 and x == over):
+                slot_S[size] = slots_EX[e, x]
+                size += 1
+    return size
+
+
+@njit(nogil=True, cache=True)
 def _best_transfer(  # type: ignore[no-untyped-def]
     load_E, expert_S, first_R1, rank_S, slots_EX, slowness_R, count_E, load_R, hot, limit, change_R
 ):
@@ -141,17 +166,16 @@ def _best_transfer(  # type: ignore[no-untyped-def]
     best = limit
     best_taker = -1
     best_slot = -1
-    least_slowness = slowness_R.min()
+    slot_S = np.empty(expert_S.size, np.int64)
+    size = _givable(load_E, rank_S, slots_EX, slowness_R, count_E, load_R, limit, slot_S)
     for i in range(first_R1[hot], first_R1[hot + 1]):
         taker = expert_S[i]
         if count_E[taker] >= slots_EX.shape[1]:
             continue
-        for slot in range(expert_S.size):
+        for slot in slot_S[:size]:
             giver = expert_S[slot]
-            if giver == taker or count_E[giver] < 2:
+            if giver == taker:
                 continue
-            if load_E[giver] / (count_E[giver] - 1) * least_slowness >= best:
-                continue  # alone it would be too much for any rank
             time = _transfer_time(load_E, slots_EX, rank_S, slowness_R, count_E, load_R, taker, slot, giver, change_R)
             if time < best:
                 best = time
@@ -245,7 +269,7 @@ def descend(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def kick(load_E, expert_S, first_R1, rank_S, slots_EX, slowness_R, count_E, load_R, state_1):  # type: ignore[no-untyped-def]
-    """Shake a layout: the slowest rank and a few others swap slots at random; sometimes a replica changes expert."""
+    """Shake a layout: the slowest rank and a few others swap slots at random; up to two replicas change experts."""
     hot, _ = slowest(load_R, slowness_R)
     size = expert_S.size
     for turn in range(2 + below(state_1, 3)):
@@ -256,7 +280,9 @@ def kick(load_E, expert_S, first_R1, rank_S, slots_EX, slowness_R, count_E, load
         j = below(state_1, size)
         if rank_S[j] != r:
             _swap(load_E, expert_S, rank_S, slots_EX, count_E, load_R, i, j)
-    if size > load_E.size and below(state_1, 3) == 0:
+    if size == load_E.size:
+        return
+    for _ in range(below(state_1, 3)):
         taker = expert_S[below(state_1, size)]
         slot = below(state_1, size)
         giver = expert_S[slot]

@@ -27,7 +27,8 @@ def _frozen(values: ArrayLike, dtype: type) -> NDArray:
 
 def _as_whole(values: ArrayLike, owner: str, field: str) -> Whole:
     array = np.asarray(values)
-    check(array.size > 0 and array.dtype.kind in "iu", owner, field, "must be whole numbers", array.tolist())
+    if array.size == 0 or array.dtype.kind not in "iu":
+        raise InputError(owner, field, "must be whole numbers", array.tolist())
     return _frozen(array, np.int64)
 
 
@@ -136,15 +137,14 @@ class LayerPlacements:
         expert_LS = _as_whole(expert_LS, owner, field)
         rule = f"must have {self.ranks.num_slots} slots in each layer"
         check(expert_LS.shape[1] == self.ranks.num_slots, owner, field, rule, expert_LS.shape)
-        outside = np.argwhere((expert_LS < 0) | (expert_LS >= self.num_experts))
-        if len(outside):
-            layer, slot = outside[0].tolist()
+        if expert_LS.min() < 0 or expert_LS.max() >= self.num_experts:
+            layer, slot = np.argwhere((expert_LS < 0) | (expert_LS >= self.num_experts))[0].tolist()
             rule = f"must name experts 0..{self.num_experts - 1}"
             raise InputError(owner, f"{field}[{layer}][{slot}]", rule, int(expert_LS[layer, slot]))
         object.__setattr__(self, "physical_to_logical_LS", expert_LS)
-        missing = np.argwhere(self.num_replicas_LE == 0)
-        if len(missing):
-            layer, expert = missing[0].tolist()
+        num_replicas_LE = self.num_replicas_LE
+        if num_replicas_LE.min() == 0:
+            layer, expert = np.argwhere(num_replicas_LE == 0)[0].tolist()
             raise InputError(owner, f"{field}[{layer}]", "must hold every expert", f"no slot for expert {expert}")
 
     @property

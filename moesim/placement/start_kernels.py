@@ -8,9 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from moesim.placement.move_kernels import below
-
 _TINY = 1e-12  # relative rounding allowance
+_JUST_BELOW = 0.9999  # the sum may be in float32
 
 
 @njit(nogil=True, cache=True)
@@ -37,8 +36,11 @@ def greedy_counts(load_E, num_slots, count_E, share_E):  # type: ignore[no-untyp
     """
     count_E[:] = 1
     share_E[:] = load_E
-    heap = np.arange(load_E.size)
-    for at in range(load_E.size // 2 - 1, -1, -1):
+    if num_slots == load_E.size:
+        return
+    # Before the last slot is given, some share is above the mean of all slots: lighter experts get no second one.
+    heap = np.flatnonzero(load_E >= load_E.sum() / num_slots * _JUST_BELOW)
+    for at in range(heap.size // 2 - 1, -1, -1):
         _sink_heaviest(heap, share_E, at)
     for _ in range(num_slots - load_E.size):
         heaviest = heap[0]
@@ -90,28 +92,6 @@ def levelled_counts(load_E, order_E, num_ranks, num_slots, depth, count_E):  # t
     greedy_counts(shared_load, num_ranks * depth, shared_count, np.empty(num_shared))
     for i in range(num_shared):
         count_E[order_E[i]] = shared_count[i]
-    return True
-
-
-@njit(nogil=True, cache=True)
-def respread(load_E, num_slots, cap, count_E, state_1):  # type: ignore[no-untyped-def]
-    """Fill count_E afresh: as few replicas as bring every share to cap, the slots left over to experts at random.
-
-    Only experts whose share is over a third of cap are thinned: lighter ones fit anywhere. False without slots left.
-    """
-    left = num_slots
-    heavy_E = np.empty(load_E.size, np.int64)
-    num_heavy = 0
-    for e in range(load_E.size):
-        count_E[e] = max(1, np.int64(np.ceil(load_E[e] / cap * (1.0 - _TINY))))
-        left -= count_E[e]
-        if load_E[e] > count_E[e] * cap / 3.0:
-            heavy_E[num_heavy] = e
-            num_heavy += 1
-    if left <= 0 or num_heavy == 0:
-        return False
-    for _ in range(left):
-        count_E[heavy_E[below(state_1, num_heavy)]] += 1
     return True
 
 
