@@ -119,13 +119,13 @@ def test_sixty_one_layers_on_8_to_320_gpus_are_never_worse_than_eplb(kind: str, 
 
 def test_small_cases_reach_the_optimum_of_brute_force_and_the_bound_stays_below_it() -> None:
     rng, ratios = np.random.default_rng(7), []
-    for i in range(40):
+    for i in range(24):
         num_ranks, size = [(2, 2), (2, 3), (3, 2), (2, 4)][i % 4]
         num_experts = int(rng.integers(2, min(6, num_ranks * size) + 1))
         load, ranks = loads(KINDS[i % 5], 1, num_experts, rng), even_slots(num_ranks * size, num_ranks)
         best = optimum(load[0], num_ranks, num_ranks * size) / load.mean() * num_ranks / num_experts
         assert lower_bounds(load, ranks)[0] <= best * (1 + ROUNDING)
-        found = least_max_load(load, ranks, rng=rng, effort=Effort(goal_fraction=0, enough_fraction=0, num_kicks=4000))
+        found = least_max_load(load, ranks, rng=rng, effort=Effort(goal_fraction=0, enough_fraction=0, num_kicks=2000))
         ratios.append(found.max_mean(load)[0] / best)
     assert max(ratios) <= 1 + ROUNDING
 
