@@ -105,7 +105,7 @@ def _surplus(load_E, least_E, spare, heavy, light):  # type: ignore[no-untyped-d
     ``light``; an expert's savings fall one after the other, so the largest of all of them are the most to be saved.
     """
     surplus = 0.0
-    whole = 0
+    whole = np.int64(0)
     last_E = np.empty(load_E.size)
     num_last = 0
     for e in range(load_E.size):
@@ -156,7 +156,8 @@ def _unmatched(load_E, least_E, spare, heavy, light):  # type: ignore[no-untyped
             if above > to_middle:
                 steep_X[num_steps], price_X[num_steps] = above / to_middle, to_middle
                 num_steps += 1
-            gain, to_light = gain - above, to_light - to_middle
+            gain -= above
+            to_light -= to_middle
         if gain > to_light:
             steep_X[num_steps], price_X[num_steps] = gain / max(1, to_light), max(1, to_light)
             num_steps += 1
