@@ -8,7 +8,7 @@ UV := $(shell command -v uv 2>/dev/null)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test test-all lab lint format types contracts check bench docs constraints clean
+.PHONY: help setup report test test-all lab lint format types contracts check accuracy bench docs constraints clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -58,6 +58,9 @@ lab: $(STAMP) ## Open JupyterLab on the notebooks
 
 bench: $(STAMP) ## Time the engine and the report; writes docs/speed.md
 	$(BIN)/python benchmarks/bench.py
+
+accuracy: $(STAMP) ## Score every carried measurement; writes docs/accuracy.md, its figures and the scores
+	$(BIN)/python tools/make_accuracy.py
 
 constraints: ## Resolve constraints.txt again (needs uv)
 	$(PYTHON) tools/make_constraints.py

@@ -9,6 +9,7 @@ from moesim.catalog.models import load_model
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn
 from moesim.door.records import Record, number_of
 from moesim.errors import InputError
+from moesim.units import GIGA, MEGA
 
 # What a table calls a GPU, the longest first, the catalog's name, and the cluster whose links it has.
 GPUS = (
@@ -22,6 +23,8 @@ GPUS = (
     ("sm100", "b200", "b200-8x-ib400"),
     ("sm90", "h100-sxm", "h100-8x-ib400"),
 )
+MOST_WHOLE = int(MEGA)
+MOST = GIGA  # of any cell: a slip must not fill memory
 MODELS = (
     (r"deepseek-?v3", "deepseek-v3"),
     (r"deepseek v3", "deepseek-v3"),
@@ -59,9 +62,14 @@ def default_cluster(gpu: str) -> str:
 def number(row: Record, column: str, owner: str) -> float:
     """A positive number. Raises InputError naming the column."""
     value = number_of(row, column, owner)
-    if value is None or value <= 0:
-        raise InputError(owner, column, "must be a positive number", row.get(column, ""))
+    if value is None or not 0 < value <= MOST:
+        raise InputError(owner, column, f"must be a positive number up to {MOST:.0e}", row.get(column, ""))
     return value
+
+
+def given(row: Record, column: str, owner: str) -> float | None:
+    """A positive number, or None where the cell is empty. Raises InputError naming the column."""
+    return None if number_of(row, column, owner) is None else number(row, column, owner)
 
 
 def whole(row: Record, column: str, owner: str, default: int | None = None) -> int:
@@ -69,8 +77,8 @@ def whole(row: Record, column: str, owner: str, default: int | None = None) -> i
     if default is not None and number_of(row, column, owner) is None:
         return default
     value = number(row, column, owner)
-    if not value.is_integer():
-        raise InputError(owner, column, "must be a whole number", value)
+    if not value.is_integer() or value > MOST_WHOLE:
+        raise InputError(owner, column, f"must be a whole number up to {MOST_WHOLE}", value)
     return int(value)
 
 

@@ -20,7 +20,7 @@ from moesim.catalog.libraries import Library, libraries
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Router
 from moesim.describe.workload import Multinomial
-from moesim.door.records import Record, number_of
+from moesim.door.records import Record
 from moesim.errors import InputError
 from moesim.fabric.collectives import alltoall_s
 from moesim.fabric.nccl import Collective, NcclRates, nccl_s
@@ -30,7 +30,7 @@ from moesim.placement import contiguous
 from moesim.routing.popularity import popularity_LE
 from moesim.routing.visits import VisitProbabilities, visit_probabilities
 from moesim.study.accuracy import AccuracyRow, Likeness, NotExpressed, Prediction, carried_cases
-from moesim.study.accuracy_cases import catalog_gpu, default_cluster, number, whole
+from moesim.study.accuracy_cases import catalog_gpu, default_cluster, given, number, whole
 from moesim.units import GIGA, MICRO
 
 SCALE_ELEMENTS, SCALE_BYTES = 128, 4  # an FP8 row carries one FP32 scale per 128 elements
@@ -90,10 +90,9 @@ class Exchange:
 def predict(row: Record, owner: str) -> list[Prediction]:
     """The predicted and measured seconds of one row, or why there is no prediction."""
     try:
-        exchange = express(row, owner)
+        return [scored(express(row, owner))]
     except InputError as error:
         return [NotExpressed(id=row.get("id", "?"), reason=f"{error.field} {error.rule}: {error.got}")]
-    return [scored(exchange)]
 
 
 def scored(exchange: Exchange) -> AccuracyRow:
@@ -124,6 +123,8 @@ def express(row: Record, owner: str, known: Mapping[str, Library] | None = None)
     if operation not in ("dispatch", "combine", *get_args(Collective)):
         raise InputError(owner, "op", "must be dispatch, combine or a collective", operation)
     gpu, ranks = catalog_gpu(row, owner), whole(row, "ep_size", owner)
+    if ranks < 2:
+        raise InputError(owner, "ep_size", "must be at least 2: one rank exchanges nothing", ranks)
     num_nodes = -(-ranks // _cluster(gpu).ranks_per_node)
     if whole(row, "n_nodes", owner, default=num_nodes) != num_nodes:
         rule = f"must be {num_nodes}: {ranks} ranks fill the nodes of the GPU's cluster"
@@ -149,11 +150,13 @@ def express(row: Record, owner: str, known: Mapping[str, Library] | None = None)
     )
     if not is_nccl and exchange.dtype not in ("fp8", "bf16"):
         raise InputError(owner, "dtype", "must be FP8 or BF16", row.get("dtype", ""))
+    if exchange.top_k > exchange.num_experts:
+        raise InputError(owner, "topk", f"must not exceed n_experts={exchange.num_experts}", exchange.top_k)
     return _with_measured(exchange, row, owner)
 
 
 def _with_measured(exchange: Exchange, row: Record, owner: str) -> Exchange:
-    latency_us = number_of(row, "latency_us", owner)
+    latency_us = given(row, "latency_us", owner)
     if latency_us is not None:
         return replace(exchange, measured_s=latency_us * MICRO)
     bandwidth = number(row, "bandwidth_GBps", owner) * GIGA

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn, Router
-from moesim.door.records import Record, number_of
+from moesim.door.records import Record
 from moesim.errors import InputError
 from moesim.scenario import Scenario
 from moesim.study.accuracy import AccuracyRow, Likeness, NotExpressed, Prediction
-from moesim.study.accuracy_cases import catalog_gpu, default_cluster, whole
+from moesim.study.accuracy_cases import catalog_gpu, default_cluster, given, whole
 from moesim.timeline.step import run_step
 from moesim.units import MILLI
 
@@ -20,7 +20,7 @@ def predict(row: Record, owner: str) -> list[Prediction]:
     name = row.get("case") or row.get("id") or "?"
     try:
         scenario = express(row, owner)
-        measured = {way: number_of(row, column, owner) for way, column in TOLD.items()}
+        measured = {way: given(row, column, owner) for way, column in TOLD.items()}
     except InputError as error:
         return [NotExpressed(id=name, reason=f"{error.field} {error.rule}: {error.got}")]
     reasons = outside_envelope(scenario)
@@ -35,7 +35,7 @@ def predict(row: Record, owner: str) -> list[Prediction]:
             AccuracyRow(
                 id=f"{name} {way}",
                 group=f"MoE layer {way}, {scenario.train.precision}",
-                predicted=float(sum(times[way][part].mean() for part in PARTS)),
+                predicted=float(sum(times[way][part].mean() for part in PARTS if part in times[way])),
                 measured=measured_ms * MILLI,
                 inside_envelope=not reasons,
                 used_in_fit=False,

@@ -14,16 +14,17 @@ from typing import Any
 from moesim.catalog.hardware import load_cluster
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model
-from moesim.door.records import Record, number_of
+from moesim.door.records import Record
 from moesim.errors import InputError, MoesimError
 from moesim.metrics.scored import step_likeness
 from moesim.scenario import Scenario
 from moesim.study.accuracy import AccuracyRow, NotExpressed, Prediction
-from moesim.study.accuracy_cases import catalog_gpu, catalog_model, default_cluster, number, whole
+from moesim.study.accuracy_cases import catalog_gpu, catalog_model, default_cluster, given, number, whole
 from moesim.timeline.step import run_step
 from moesim.units import MILLI
 
 RACK_SHARE = 64
+MOST_MICRO_BATCHES = 4096  # of a replica: eight times the most that was ever published
 NO_RECOMPUTE = ("", "none", "[]", "see yaml")
 
 
@@ -84,7 +85,10 @@ def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
         leaves["popularity"] = "balanced"
     cluster = _cluster(gpu, num_gpus)
     base = Scenario.make(model="llama-3-8b", cluster="h100-8x-ib400", num_gpus=8)  # all of it is replaced
-    return base.with_(model=model, cluster=cluster, **leaves), outside_envelope(row, model, leaves)
+    scenario = base.with_(model=model, cluster=cluster, **leaves)
+    if scenario.num_micro_batches > MOST_MICRO_BATCHES:
+        raise InputError(owner, "gbs", f"must make at most {MOST_MICRO_BATCHES} micro-batches", leaves["global_batch"])
+    return scenario, outside_envelope(row, model, leaves)
 
 
 def _cluster(gpu: str, num_gpus: int) -> Cluster:
@@ -103,14 +107,15 @@ def _default_etp(num_gpus: int, tp: int, pp: int, ep: int) -> int:
 
 def step_s(row: Record, owner: str) -> float:
     """The measured step [s]: told in seconds or milliseconds, or by tokens per second and GPU. Raises InputError."""
-    if (told_s := number_of(row, "step_time_s", owner)) is not None:
+    if (told_s := given(row, "step_time_s", owner)) is not None:
         return told_s
-    if (told_ms := number_of(row, "real_step_ms", owner)) is not None:
+    if (told_ms := given(row, "real_step_ms", owner)) is not None:
         return told_ms * MILLI
-    if number_of(row, "tokens_per_s_per_gpu", owner) is None:
+    tokens_per_s = given(row, "tokens_per_s_per_gpu", owner)
+    if tokens_per_s is None:
         raise InputError(owner, "step_time_s", "must be given, or tokens_per_s_per_gpu", "neither")
     tokens = number(row, "gbs", owner) * number(row, "seq_len", owner)
-    return tokens / number(row, "tokens_per_s_per_gpu", owner) / number(row, "n_gpus", owner)
+    return tokens / tokens_per_s / number(row, "n_gpus", owner)
 
 
 def outside_envelope(row: Record, model: Model, leaves: dict[str, Any]) -> tuple[str, ...]:
