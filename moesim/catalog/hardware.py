@@ -6,14 +6,14 @@ its kind is assumed and its source the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from moesim.describe.hardware import Cluster, Gpu, NumberKind, Sourced
-from moesim.door import parse_as, read_yaml, refusals_of
+from moesim.door import apply_overrides, parse_as, read_yaml, refusals_of
 from moesim.errors import InputError, check, near_match
 from moesim.units import parse_quantity
 
@@ -35,6 +35,7 @@ DERATE_NAMES = (
     "nvlink_allreduce",
     "nic_alltoall",
     "nic_allreduce",
+    "spine_alltoall",  # what hashing or adaptive routing leaves of a leaf's up-links
 )
 
 _CATALOG = Path(__file__).parent
@@ -83,6 +84,8 @@ class _ClusterFile:
     schema: Literal[1] = 1
     cross_rail: Literal["pxn", "direct", "spine"] = "pxn"
     oversubscription: float = 1.0
+    num_planes: int = 1
+    num_paths: int = 1
     derates: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -122,10 +125,11 @@ def _gpu(raw: object, owner: str, source: str) -> Gpu:
         return Gpu(**values)
 
 
-def load_cluster(name_or_path: str | Path, num_gpus: int | None = None) -> Cluster:
+def load_cluster(name_or_path: str | Path, num_gpus: int | None = None, *, changes: Sequence[str] = ()) -> Cluster:
     """A cluster of the catalog by name, or a user's YAML file by path; num_gpus replaces the file's count.
 
-    Raises InputError for an unknown name (with the nearest one), a bad file, or GPUs that do not fill whole nodes.
+    changes: settings that replace or add keys of the file, such as ``oversubscription=2``. Raises InputError for an
+    unknown name (with the nearest one), a bad file, or GPUs that do not fill whole nodes.
 
     >>> load_cluster("h800-8x-ib400", num_gpus=256).num_gpus
     256
@@ -138,7 +142,11 @@ def load_cluster(name_or_path: str | Path, num_gpus: int | None = None) -> Clust
         hint = near_match(text, CLUSTER_NAMES)
         check(looks_like_path, "cluster", "name", "is neither a known cluster nor a file", text, hint)
         path, owner, source = Path(text), text, text
-    file = parse_as(_ClusterFile, read_yaml(path), owner)
+    raw = read_yaml(path)
+    if changes:
+        check(isinstance(raw, dict), owner, "", "must be a mapping of the cluster's fields", type(raw).__name__)
+        raw, source = apply_overrides(raw, changes), source or "--set"
+    file = parse_as(_ClusterFile, raw, owner)
     if num_gpus is not None:
         whole = isinstance(num_gpus, int) and not isinstance(num_gpus, bool)
         check(whole, owner, "num_gpus", "must be a whole number", num_gpus)
@@ -174,6 +182,8 @@ def _cluster(file: _ClusterFile, owner: str, source: str, num_gpus: int, default
         "latency_inter_s": latency(file.latency_inter, "latency_inter"),
         "cross_rail": file.cross_rail,
         "oversubscription": file.oversubscription,
+        "num_planes": file.num_planes,
+        "num_paths": file.num_paths,
         "derates": derates,
     }
     with refusals_of(owner):

@@ -1,6 +1,7 @@
 """The command line: ``moesim VERB``. Results on stdout, messages on stderr; exit status 0, 1, 2, 3 or 130."""
 
 from moesim.cli import accuracy as _accuracy  # noqa: F401 - a verb of its own file joins the others when imported
+from moesim.cli import alltoall as _alltoall  # noqa: F401
 from moesim.cli import place as _place  # noqa: F401
 from moesim.cli import routing_verbs as _routing_verbs  # noqa: F401
 from moesim.cli.verbs import app

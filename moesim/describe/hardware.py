@@ -69,13 +69,16 @@ class Cluster:
     latency_inter_s: Sourced
     cross_rail: CrossRail = "pxn"
     oversubscription: float = 1.0  # spine: leaf down-link over up-link
+    num_planes: int = 1  # ports of a NIC, each on a fabric of its own
+    num_paths: int = 1  # links from a leaf to the spine, per plane, that pairs of ranks are hashed to; 1 is ideal
     derates: Mapping[str, Sourced] = field(default_factory=dict)  # achieved over line rate: nvlink_alltoall, ...
 
     def __post_init__(self) -> None:
         owner = f"cluster {self.name}"
         check_whole(owner, "num_gpus", self.num_gpus)
         check(self.num_gpus <= MAX_GPUS, owner, "num_gpus", f"must not exceed {MAX_GPUS}", self.num_gpus)
-        check_whole(owner, "ranks_per_node", self.ranks_per_node)
+        for name in ("ranks_per_node", "num_planes", "num_paths"):
+            check_whole(owner, name, getattr(self, name))
         for name in ("nvlink_bytes_per_s", "nic_bytes_per_s"):
             check(getattr(self, name).value > 0, owner, name, "must be positive", getattr(self, name).value)
         for name in ("latency_intra_s", "latency_inter_s"):

@@ -206,10 +206,12 @@ def read_npy(
     num_dimensions: int | None = None,
     allowed_kinds: str = "iuf",
     max_bytes: int = MAX_NPY_BYTES,
+    allow_nan: bool = False,
 ) -> NDArray[Any]:
     """The array of a .npy file: no pickles, finite numbers only, its header checked before anything is allocated.
 
-    allowed_kinds: numpy's dtype letters (i whole, u unsigned, f floating, b truth values). Raises InputError.
+    allowed_kinds: numpy's dtype letters (i whole, u unsigned, f floating, b truth values). allow_nan: NaN may stand
+    where there is no value. Raises InputError.
 
     >>> read_npy("loads.npy", num_dimensions=2)  # doctest: +SKIP
     """
@@ -233,7 +235,7 @@ def read_npy(
     check(flat.size == math.prod(shape), owner, "", "was cut short while it was read", f"{flat.size} numbers")
     array = flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="))
     if dtype.kind == "f":
-        bad = np.argwhere(~np.isfinite(array))
+        bad = np.argwhere(np.isinf(array) if allow_nan else ~np.isfinite(array))
         check(len(bad) == 0, owner, "values", "must be finite", f"{len(bad)} that are not, the first at {_first(bad)}")
     return array
 
