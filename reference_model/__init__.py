@@ -2,4 +2,7 @@
 
 Needs torch and numpy only. ``python -m reference_model.calibrate`` writes a profile of the local device (see
 ``reference_model.profile_schema``), ``python -m reference_model.train`` trains the small model.
+
+The layer, in the order of its reading: ``routers``, ``capacity``, ``dispatch``, ``experts``, ``layer``, ``losses``;
+over several ranks: ``expert_parallel``, ``ranks``; what it costs: ``flops``, ``saved``.
 """

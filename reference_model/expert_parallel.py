@@ -180,9 +180,8 @@ class ExpertParallelMoe(nn.Module):
         weight_P = permute_weights(choice.weights_TK, plan)
         clock.lap("permute")
         clock.wait("dispatch_wait", self.group)
-        received_RL = self._counts(plan.load_E)
-        send_R = plan.load_E.view(received_RL.shape).sum(1).tolist()
-        receive_R = received_RL.sum(1).tolist()
+        sent_RL, received_RL = self._counts(plan.load_E)
+        send_R, receive_R = sent_RL.sum(1).tolist(), received_RL.sum(1).tolist()
         clock.lap("counts")
         kept = slice(sum(send_R))  # behind the last kept copy's row there are only rows that drops left empty
         rows_QH, weight_Q = _AllToAll.apply(self.group, send_R, receive_R, rows_PH[kept], weight_P[kept])
@@ -252,10 +251,10 @@ class ExpertParallelMoe(nn.Module):
         return rows_QH
 
     def _counts(self, load_S: Tensor) -> Tensor:
-        """received_RL on the host: how many rows every rank sends to each of this rank's slots. The one wait."""
+        """(sent_RL, received_RL) on the host: rows to each rank's slots, from each rank to this one's. The one wait."""
         received_S = torch.empty_like(load_S)
         distributed.all_to_all_single(received_S, load_S, group=self.group)
-        return received_S.cpu().view(self.placement.num_ranks, -1)
+        return torch.stack([load_S, received_S]).cpu().view(2, self.placement.num_ranks, -1)
 
 
 def phase_table(clock: PhaseClock, group: Any = None) -> list[dict[str, float]]:
