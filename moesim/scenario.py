@@ -79,6 +79,7 @@ class PlacementChoice:
     num_slots: int | None = None  # slots of an expert-parallel group, the same on each rank; null: one for each expert
     map: str | None = None  # a file of physical_to_logical or expert_to_rank, for policy: map
     split: SplitName = "even"  # which replica a sender takes; of one replica each there is no choice
+    age_steps: int = 0  # steps since experts were placed: a drifting popularity has moved on by then
     # GPUs that compute slower than the others (or faster), by global rank or ranks such as 8-15: speed over theirs.
     rank_speeds: Mapping[str, float] = field(default_factory=dict)
 
@@ -129,6 +130,10 @@ class Scenario:
         check(self.seed >= 0, "scenario", "seed", "must be at least 0", self.seed)
         p, model = self.parallel, self.model
         layout = self.layout
+        age, popularity = self.placement.age_steps, self.routing.popularity
+        drift_steps = getattr(getattr(popularity, "correlation", None), "drift_steps", None)
+        rule = "needs routing.popularity.correlation.drift_steps: without drift a placement does not age"
+        check(age == 0 or drift_steps is not None, "scenario.placement", "age_steps", rule, age)
         self.train.num_micro_batches(layout.dp)
         stage_layers(len(model.layers), p.pp, p.vpp)
         if p.vpp > 1 and self.train.num_micro_batches(layout.dp) % p.pp:
@@ -277,6 +282,12 @@ class Scenario:
             raw=_plain(asked) | {"model": model.name, "num_gpus": cluster.num_gpus},
             **kept,
         )
+
+    def placed_anew(self, policy: str, num_slots: int | None) -> Scenario:
+        """This scenario with its experts placed now, by another policy or into other slots."""
+        changes = {"policy": policy, "num_slots": num_slots, "map": None, "age_steps": 0}
+        placement = parse_as(PlacementChoice, _plain(self.placement) | changes, "scenario.placement")
+        return dataclasses.replace(self, placement=placement, raw=merge(self.raw, {"placement": _plain(placement)}))
 
     def with_recording(self, file: str | Path) -> Scenario:
         """This scenario with recorded routing in place of its popularity."""

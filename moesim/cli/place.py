@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,9 @@ from moesim.cli.verbs import ScenarioFile, app
 from moesim.errors import check
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from moesim.placement.price import Migration
     from moesim.placement.slots import LayerPlacements, RankSlots
     from moesim.scenario import Scenario
     from moesim.study.place import PlacedLoad
@@ -53,11 +57,12 @@ def place(
 ) -> Answer:
     """Place experts and their replicas on GPUs: how even, how far from the best, what moves."""
     from moesim.seeds import stream
-    from moesim.study.place import place_load
+    from moesim.study.place import migration_of, place_load
 
     own_policy = policy not in (None, "map")
     check(not (own_policy and map), "--map", "", "says where experts go, as --policy does; give one", policy)
     check(policy != "map" or map is not None, "--map", "", "must name a file where the policy is map", None)
+    scenario = None
     if loads is not None:
         load_LE, ranks, groups = _from_file(call, scenario_file, loads, num_gpus, num_nodes, num_slots, num_groups)
         asked: dict[str, Any] = {"loads": str(loads), "num_gpus": num_gpus, "num_nodes": num_nodes or 1}
@@ -90,11 +95,12 @@ def place(
         "seed": seed,
     }
     asked |= {"map": _name(map), "previous": _name(previous)}
+    moved = None if scenario is None or before is None else migration_of(scenario, before, placed.placements)
     files = _write_maps(call.out, placed.placements) if call.out is not None else []
     answer = Answer(
         inputs=asked,
-        result=_result(placed),
-        tables=_tables(placed, call.verbosity > 0),
+        result=_result(placed, moved, stream(seed, "drift")),
+        tables=_tables(placed, moved, call.verbosity > 0),
         writes_own_files=True,
     )
     if call.out is not None:
@@ -197,12 +203,27 @@ def _name(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _result(placed: PlacedLoad) -> dict[str, Any]:
-    """Every layer as a row under ``layers``, and the same by column, one value per layer."""
+def _result(placed: PlacedLoad, moved: Migration | None, rng: np.random.Generator) -> dict[str, Any]:
+    """Every layer as a row under ``layers``, and the same by column, one value per layer.
+
+    migration: bytes and stall of moving from the previous placement, where a scenario says how large experts are;
+    staleness: max_mean, mean over layers, once the load's correlation with this one has fallen.
+    """
+    from moesim.placement.price import staleness
+    from moesim.study.ageing import CORRELATIONS, drifted
+
+    ages_DL = staleness(placed.placements, drifted(placed.load_LE, CORRELATIONS, rng))
     rows = placed.layers()
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "layer"}
     contiguous = None if placed.contiguous_max_mean_L is None else placed.contiguous_max_mean_L
-    return {"policy": placed.policy, "layers": rows, **columns, "contiguous_max_mean": contiguous}
+    return {
+        "policy": placed.policy,
+        "layers": rows,
+        **columns,
+        "contiguous_max_mean": contiguous,
+        "migration": None if moved is None else dataclasses.asdict(moved),
+        "staleness": {"correlations": list(CORRELATIONS), "max_mean": ages_DL.mean(axis=1).tolist()},
+    }
 
 
 def _write_maps(folder: Path, placed: LayerPlacements) -> list[Path]:
@@ -217,8 +238,10 @@ def _write_maps(folder: Path, placed: LayerPlacements) -> list[Path]:
     return written
 
 
-def _tables(placed: PlacedLoad, all_layers: bool) -> list[Table]:
+def _tables(placed: PlacedLoad, moved: Migration | None, all_layers: bool) -> list[Table]:
     """Headline, then the layers, the most uneven first."""
+    from moesim.units import format_bytes, format_seconds
+
     ranks, max_mean_L = placed.placements.ranks, placed.max_mean_L
     extra = ranks.num_slots - placed.placements.num_experts
     worst, load = int(max_mean_L.argmax()), placed.load_LE.sum(axis=1).mean()
@@ -236,6 +259,10 @@ def _tables(placed: PlacedLoad, all_layers: bool) -> list[Table]:
     if placed.moved_slots_L is not None:
         total = ranks.num_slots * len(max_mean_L)
         headline.append(("Experts to move", f"{int(placed.moved_slots_L.sum()):,} of {total:,} slots"))
+    if moved is not None:
+        crossing = f"{format_bytes(moved.nic_bytes)} of it between nodes"
+        headline.append(("Bytes to move", f"{format_bytes(moved.nvlink_bytes + moved.nic_bytes)}, {crossing}"))
+        headline.append(("Training stalls for", f"at least {format_seconds(moved.stall_s)}"))
     order = (-max_mean_L).argsort(kind="stable").tolist()
     shown = sorted(order) if all_layers else sorted(order[:SHOWN_LAYERS])
     moved_L = placed.moved_slots_L

@@ -5,7 +5,7 @@ Legend: L layers, E experts, R ranks, S slots, N nodes, T tokens, K experts per 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,13 @@ from moesim.describe.parameters import layer_parameters
 from moesim.errors import InputError, check, near_match
 from moesim.placement.nodes import cross_node_tokens
 from moesim.placement.policies import POLICIES, Known, Policy
-from moesim.placement.price import SlotBytes, moved_slots, slot_bytes
+from moesim.placement.price import Migration, SlotBytes, migration, moved_slots, slot_bytes
 from moesim.placement.search import check_fits, checked_loads, lower_bounds
 from moesim.placement.slots import LayerPlacements, RankSlots
 from moesim.placement.splits import Nearest, share_by_sender_NEN
 from moesim.scenario import Scenario
 from moesim.seeds import stream
-from moesim.timeline.load import StepLoad, step_load
+from moesim.timeline.load import StepLoad, positions_by_stage, step_load
 from moesim.timeline.placed import Choices, token_choices
 
 Floats = NDArray[np.float64]
@@ -192,6 +192,37 @@ def expert_bytes(scenario: Scenario) -> SlotBytes:
         gradients_bytes=whole.gradients_bytes / (shards if zero >= 2 else 1),
         optimizer_bytes=whole.optimizer_bytes / (shards if zero >= 1 else 1),
     )
+
+
+def migration_of(scenario: Scenario, previous: LayerPlacements, new: LayerPlacements) -> Migration:
+    """What moving from one layout to another costs, optimizer states included.
+
+    Pipeline stages move at once, each its own layers over its own wires; replicas of a group move alike, at once too.
+    """
+    cluster, slot = scenario.cluster, expert_bytes(scenario)
+    moves = [
+        migration(
+            _layers_of(previous, positions),
+            _layers_of(new, positions),
+            slot,
+            nic_bytes_per_s=cluster.nic_bytes_per_s.value,
+            nvlink_bytes_per_s=cluster.nvlink_bytes_per_s.value,
+            with_state=True,
+        )
+        for positions in positions_by_stage(scenario)
+        if positions
+    ]
+    return Migration(
+        num_moved_slots=sum(move.num_moved_slots for move in moves),
+        nvlink_bytes=sum(move.nvlink_bytes for move in moves),
+        nic_bytes=sum(move.nic_bytes for move in moves),
+        stall_s=max(move.stall_s for move in moves),
+    )
+
+
+def _layers_of(placed: LayerPlacements, positions: Sequence[int]) -> LayerPlacements:
+    rows = placed.physical_to_logical_LS[list(positions)]
+    return LayerPlacements(physical_to_logical_LS=rows, num_experts=placed.num_experts, ranks=placed.ranks)
 
 
 def slots_of_map(raw: object, ranks: RankSlots, num_experts: int) -> RankSlots:

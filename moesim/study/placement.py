@@ -22,7 +22,7 @@ from moesim.errors import InputError, NotModelledError, check
 from moesim.metrics.step import StepResult
 from moesim.placement.nodes import cross_node_tokens, renumbered
 from moesim.placement.policies import POLICIES, Known, NodeAware, Policy
-from moesim.placement.price import Migration, SlotBytes, migration, moved_slots
+from moesim.placement.price import Migration, SlotBytes, moved_slots
 from moesim.placement.slots import LayerPlacements
 from moesim.scenario import Scenario
 from moesim.seeds import stream
@@ -32,6 +32,7 @@ from moesim.study.place import (
     expert_bytes,
     load_of,
     measured,
+    migration_of,
     policy_of,
 )
 from moesim.study.simulate import simulate
@@ -261,7 +262,8 @@ def placement_study(
     own = scenario.placement.policy
     say(f"{own}, as it is today")
     base = _point(drawn, own, drawn.today, lambda: scenario)
-    known: dict[tuple[str, int], PlacementPoint] = {(own, base.num_slots): base}
+    # A layout that has aged is not the one that its policy would make today.
+    known: dict[tuple[str, int], PlacementPoint] = {} if scenario.placement.age_steps else {(own, base.num_slots): base}
 
     def point(policy: str, num_slots: int) -> PlacementPoint:
         if (policy, num_slots) not in known:
@@ -270,7 +272,7 @@ def placement_study(
             placements = drawn.placements(POLICIES[policy], num_slots)
             if policy not in IN_ORDER:
                 placements = renumbered(placements, drawn.today)
-            changed = partial(scenario.with_, policy=policy, num_slots=num_slots, map=None)
+            changed = partial(scenario.placed_anew, policy, num_slots)
             known[policy, num_slots] = _point(drawn, policy, placements, changed)
         return known[policy, num_slots]
 
@@ -381,39 +383,11 @@ def _point(drawn: _Drawn, policy: str, placements: LayerPlacements, changed: Cal
         num_slots=num_slots,
         placed=placed,
         cross_node_per_token_L=placed.cross_node_tokens_L / tokens_L,
-        migration=_migration(drawn, placements),
+        migration=migration_of(drawn.scenario, drawn.today, placements),
         replica_bytes=SlotBytes(**{name: size * extra for name, size in dataclasses.asdict(drawn.slot).items()}),
         step=step,
         reason=reason,
     )
-
-
-def _migration(drawn: _Drawn, new: LayerPlacements) -> Migration:
-    """From today's layout. Pipeline stages move at once, each its own layers over its own wires."""
-    cluster = drawn.scenario.cluster
-    moves = [
-        migration(
-            _layers_of(drawn.today, positions),
-            _layers_of(new, positions),
-            drawn.slot,
-            nic_bytes_per_s=cluster.nic_bytes_per_s.value,
-            nvlink_bytes_per_s=cluster.nvlink_bytes_per_s.value,
-            with_state=True,
-        )
-        for positions in drawn.positions_by_stage
-        if positions
-    ]
-    return Migration(
-        num_moved_slots=sum(move.num_moved_slots for move in moves),
-        nvlink_bytes=sum(move.nvlink_bytes for move in moves),
-        nic_bytes=sum(move.nic_bytes for move in moves),
-        stall_s=max(move.stall_s for move in moves),
-    )
-
-
-def _layers_of(placed: LayerPlacements, positions: Sequence[int]) -> LayerPlacements:
-    rows = placed.physical_to_logical_LS[list(positions)]
-    return LayerPlacements(physical_to_logical_LS=rows, num_experts=placed.num_experts, ranks=placed.ranks)
 
 
 def _step(changed: Callable[[], Scenario]) -> tuple[StepNumbers | None, str]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
 from moesim.describe.capacity import Megablocks, RankBuffer
-from moesim.describe.model import MoeFfn, Router
+from moesim.describe.model import Layer, MoeFfn, Router
 from moesim.describe.pipeline import stage_layers
 from moesim.describe.workload import Balanced, Multinomial, Popularity, Recorded
 from moesim.errors import NotModelledError
@@ -122,9 +122,8 @@ class StepLoad:
 
 def step_load(scenario: Scenario) -> StepLoad | None:
     """Draw the step's load; None for a dense model. Raises NotModelledError where MoE layers differ."""
-    model, parallel = scenario.model, scenario.parallel
-    stack = model.layers + (model.mtp_layers if scenario.train.mtp else ())
-    layers = tuple(i for i, layer in enumerate(stack) if layer.is_moe)
+    model, parallel, choice = scenario.model, scenario.parallel, scenario.placement
+    stack, layers = _stack(scenario), moe_layers(scenario)
     if not layers:
         return None
     moe = stack[layers[0]].ffn
@@ -132,8 +131,11 @@ def step_load(scenario: Scenario) -> StepLoad | None:
     if any(stack[i].ffn != moe for i in layers):
         raise NotModelledError(f"model {model.name}: MoE layers that differ from one another are not modelled")
     asked = scenario.routing.popularity
-    popularities = _popularities(asked, len(layers), moe.num_experts, moe.router, scenario.seed, _stamp(asked))
-    placed = placed_experts(_placement(scenario, popularities), popularities, scenario.placement.split)
+    fixed = (asked, len(layers), moe.num_experts, moe.router, scenario.seed, _stamp(asked))
+    placed_for, popularities = _popularities(*fixed, 0), _popularities(*fixed, choice.age_steps)
+    placed = placed_experts(
+        _placement(scenario, placed_for), popularities, choice.split, expected_LE=placed_for.inclusion_LE
+    )
     if isinstance(scenario.routing.capacity, RankBuffer) and placed.rank_of_expert_E is None:
         what = "rank-level buffers with replicas, or with a placement that differs from layer to layer"
         raise NotModelledError(f"scenario.routing.capacity: {what}, are not modelled")
@@ -156,7 +158,7 @@ def step_load(scenario: Scenario) -> StepLoad | None:
     return StepLoad(
         moe=moe,
         layers=layers,
-        positions_by_stage=_positions_by_stage(scenario, layers),
+        positions_by_stage=positions_by_stage(scenario),
         popularities=popularities,
         placed=placed,
         load=load,
@@ -198,9 +200,19 @@ def redrawn(scenario: Scenario, base: StepLoad, popularities: Popularities, rng:
     )
 
 
-def _positions_by_stage(scenario: Scenario, layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Positions in ``layers`` of the MoE layers of each stage; those after the stack lie on the last one."""
-    num_layers, pp = len(scenario.model.layers), scenario.parallel.pp
+def _stack(scenario: Scenario) -> tuple[Layer, ...]:
+    """The layers that are trained, in order."""
+    return scenario.model.layers + (scenario.model.mtp_layers if scenario.train.mtp else ())
+
+
+def moe_layers(scenario: Scenario) -> tuple[int, ...]:
+    """Numbers of the MoE layers that are trained."""
+    return tuple(i for i, layer in enumerate(_stack(scenario)) if layer.is_moe)
+
+
+def positions_by_stage(scenario: Scenario) -> tuple[tuple[int, ...], ...]:
+    """Positions in ``moe_layers`` of the MoE layers of each stage; those after the stack lie on the last one."""
+    num_layers, pp, layers = len(scenario.model.layers), scenario.parallel.pp, moe_layers(scenario)
     position = {number: at for at, number in enumerate(layers)}
     stages = [[i for chunk in stage for i in chunk] for stage in stage_layers(num_layers, pp, scenario.parallel.vpp)]
     stages[-1] += [number for number in layers if number >= num_layers]
@@ -323,10 +335,16 @@ def _popularities(
     router: Router,
     seed: int,
     stamp: tuple[int, int] | None,  # noqa: ARG001 - for the cache alone
+    step: int,
 ) -> Popularities:
     """stamp: tells one state of a recording's file from another, which the cache would otherwise take for the same."""
     return popularity_LE(
-        popularity, num_layers=num_layers, num_experts=num_experts, router=router, rng=stream(seed, "popularity")
+        popularity,
+        num_layers=num_layers,
+        num_experts=num_experts,
+        router=router,
+        rng=stream(seed, "popularity"),
+        step=step,
     )
 
 

@@ -79,13 +79,20 @@ class PlacedExperts:
         )
 
 
-def placed_experts(layers: LayerPlacements, popularities: Popularities, split: str = "even") -> PlacedExperts:
+def placed_experts(
+    layers: LayerPlacements,
+    popularities: Popularities,
+    split: str = "even",
+    *,
+    expected_LE: NDArray[np.float64] | None = None,
+) -> PlacedExperts:
     """Slots of a placement, replicas of an expert sharing its load as the split of that name does.
 
-    The split looks at the load that is expected, not at what a step then has.
+    expected_LE: the load that the split looks at, of when experts were placed (None: the popularities' own).
     """
     expert_LS = layers.physical_to_logical_LS
-    share_LS = _share_of_slots(layers, SPLITS[split], popularities.inclusion_LE)
+    expected_LE = popularities.inclusion_LE if expected_LE is None else expected_LE
+    share_LS = _share_of_slots(layers, SPLITS[split], expected_LE)
     placed = PlacedExperts(
         layers=layers,
         share_LS=share_LS,
