@@ -115,6 +115,8 @@ def test_a_table_may_say_how_many_nodes_a_token_uses() -> None:
         ({"dtype": "INT4"}, "dtype"),
         ({"ep_size": "1"}, "ep_size"),
         ({"latency_us": "0"}, "latency_us"),
+        ({"num_sms": "0 (none)"}, "num_sms"),
+        ({"topk": "300"}, "topk"),
         ({"tokens_per_rank": "1e30"}, "tokens_per_rank"),
         ({"bandwidth_def": "busbw"}, "bandwidth_def"),
         ({"n_experts": ""}, "n_experts"),

@@ -143,7 +143,7 @@ def express(row: Record, owner: str, known: Mapping[str, Library] | None = None)
         num_experts=0 if is_nccl else _num_experts(row, owner),
         most_nodes=whole(row, "topk_groups", owner, default=MOST_NODES),
         dtype=row.get("dtype", "").lower(),
-        num_sms=_first_number(row.get("num_sms", "")),
+        num_sms=_num_sms(row, owner),
         message_bytes=number(row, "message_bytes", owner) if is_nccl else 0.0,
         measured_s=0.0,
         source=row.get("source", ""),
@@ -373,7 +373,6 @@ def _num_experts(row: Record, owner: str) -> int:
     return whole(row, "n_experts", owner)
 
 
-def _first_number(text: str) -> float | None:
+def _num_sms(row: Record, owner: str) -> float | None:
     """The SMs of ``24 (V1 default ...)``; None where none are given."""
-    found = re.match(r"\d+", text)
-    return float(found[0]) if found else None
+    return given({"num_sms": row.get("num_sms", "").split(" ")[0]}, "num_sms", owner)
