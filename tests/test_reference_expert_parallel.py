@@ -23,6 +23,7 @@ from reference_model.expert_parallel import (  # noqa: E402
 from reference_model.layer import MoeLayer  # noqa: E402
 from reference_model.ranks import run_on_ranks  # noqa: E402
 from reference_model.routers import NOBODY, SWITCH_TOP_1, SigmoidTopK, SoftmaxTopK  # noqa: E402
+from reference_model.saved import recording_saved  # noqa: E402
 
 HIDDEN, EXPERTS = 32, 8
 CONTIGUOUS = tuple(range(EXPERTS))
@@ -176,6 +177,20 @@ def test_replicas_share_the_tokens_of_their_expert_evenly() -> None:
     shares = load_S[[slot for slot, expert in enumerate(REPLICATED) if expert == 0]]
     assert int(shares.sum()) > 8
     assert int(shares.max() - shares.min()) <= 2, "each of two source ranks deals to them in turn"
+
+
+def saved_on_each_rank(counts: list[int], skew: float, changes: dict[str, Any]) -> tuple[int, list[tuple[str, int]]]:
+    """(rows received, (precision, bytes) of every storage kept for the backward) of this rank."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    layer = ExpertParallelMoe(_layer(changes), Placement.of(CONTIGUOUS, num_ranks=num_ranks))
+    x = _tokens(counts, skew)[rank].to(layer.layer.experts.w_in.dtype).requires_grad_()
+    with recording_saved(besides=layer.parameters()) as saved:
+        result = layer(x)
+    load_S = result.plan.load_E.clone()
+    torch.distributed.all_reduce(load_S)
+    result.output_TH.sum().backward()
+    held = layer.placement.slots_of_rank(rank)
+    return int(load_S[list(held)].sum()), [(str(kept.dtype), kept.num_bytes) for kept in saved.storages]
 
 
 def _timed() -> tuple[list[dict[str, float]], float]:

@@ -20,12 +20,15 @@ from reference_model import experts  # noqa: E402
 from reference_model.experts import activate  # noqa: E402
 from reference_model.flops import flop_counter  # noqa: E402
 from reference_model.layer import FeedForward, MoeLayer  # noqa: E402
+from reference_model.ranks import run_on_ranks  # noqa: E402
 from reference_model.routers import SWITCH_TOP_1, SigmoidTopK, SoftmaxTopK  # noqa: E402
 from reference_model.saved import recording_saved  # noqa: E402
+from tests.test_reference_expert_parallel import saved_on_each_rank  # noqa: E402
 
 TOKENS, HIDDEN, WIDTH, SHARED, EXPERTS = 64, 32, 48, 40, 16
 ATTENTION = GroupedQueryAttention(num_heads=4, num_kv_heads=4, head_dim=8)  # not looked at here
 ENDS_BYTES = 4 * EXPERTS  # where each expert's rows end, int32: per layer, not per token, so no formula has it
+PARTS, FLOATS = {"dispatch", "experts", "shared"}, {"torch.bfloat16", "torch.float32"}
 ROUTERS = {
     "mixtral": (SoftmaxTopK(top_k=2), DescribedRouter(top_k=2)),
     "olmoe": (SoftmaxTopK(top_k=4, normalise=False), DescribedRouter(top_k=4, normalise_top_k=False)),
@@ -121,6 +124,31 @@ def test_every_large_tensor_that_megatron_keeps_is_kept_in_the_same_shape() -> N
     )
     assert wanted.total() == 8
     assert wanted <= kept
+
+
+def test_a_rank_keeps_routed_tensors_for_the_assignments_it_receives_however_many_ranks_share_them() -> None:
+    router, described = ROUTERS["mixtral"]
+    counts, changes = [72, 24], {"dtype": torch.bfloat16, "router": router}
+    by_rank = run_on_ranks(saved_on_each_rank, 2, counts, 1.0, changes)
+    received = [rows for rows, _ in by_rank]
+    assert sum(received) == sum(counts) * router.top_k
+    assert max(received) > 1.3 * min(received), "the case must be skewed"
+    expert, shared = Ffn(width=48), Ffn(width=16)
+    layer = Layer(attention=ATTENTION, ffn=MoeFfn(num_experts=8, expert=expert, router=described, shared=shared))
+    model = Model(name="test", hidden=32, vocab=64, layers=(layer,))
+    tensors = [
+        tensor
+        for tensor in layer_tensors(model, layer, Parallelism(ep=2), REFERENCE)
+        if tensor.part in PARTS and tensor.element_bytes < 8
+    ]
+    assert {tensor.per for tensor in tensors} == {"token", "assignment"}
+    for num_tokens, (num_received, kept) in zip(counts, by_rank, strict=True):
+        count = {"token": num_tokens, "assignment": num_received}
+        wanted = Counter(int(count[tensor.per] * tensor.bytes) for tensor in tensors)
+        assert wanted <= Counter(num_bytes for dtype, num_bytes in kept if dtype in FLOATS)
+        whole = sum(num_bytes for dtype, num_bytes in kept if dtype in FLOATS)
+        # Beside them: the layer's input, router scores, weights and their sums.
+        assert whole == sum(wanted.elements()) + num_tokens * (2 * 32 + 4 * 8 + 4 * (router.top_k + 1))
 
 
 def test_a_dense_block_keeps_its_input_the_activations_input_and_its_output() -> None:
