@@ -57,7 +57,7 @@ def place(
 ) -> Answer:
     """Place experts and their replicas on GPUs: how even, how far from the best, what moves."""
     from moesim.seeds import stream
-    from moesim.study.place import migration_of, place_load
+    from moesim.study.place import migration_of, place_load, slots_that_fit
 
     own_policy = policy not in (None, "map")
     check(not (own_policy and map), "--map", "", "says where experts go, as --policy does; give one", policy)
@@ -96,11 +96,14 @@ def place(
     }
     asked |= {"map": _name(map), "previous": _name(previous)}
     moved = None if scenario is None or before is None else migration_of(scenario, before, placed.placements)
+    fitting = None if scenario is None else slots_that_fit(scenario)
+    slots = placed.placements.ranks.num_slots
     files = _write_maps(call.out, placed.placements) if call.out is not None else []
     answer = Answer(
         inputs=asked,
-        result=_result(placed, moved, stream(seed, "drift")),
+        result=_result(placed, moved, stream(seed, "drift")) | {"num_slots_that_fit": fitting},
         tables=_tables(placed, moved, call.verbosity > 0),
+        warnings=[] if fitting is None or slots <= fitting else [f"{slots} slots do not fit in memory: {fitting} do"],
         writes_own_files=True,
     )
     if call.out is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moesim.cost.activations import MEGATRON
 from moesim.describe.model import MoeFfn, Router
 from moesim.describe.parameters import layer_parameters
 from moesim.errors import InputError, check, near_match
@@ -23,6 +24,7 @@ from moesim.placement.slots import LayerPlacements, RankSlots
 from moesim.placement.splits import Nearest, share_by_sender_NEN
 from moesim.scenario import Scenario
 from moesim.seeds import stream
+from moesim.study.sizes import rank_memories
 from moesim.timeline.load import StepLoad, positions_by_stage, step_load
 from moesim.timeline.placed import Choices, token_choices
 
@@ -192,6 +194,24 @@ def expert_bytes(scenario: Scenario) -> SlotBytes:
         gradients_bytes=whole.gradients_bytes / (shards if zero >= 2 else 1),
         optimizer_bytes=whole.optimizer_bytes / (shards if zero >= 1 else 1),
     )
+
+
+def slots_that_fit(scenario: Scenario) -> int:
+    """Most expert slots of a group, alike on all its GPUs, that fit in memory; 0 where not even today's do.
+
+    Today's slots and those that the free memory of the fullest GPU of any stage holds, allocator reserve included; at
+    most every expert on every GPU. Activations are taken to stay as they are, though copies spread them.
+    """
+    slot, ep = expert_bytes(scenario), scenario.parallel.ep
+    num_experts = next(layer.ffn.num_experts for layer in scenario.model.layers if isinstance(layer.ffn, MoeFfn))
+    today = (scenario.placement.num_slots or num_experts) // ep
+    free_bytes = [scenario.cluster.gpu.memory_bytes.value - memory.peak_bytes for memory in rank_memories(scenario)]
+    if min(free_bytes) < 0:
+        return 0
+    with_reserve = 1.0 + MEGATRON.allocator_reserve_fraction.value
+    layers = [len(positions) for positions in positions_by_stage(scenario)]
+    more = [int(f // (n * slot.total_bytes * with_reserve)) for f, n in zip(free_bytes, layers, strict=True) if n]
+    return min(today + min(more), num_experts) * ep
 
 
 def migration_of(scenario: Scenario, previous: LayerPlacements, new: LayerPlacements) -> Migration:

@@ -1,4 +1,6 @@
-"""Placements made a while ago: drift reaches the step, the study, and what place says of moving and ageing."""
+"""Placements made a while ago, what moving to another costs, and how many slots fit in memory."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import pytest
 from moesim.errors import InputError
 from moesim.metrics.summary import summarise
 from moesim.scenario import Scenario
+from moesim.study.place import slots_that_fit
 from moesim.study.placement import placement_study
 from moesim.timeline.load import step_load
 from moesim.timeline.step import run_step
@@ -81,3 +84,36 @@ def test_place_tells_bytes_and_stall_of_moving_and_how_the_layout_ages(tmp_path)
     assert ages[-1] > ages[0]
     _, shown, _ = moesim("place", *options, *previous)
     assert "Training stalls for" in shown
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_the_slots_that_fit_are_those_of_the_simulated_memory(zero: int) -> None:
+    sizes = {"model": "olmoe-1b-7b", "cluster": "h100-8x-ib400", "num_gpus": 32, "ep": 16, "pp": 2, "zero": zero}
+    asked = Scenario.make(**sizes, seq_len=512, global_batch=32, gini=0.3, policy="search")
+    gpu = asked.cluster.gpu
+    held = dataclasses.replace(gpu.memory_bytes, value=20e9)
+    asked = asked.with_(cluster=dataclasses.replace(asked.cluster, gpu=dataclasses.replace(gpu, memory_bytes=held)))
+    fitting = slots_that_fit(asked)
+    assert fitting % 16 == 0
+    assert 64 < fitting < 64 * 16
+    assert summarise(run_step(asked.placed_anew("search", fitting))).fits
+    assert not summarise(run_step(asked.placed_anew("search", fitting + 32))).fits, "a slot per GPU for chance in loads"
+
+
+def test_place_warns_of_slots_that_do_not_fit() -> None:
+    options = [
+        "--model",
+        "qwen3-235b-a22b",
+        "--cluster",
+        "h100-8x-ib400",
+        "--num-gpus",
+        "64",
+        "--ep",
+        "16",
+        "--pp",
+        "4",
+    ]
+    options += ["--ep", "16", "--pp", "4", "--seq-len", "512", "--global-batch", "32", "--policy", "contiguous"]
+    found = answer("place", *options, "--num-slots", "256")
+    assert found["result"]["num_slots_that_fit"] < 256
+    assert any("256 slots do not fit in memory" in warning for warning in found["warnings"])
