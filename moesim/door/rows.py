@@ -148,4 +148,6 @@ def _pyarrow(owner: str, name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         rule = "parquet needs the package pyarrow"
-        raise InputError(owner, "", rule, "it is not installed", "Install pyarrow, or use CSV.") from None
+        raise InputError(
+            owner, "", rule, "it is not installed", "Install the extra moesim[parquet], or use CSV."
+        ) from None
