@@ -105,6 +105,9 @@ def test_what_drops_nothing_has_no_limit() -> None:
     padded = limit_at(Megatron(), 100.0, pad=True)
     assert padded is not None
     assert padded.places == 900  # padding fills what the formula says, needed or not
+    small = limit_at(Gshard(group_tokens=24), 100.0, pad=True)
+    assert small is not None
+    assert small.places == 24  # a group's expert never has more places than the group has tokens
     with pytest.raises(InputError, match=r"group_tokens: must divide the 48 tokens of a source rank; got 32"):
         limit_at(Gshard(group_tokens=32), 1.0)
 
@@ -304,6 +307,16 @@ def test_the_capacity_for_a_wanted_drop_is_enough_and_no_more(convention: Capaci
     assert worst >= factor * 0.998
 
 
+def test_the_capacity_that_the_worst_layer_needs_is_the_worst_layers_own() -> None:
+    even, skewed = (popularities_of(Lognormal(gini=gini)).inclusion_LE for gini in (0.05, 0.5))
+    sizes = {**SIZES, "top_k": TOP_K}
+    both = np.concatenate([even, skewed])
+    worst = capacity_factor_for_drop(both, 0.02, Megablocks(), **sizes, worst_layer=True)
+    mean = capacity_factor_for_drop(both, 0.02, Megablocks(), **sizes)
+    assert worst == pytest.approx(capacity_factor_for_drop(skewed, 0.02, Megablocks(), **sizes), rel=2e-3)
+    assert capacity_factor_for_drop(even, 0.02, Megablocks(), **sizes) < mean < worst
+
+
 def test_a_wanted_drop_below_zero_is_refused() -> None:
     with pytest.raises(InputError, match=r"wanted_drop_fraction: must lie in 0\.\.1"):
         capacity_factor_for_drop(np.full((1, 4), 0.25), -0.1, Megatron(), **SIZES, top_k=1)
@@ -434,3 +447,41 @@ def test_random_seconds_explain_why_st_moe_drops_less_than_two_experts_a_token_m
     assert drops["random_second", 0.75] == pytest.approx(10.6, abs=0.6)
     assert drops["random_second", 1.25] == pytest.approx(0.3, abs=0.35)
     assert drops["random_second", 2.0] == 0.0
+
+
+def test_zero_experts_have_no_buffer_to_overflow_and_cost_no_token_anything() -> None:
+    router = Router(top_k=1, num_zero_experts=8)
+    popularities = popularities_of(Lognormal(gini=0.3), router=router)
+    assert popularities.nowhere_L is not None
+    routing = Routing(popularity=Lognormal(gini=0.3), capacity_factor=0.5, drop_policy="position")
+    report = sample_drops(popularities, routing, tokens_per_rank=2048, num_source_ranks=4, rng=np.random.default_rng(3))
+    assert report.assigned_LE.shape == (1, EXPERTS)
+    nowhere = 8192 - report.assigned_LE.sum()
+    assert nowhere == pytest.approx(8192 * popularities.nowhere_L[0], abs=5 * math.sqrt(8192) / 2)
+    assert nowhere > 1000
+    # With one expert a token, whoever loses any loses all; who chose a zero expert loses nothing.
+    assert report.tokens_lost_L[0] == report.tokens_hurt_L[0] == report.lost_LE.sum() > 0
+
+
+def test_who_a_token_turns_to_next_is_drawn_by_the_weights_of_those_it_does_not_use() -> None:
+    popularities = popularities_of(Lognormal(gini=0.4))
+    order, _ = draw_preferences(
+        popularities.log_weights_LE[0],
+        Router(top_k=TOP_K),
+        40_000,
+        np.random.default_rng(6),
+        num_preferences=TOP_K + 1,
+    )
+    seen_E = np.bincount(order[:, TOP_K], minlength=EXPERTS) / 40_000
+    weights_E = next_weights(popularities)[0]
+    # Taking weight and use as independent is off by half a point of a hundred here; the bare weights by four.
+    assert np.abs(weights_E / weights_E.sum() - seen_E).max() < 0.012
+
+
+def test_preferences_keep_random_seconds_as_often_as_choices_do() -> None:
+    router = Router(top_k=2, choice="random_second")
+    log_weights = 0.6 * np.random.default_rng(2).standard_normal(EXPERTS)
+    order, _ = draw_preferences(log_weights, router, 40_000, np.random.default_rng(3), num_preferences=2)
+    drawn = draw_choices(log_weights, router, 40_000, np.random.default_rng(4))
+    kept = [(choices[:, 1] >= 0).mean() for choices in (order, drawn)]
+    assert kept[0] == pytest.approx(kept[1], abs=4 * math.sqrt(0.5 / 40_000))

@@ -19,6 +19,7 @@ from moesim.routing.popularity import popularity_LE
 from moesim.routing.reach import reach_of_sets
 from moesim.routing.sampler import draw_choices, draw_counts_streaming, stream_choices
 
+ROUTERS = (Router(top_k=4), Router(top_k=4, num_groups=8, top_groups=3), Router(top_k=2, choice="random_second"))
 LOG_WEIGHTS_8 = np.log(np.array([8.0, 1.0, 3.0, 0.5, 2.0, 2.0, 0.2, 5.0]))
 SKEWED_5 = np.log(np.array([500.0, 1.0, 2.0, 30.0, 0.4]))
 
@@ -113,6 +114,26 @@ def test_every_expert_of_a_skewed_layer_is_included_as_often_as_quadrature_says(
     assert np.abs((counts - num_tokens * exact) / deviation).max() < 4.5
 
 
+def test_levels_end_where_seven_tenths_of_their_weight_are_left() -> None:
+    from moesim.routing import kernels
+
+    assert kernels._level_starts(np.ones(100), 5).tolist() == [0, 30, 51, 66, 77, 100]  # 100, 70, 49, 34, 23 left
+    assert kernels._level_starts(np.array([90.0, 5.0, 3.0, 2.0]), 9).tolist() == [0, 1, 2, 3, 4]
+
+
+@settings(deadline=None, max_examples=30)
+@given(offset=st.floats(-200.0, 200.0), seed=st.integers(0, 2**32 - 1), skew=st.floats(0.0, 4.0))
+def test_only_differences_of_log_popularity_matter(offset: float, seed: int, skew: float) -> None:
+    log_weights = np.round(skew * np.random.default_rng(seed).standard_normal(16), 3)
+    for router in ROUTERS[:1] + ROUTERS[2:]:
+        drawn = [
+            draw_choices(weights, router, 50, np.random.default_rng(seed))
+            for weights in (log_weights, log_weights + offset)
+        ]
+        # Rounding of the offset may turn a draw that falls on a column's very edge, once in about 1e12.
+        assert np.array_equal(*drawn)
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     logs=st.lists(st.floats(-40.0, 0.0), min_size=2, max_size=24),
@@ -149,6 +170,7 @@ def test_a_draw_is_new_with_a_probability_that_no_skew_can_make_small(
         (8, Router(top_k=2, num_groups=8, top_groups=3)),
         (6, Router(top_k=3, num_groups=2, top_groups=1)),
         (8, Router(top_k=4, num_groups=4, top_groups=2)),
+        (12, Router(top_k=4, num_groups=3, top_groups=2)),  # third rings of two groups compete
     ],
 )
 @pytest.mark.parametrize("skew", [0.0, 1.0, 3.0, 8.0])
@@ -189,9 +211,6 @@ def test_all_experts_are_chosen_when_top_k_is_their_number_however_skewed() -> N
 def test_more_experts_than_a_choice_can_number_are_refused_by_name() -> None:
     with pytest.raises(InputError, match="moe: num_experts: must not exceed 32767 where tokens are drawn; got 32768"):
         draw_choices(np.zeros(32768), Router(top_k=2), 1, np.random.default_rng(0))
-
-
-ROUTERS = (Router(top_k=4), Router(top_k=4, num_groups=8, top_groups=3), Router(top_k=2, choice="random_second"))
 
 
 @pytest.mark.parametrize("router", ROUTERS)
