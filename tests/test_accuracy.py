@@ -156,6 +156,14 @@ def test_rows_like_a_question_share_its_gpu_where_there_are_enough() -> None:
     assert not nowhere.same_gpu
 
 
+def test_rows_of_a_fit_say_nothing_about_rows_to_come() -> None:
+    across = Likeness(gpu="h200", is_moe=True, crosses_nodes=True, precision="bf16")
+    found = cases_like(across, kind="dispatch")
+    alike = [score for score in scores() if score.kind == "dispatch" and score.like == across]
+    assert found is not None
+    assert found.num_rows == sum(not score.used_in_fit for score in alike) < len(alike)
+
+
 def test_a_result_is_warned_about_where_measured_steps_on_its_gpu_were_far_off() -> None:
     b200 = Scenario.make(model="llama-3-70b", cluster="b200-8x-ib400", num_gpus=8, tp=8, global_batch=8)
     assert accuracy_warning(b200) == accuracy_statement(b200)
