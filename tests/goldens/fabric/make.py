@@ -58,7 +58,7 @@ def build(folder: Path, simgrid: str | None = None) -> Path:
 
 
 def run_simgrid(binary: Path, flows: Flows, topology: Topology) -> tuple[int, float, Floats]:
-    """(SimGrid's version, seconds that it ran, finish of each flow [s])."""
+    """(SimGrid's version, processor seconds that it ran, finish of each flow [s])."""
     routes = topology.routes(flows.source_F, flows.target_F)
     begin_F = flows.start_F + routes.latency_F
     last_F = (routes.link_FP >= 0).sum(axis=1) - 1
