@@ -1,8 +1,8 @@
 """Time what users wait for, each in a process of its own, and write docs/speed.md: ``make bench``.
 
 Shared machines are noisy: each figure is the median of several runs, with the fastest and the slowest beside it.
-Limits are those that the project promises; the script fails when a median breaks one. Options such as ``--simgrid PREFIX``
-are those of ``benchmarks.fabric``.
+Limits are those that the project promises; the script fails when a median breaks one. Options are handed on to
+``benchmarks.fabric`` (``--simgrid PREFIX``).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from moesim.fabric.filling_kernels import fill, forget, links_of, push, scratch, sift_down
+from moesim.fabric.filling_kernels import FREE, fill, forget, links_of, push, scratch, sift_down
 from moesim.fabric.shrink_kernels import classes_of, components_of, links_that_can_fill, local_links
 
 _SAME_TIME = 1e-12  # ends that differ by this share of the clock are one event: rounding, not waiting
@@ -24,88 +24,110 @@ _WORTH = 0.8  # a shrink helps if so few of the classes stay
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _join(c, item, left, first_C1, link_CP, weight_CP, state):  # type: ignore[no-untyped-def]
-    """A message with ``left`` bytes starts to move."""
-    mark, held, size_C, moved_C, _, head_C, count_L = state
-    low, high = first_C1[c], first_C1[c + 1]
-    push(mark[low:high], held[low:high], np.int64(size_C[c]), moved_C[c] + left, item)
-    size_C[c] += 1.0
-    head_C[c] = mark[low]
+def _count(c, change, system, now_moving):  # type: ignore[no-untyped-def]
+    """A message more (1) or less (-1) in a class and on its links."""
+    _, link_CP, weight_CP, _, _, _, entry_CP = system
+    size_C, count_L, size_E = now_moving
+    size_C[c] += change
     for hop in range(link_CP.shape[1]):
         if link_CP[c, hop] < 0:
             break
-        count_L[link_CP[c, hop]] += weight_CP[c, hop] if weight_CP.size else 1.0
+        count_L[link_CP[c, hop]] += change * weight_CP[c, hop] if weight_CP.size else change
+        if entry_CP.size:
+            size_E[entry_CP[c, hop]] += change
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _leave(c, first_C1, link_CP, weight_CP, state):  # type: ignore[no-untyped-def]
+def _join(c, item, left, first_C1, system, now_moving, progress):  # type: ignore[no-untyped-def]
+    """A message with ``left`` bytes starts to move."""
+    mark, held, moved_C, head_C = progress
+    low, high = first_C1[c], first_C1[c + 1]
+    size = np.int64(now_moving[0][c])
+    if size == 0:
+        moved_C[c] = 0.0
+    push(mark[low:high], held[low:high], size, moved_C[c] + left, item)
+    head_C[c] = mark[low]
+    _count(c, 1.0, system, now_moving)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _leave(c, first_C1, system, now_moving, progress):  # type: ignore[no-untyped-def]
     """The first message of a class is done. Returns it."""
-    mark, held, size_C, _, _, head_C, count_L = state
+    mark, held, _, head_C = progress
     low, high = first_C1[c], first_C1[c + 1]
     item = held[low]
-    size_C[c] -= 1.0
-    last = np.int64(size_C[c])
+    last = np.int64(now_moving[0][c]) - 1
     mark[low], held[low] = mark[low + last], held[low + last]
     sift_down(mark[low:high], held[low:high], last)
     head_C[c] = mark[low] if last > 0 else np.inf
-    for hop in range(link_CP.shape[1]):
-        if link_CP[c, hop] < 0:
-            break
-        count_L[link_CP[c, hop]] -= weight_CP[c, hop] if weight_CP.size else 1.0
+    _count(c, -1.0, system, now_moving)
     return item
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _next_end(link_CP, level_L1, size_C, moved_C, speed_C, head_C, wait_C):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def _next_end(hop_CP, level_L1, moved_C, speed_C, head_C, wait_C):  # type: ignore[no-untyped-def]
     """Set speed_C and wait_C, the seconds until each class's first message is done. Returns the least."""
     step = np.inf
-    for c in range(size_C.size):
-        speed = level_L1[link_CP[c, 0]]
-        for hop in range(1, link_CP.shape[1]):
-            speed = min(speed, level_L1[link_CP[c, hop]])  # -1 is the last: infinite
-        speed_C[c] = speed if size_C[c] > 0.0 else 0.0
+    if hop_CP.shape[1] == 2:
+        for c in range(speed_C.size):
+            speed_C[c] = min(level_L1[hop_CP[c, 0]], level_L1[hop_CP[c, 1]])
+    else:
+        for c in range(speed_C.size):
+            speed = level_L1[hop_CP[c, 0]]
+            for hop in range(1, hop_CP.shape[1]):
+                speed = min(speed, level_L1[hop_CP[c, hop]])
+            speed_C[c] = speed
+    for c in range(speed_C.size):
         wait = (head_C[c] - moved_C[c]) / speed_C[c]
         wait_C[c] = wait
-        if wait < step:
-            step = wait
+        step = min(step, wait)
     return max(step, 0.0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _padded(link_CP, num_links):  # type: ignore[no-untyped-def]
+    """Routes whose missing links are number L, which never settles anything; unsigned, so that no index is negative."""
+    hop_CP = np.empty(link_CP.shape, np.uint32)
+    for c in range(link_CP.shape[0]):
+        for hop in range(link_CP.shape[1]):
+            hop_CP[c, hop] = link_CP[c, hop] if link_CP[c, hop] >= 0 else num_links
+    return hop_CP
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _run(component, messages, now, patience):  # type: ignore[no-untyped-def]
     """Move one component from ``now`` on until it is done or, if it is large, for ``patience`` events.
 
-    component: (its messages, class by class; first_C1; link_CP; weight_CP; rate_L), messages: (bytes_I, begin_I,
-    left_I, finish_I). Returns (time, messages left, classes left); the messages stand first, their bytes in left_I.
+    component: (its messages, class by class; first_C1; link_CP; weight_CP; rate_L), messages: (begin_I, left_I,
+    finish_I). Returns (time, messages left, classes left); the messages stand first, their bytes in left_I.
     """
     items, first_C1, link_CP, weight_CP, rate_L = component
-    _, begin_I, left_I, finish_I = messages
-    num_classes, num_items = first_C1.size - 1, items.size
+    begin_I, left_I, finish_I = messages
+    num_classes, num_items, num_links = first_C1.size - 1, items.size, rate_L.size
     if link_CP.shape[1] > 2 and link_CP[:, 2].max() < 0:
         link_CP = link_CP[:, :2].copy()
-    first_L1, class_E, other_E = links_of(link_CP, weight_CP, rate_L)
-    system = rate_L, link_CP, weight_CP, first_L1, class_E, other_E
-    work = scratch(num_classes, rate_L.size)
-    kept = work[-1]
-    level_L1 = np.full(rate_L.size + 1, np.inf)
+    first_L1, class_E, other_E, entry_CP = links_of(link_CP, weight_CP, num_links)
+    system = rate_L, link_CP, weight_CP, first_L1, class_E, other_E, entry_CP
+    work = scratch(num_classes, num_links)
+    hop_CP, level_L1 = _padded(link_CP, num_links), np.full(num_links + 1, FREE)
+    size_C = np.zeros(num_classes)
+    now_moving = size_C, np.zeros(num_links), np.zeros(other_E.size)
     mark, held = np.empty(num_items), np.empty(num_items, np.int64)
-    size_C, moved_C, speed_C = np.zeros(num_classes), np.zeros(num_classes), np.zeros(num_classes)
-    head_C, wait_C, count_L = np.full(num_classes, np.inf), np.empty(num_classes), np.zeros(rate_L.size)
-    state = mark, held, size_C, moved_C, speed_C, head_C, count_L
-
+    moved_C, speed_C, wait_C = np.zeros(num_classes), np.zeros(num_classes), np.empty(num_classes)
+    head_C = np.full(num_classes, np.inf)
+    progress = mark, held, moved_C, head_C
     class_n = np.empty(num_items, np.int64)
     for c in range(num_classes):
         class_n[first_C1[c] : first_C1[c + 1]] = c
     begin_n = begin_I[items]
     coming = np.argsort(begin_n, kind="mergesort")
-    come = 0
-    num_moving = 0
+    come = num_moving = 0
     now = max(now, begin_n[coming[0]])
     while True:
         while come < num_items and begin_n[coming[come]] <= now:
             item = items[coming[come]]
-            _join(class_n[coming[come]], item, left_I[item], first_C1, link_CP, weight_CP, state)
-            kept[-1][0] = 0
+            _join(class_n[coming[come]], item, left_I[item], first_C1, system, now_moving, progress)
+            work[-1][-1][0] = 0  # nothing kept holds for more messages
             num_moving += 1
             come += 1
         if num_moving == 0:
@@ -116,8 +138,8 @@ def _run(component, messages, now, patience):  # type: ignore[no-untyped-def]
         if patience <= 0.0 and num_items > _SMALL:
             break
         patience -= 1.0
-        fill(system, count_L, size_C, speed_C, level_L1[:-1], work)
-        step = _next_end(link_CP, level_L1, size_C, moved_C, speed_C, head_C, wait_C)
+        fill(system, now_moving, speed_C, level_L1[:-1], work)
+        step = _next_end(hop_CP, level_L1, moved_C, speed_C, head_C, wait_C)
         until = now + step
         if come < num_items and begin_n[coming[come]] <= until:
             until = begin_n[coming[come]]
@@ -126,10 +148,11 @@ def _run(component, messages, now, patience):  # type: ignore[no-untyped-def]
         soon = step + _SAME_TIME * now
         for c in range(num_classes):
             moved_C[c] += speed_C[c] * step
+        for c in range(num_classes):
             if wait_C[c] <= soon:
                 while size_C[c] > 0.0 and head_C[c] - moved_C[c] <= speed_C[c] * _SAME_TIME * now:
-                    forget(kept, speed_C[c], link_CP[c], weight_CP[c] if weight_CP.size else moved_C[:0])
-                    item = _leave(c, first_C1, link_CP, weight_CP, state)
+                    forget(work[-1], speed_C[c], link_CP[c], weight_CP[c] if weight_CP.size else moved_C[:0])
+                    item = _leave(c, first_C1, system, now_moving, progress)
                     finish_I[item], left_I[item] = now, -1.0
                     num_moving -= 1
     for c in range(num_classes):
@@ -182,7 +205,7 @@ def finish_shared(bytes_I, begin_I, link_IP, weight_IP, rate_J, finish_I):  # ty
             if num_classes < _WORTH * expected:
                 patience = _PATIENCE * part.size / num_classes
             component = part, first_C - first_C[0], part_link_CP, weight_CP, part_rate_L
-            now_after, kept, kept_classes = _run(component, (bytes_I, begin_I, left_I, finish_I), now, patience)
+            now_after, kept, kept_classes = _run(component, (begin_I, left_I, finish_I), now, patience)
             if kept > 0:
                 todo[first : first + kept] = part[:kept]
                 low_S[depth], high_S[depth], time_S[depth] = first, first + kept, now_after
