@@ -183,7 +183,7 @@ class Scenario:
             f"must be 1, since {model.name} is dense",
             p.ep * p.etp,
         )
-        assert self.speed_of_rank.size == layout.num_gpus
+        _speed_of_rank(self.placement.rank_speeds, layout.num_gpus)  # refuses ranks that are none
         check(
             p.tp <= self.cluster.ranks_per_node,
             "scenario.parallel",
@@ -198,19 +198,8 @@ class Scenario:
 
     @property
     def speed_of_rank(self) -> NDArray[np.float64]:
-        """Each GPU's computing speed over the usual one. Raises InputError for ranks that are none, or named twice."""
-        speed_of_rank = np.ones(self.cluster.num_gpus)
-        owner, named = "scenario.placement.rank_speeds", np.zeros(speed_of_rank.size, dtype=bool)
-        rule = f"must be ranks in 0..{speed_of_rank.size - 1}, such as 3 or 8-15"
-        for name, speed in self.placement.rank_speeds.items():
-            first, _, last = name.partition("-")
-            check(first.isdecimal() and (last or first).isdecimal(), owner, name, rule, name)
-            low, high = int(first), int(last or first)
-            check(low <= high < speed_of_rank.size, owner, name, rule, name)
-            check(not named[low : high + 1].any(), owner, name, "names a rank that another entry names", name)
-            speed_of_rank[low : high + 1] = speed
-            named[low : high + 1] = True
-        return speed_of_rank
+        """Each GPU's computing speed over the usual one."""
+        return _speed_of_rank(self.placement.rank_speeds, self.cluster.num_gpus)
 
     @property
     def expert_copies(self) -> float:
@@ -312,6 +301,21 @@ class Scenario:
     def point_id(self) -> str:
         """sha256 of the canonical scenario."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _speed_of_rank(rank_speeds: Mapping[str, float], num_gpus: int) -> NDArray[np.float64]:
+    """1 but for the ranks named. Raises InputError for ranks that are none, or named twice."""
+    speed_of_rank, named = np.ones(num_gpus), np.zeros(num_gpus, dtype=bool)
+    owner, rule = "scenario.placement.rank_speeds", f"must be ranks in 0..{num_gpus - 1}, such as 3 or 8-15"
+    for name, speed in rank_speeds.items():
+        first, _, last = name.partition("-")
+        check(first.isdecimal() and (last or first).isdecimal(), owner, name, rule, name)
+        low, high = int(first), int(last or first)
+        check(low <= high < num_gpus, owner, name, rule, name)
+        check(not named[low : high + 1].any(), owner, name, "names a rank that another entry names", name)
+        speed_of_rank[low : high + 1] = speed
+        named[low : high + 1] = True
+    return speed_of_rank
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,8 @@ def memory_over_steps(
             if redraw == "favourites":
                 popularities = other_favourites(popularities, rng)
             elif drift_steps is not None and redraw == "drift":
-                popularities = _drifted(scenario, part, number * math.ceil(drift_steps))
+                later = scenario.placement.age_steps + number * math.ceil(drift_steps)
+                popularities = _drifted(scenario, part, later)
             found.append(fullest(scenario, redrawn(scenario, part, popularities, rng), train))
     return MemoryOverSteps(
         redraw=redraw,
