@@ -110,14 +110,6 @@ def _assert_equal(ranks: list[dict[str, Any]], oracle: dict[str, Any], slots: tu
             assert _error(rank[name], oracle[name]) < 1e-6, name
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each rank has
-    yield
-    torch.set_num_threads(before)
-
-
 CASES = {
     "dropless": {},
     "drops-by-probability": {"capacity_factor": 0.6},
