@@ -200,6 +200,44 @@ def test_the_front_holds_no_dominated_point_and_spans_load_and_copies(
     assert min(p.cross_node_tokens for p in front) <= baseline.cross_node_tokens
 
 
+def test_on_fresh_instances_the_front_leaves_nothing_better_to_hierarchical_eplb() -> None:
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"seed {seed}")  # pytest shows it when the test fails
+    fresh, less = np.random.default_rng(seed), 0
+    for i in range(8):
+        experts, nodes, num_ranks = [(64, 4, 16), (64, 2, 8), (32, 4, 8), (48, 8, 16)][i % 4]
+        ranks = even_slots((-(-experts // num_ranks) + i % 3) * num_ranks, num_ranks, num_nodes=nodes)
+        popularity_LE = fresh.normal(0, fresh.uniform(0.2, 1.2), (1, experts))
+        choices = np.stack([draw_choices(log_weights_E, ROUTER, 512, fresh) for log_weights_E in popularity_LE])
+        load = np.stack([np.bincount(chosen.reshape(-1), minlength=experts) for chosen in choices]).astype(float)
+        previous = Random()(load, ranks, rng=fresh)
+        eplb = Eplb(hierarchical=True)(load, ranks, rng=fresh, known=Known(num_groups=8))
+        front = pareto_front(
+            load,
+            choices,
+            ranks,
+            rng=fresh,
+            previous=previous,
+            num_groups=8,
+            load_limits=(0.0, 0.1),
+            move_weights=(0.0,),
+            num_steps=2000,
+        )
+        point = measured("eplb", eplb, load, choices, previous)
+        as_good = [
+            one
+            for one in front
+            if one.max_mean <= point.max_mean * (1 + 1e-9)
+            and one.cross_node_tokens <= point.cross_node_tokens * (1 + 1e-9)
+            and one.moved_slots <= point.moved_slots
+        ]
+        assert as_good, (i, point)
+        less += any(one.max_mean < point.max_mean * (1 - 1e-9) for one in as_good)
+        plain = Search(hierarchical=True)(load, ranks, rng=fresh, known=Known(num_groups=8))
+        assert (plain.max_mean(load) <= eplb.max_mean(load) * (1 + 1e-9)).all()
+    assert less >= 1  # strictly less load for no more copies nor moves, not only EPLB's own point again
+
+
 def test_a_callable_objective_is_followed_downhill() -> None:
     start = Contiguous()(np.ones((1, 8)), even_slots(8, 4), rng=rng())
 

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import check
+from moesim.placement.eplb import eplb_layers
+from moesim.placement.groups import eplb_groups_LNM, grouped_search, groups_divide, within_nodes
 from moesim.placement.search import check_fits, checked_loads, least_max_load
 from moesim.placement.slots import LayerPlacements, RankSlots
 from moesim.placement.splits import Even, Split, share_by_sender_NEN
@@ -214,6 +216,7 @@ def pareto_front(
     *,
     rng: np.random.Generator,
     previous: LayerPlacements | None = None,
+    num_groups: int = 1,
     starts: Sequence[LayerPlacements] = (),
     load_limits: Sequence[float] = LOAD_LIMITS,
     move_weights: Sequence[float] = (0.0, 0.003, 0.01, 0.03),
@@ -221,8 +224,10 @@ def pareto_front(
 ) -> list[FrontPoint]:
     """Load against cross-node copies against moves: for each limit on load and price of a move, the best trade found.
 
-    Starts are the load search's own layout, those given (a hierarchical one, say) and ``previous``; each limit is an
-    excess over the load search's max/mean. Every point is measured on choices_LTK, then the dominated ones are dropped.
+    Starts are the load search's own layout, those given and ``previous``, and, where nodes divide the router's groups,
+    EPLB's hierarchical layout and its groups searched node by node: nothing of EPLB's is better than the whole front.
+    Each limit is an excess over the load search's max/mean. Every point is measured on choices_LTK, then the dominated
+    ones are dropped.
     """
     load = checked_loads(load_LE)
     check_fits(load.shape[1], ranks)
@@ -231,6 +236,8 @@ def pareto_front(
     if previous is not None:
         best = renumbered(best, previous)
     all_starts = [best, *starts, *([previous] if previous is not None else [])]
+    if ranks.num_nodes > 1 and groups_divide(load.shape[1], num_groups, ranks):
+        all_starts += _by_group(load, ranks, num_groups, rng, previous)
     points = [measured(f"start {i}", start, load, choices_LTK, previous) for i, start in enumerate(all_starts)]
     for limit in load_limits:
         for move_weight in move_weights if previous is not None else (0.0,):
@@ -248,6 +255,20 @@ def pareto_front(
                 name = f"start {i}, load +{limit:.1%}, move {move_weight:g}"
                 points.append(measured(name, placed, load, choices_LTK, previous))
     return undominated(points)
+
+
+def _by_group(
+    load_LE: Floats, ranks: RankSlots, num_groups: int, rng: np.random.Generator, previous: LayerPlacements | None
+) -> list[LayerPlacements]:
+    """EPLB's hierarchical layout as it comes, and layouts on the same nodes, or by other groups, with less load."""
+    nodes = ranks.num_nodes
+    expert_LS = eplb_layers(load_LE, ranks.num_slots, ranks.num_ranks, num_nodes=nodes, num_groups=num_groups)
+    eplb = LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=load_LE.shape[1], ranks=ranks)
+    evened = within_nodes(load_LE, eplb_groups_LNM(load_LE, num_groups, nodes), ranks, rng=rng)
+    searched = grouped_search(load_LE, ranks, num_groups, rng=rng)
+    if previous is None:
+        return [eplb, evened, searched]
+    return [eplb, *(renumbered(placed, previous) for placed in (eplb, evened, searched))]
 
 
 def least_objective(

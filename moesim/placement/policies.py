@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import InputError, check
 from moesim.placement.eplb import eplb_layers
+from moesim.placement.groups import grouped_search
 from moesim.placement.search import Effort, check_fits, checked_loads, least_max_load
-from moesim.placement.slots import LayerPlacements, RankSlots, even_slots
+from moesim.placement.slots import LayerPlacements, RankSlots
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -145,7 +146,7 @@ class Search:
     ) -> LayerPlacements:
         load = _checked(load_LE, ranks)
         if self.hierarchical:
-            placed = _within_nodes(load, ranks, known.num_groups, rng, self.effort)
+            placed = grouped_search(load, ranks, known.num_groups, rng=rng, effort=self.effort)
         else:
             placed = least_max_load(load, ranks, rng=rng, effort=self.effort)
         if known.previous is None:
@@ -218,27 +219,3 @@ def _checked(load_LE: ArrayLike, ranks: RankSlots) -> Floats:
 def _same_for_all(expert_S: Whole, load_LE: Floats, ranks: RankSlots) -> LayerPlacements:
     expert_LS = np.broadcast_to(expert_S, (load_LE.shape[0], ranks.num_slots))
     return LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=load_LE.shape[1], ranks=ranks)
-
-
-def _within_nodes(
-    load_LE: Floats, ranks: RankSlots, num_groups: int, rng: np.random.Generator, effort: Effort
-) -> LayerPlacements:
-    """Groups onto nodes so that nodes are even, then each node searched by itself. Nodes must be alike and in a row."""
-    owner, nodes = "placement.search", ranks.num_nodes
-    layers, experts = load_LE.shape
-    per_node = ranks.num_ranks // nodes
-    in_a_row = np.array_equal(ranks.node_of_rank_R, np.arange(ranks.num_ranks) // max(per_node, 1))
-    alike = in_a_row and ranks.are_alike and ranks.num_ranks % nodes == 0
-    check(alike, owner, "hierarchical", "needs nodes of alike ranks, numbered one after the other", "unlike nodes")
-    check(experts % num_groups == 0, owner, "num_groups", f"must divide num_experts={experts}", num_groups)
-    check(num_groups % nodes == 0, owner, "num_groups", f"must be a multiple of num_nodes={nodes}", num_groups)
-    size = experts // num_groups
-    group_load_LG = load_LE.reshape(layers, num_groups, size).sum(axis=2)
-    groups = least_max_load(group_load_LG, even_slots(num_groups, nodes), rng=rng, effort=effort)
-    member_LE = (groups.physical_to_logical_LS[:, :, None] * size + np.arange(size)).reshape(layers, experts)
-    local_load = np.take_along_axis(load_LE, member_LE, axis=1).reshape(layers * nodes, experts // nodes)
-    node_ranks = even_slots(ranks.num_slots // nodes, per_node)
-    local = least_max_load(local_load, node_ranks, rng=rng, effort=effort).physical_to_logical_LS
-    local_LNS = local.reshape(layers, nodes, -1) + (np.arange(nodes) * (experts // nodes))[None, :, None]
-    expert_LS = np.take_along_axis(member_LE, local_LNS.reshape(layers, ranks.num_slots), axis=1)
-    return LayerPlacements(physical_to_logical_LS=expert_LS, num_experts=experts, ranks=ranks)
