@@ -6,6 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moesim.errors import InputError
 from moesim.placement.eplb import eplb_layers, packed_evenly, replicated
@@ -161,6 +163,40 @@ def test_unlike_gpus_take_load_by_their_speed_and_no_more_slots_than_they_have()
     assert (time_LR.max(axis=1) / ideal_L <= 1.02).all()
     assert placed.max_mean(load) == pytest.approx(time_LR.max(axis=1) / ideal_L)
     assert (placed.max_mean(load) >= lower_bounds(load, ranks) * (1 - ROUNDING)).all()
+
+
+def unlike_optimum(load_E: np.ndarray, ranks: RankSlots) -> float:
+    """Least time of the slowest rank over all fillings of all slots, by listing them."""
+    num_experts, best = load_E.size, np.inf
+    hands = [list(itertools.combinations_with_replacement(range(num_experts), n)) for n in ranks.num_slots_R.tolist()]
+    for filling in itertools.product(*hands):
+        held_RE = np.array([np.bincount(np.array(hand, dtype=int), minlength=num_experts) for hand in filling])
+        count_E = held_RE.sum(axis=0)
+        if (count_E > 0).all():
+            best = min(best, float((held_RE @ (load_E / count_E) / ranks.speed_R).max()))
+    return best
+
+
+@given(
+    slots=st.lists(st.integers(0, 3), min_size=2, max_size=3).filter(lambda slots: 1 <= sum(slots) <= 6),
+    speeds=st.lists(st.sampled_from([0.5, 0.8, 1.0, 2.0]), min_size=3, max_size=3),
+    load=st.lists(st.integers(1, 99), min_size=1, max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_unlike_gpus_of_unlike_memory_reach_the_optimum_of_brute_force(
+    slots: list[int], speeds: list[float], load: list[int]
+) -> None:
+    load_E = np.array(load[: sum(slots)], dtype=float)
+    ranks = RankSlots(
+        num_slots_R=np.array(slots), speed_R=np.array(speeds[: len(slots)]), node_of_rank_R=np.zeros(len(slots), int)
+    )
+    best = unlike_optimum(load_E, ranks) * ranks.speed_R.sum() / load_E.sum()
+    effort = Effort(goal_fraction=0, enough_fraction=0, num_kicks=4000)
+    placed = least_max_load(load_E[None], ranks, rng=np.random.default_rng(0), effort=effort)
+    assert placed.held_LRE.sum(axis=2).tolist() == [slots]  # no rank holds more, or less, than its memory
+    bound = lower_bounds(load_E[None], ranks)[0]
+    assert bound <= best * (1 + ROUNDING)
+    assert placed.max_mean(load_E[None])[0] == pytest.approx(best, rel=1e-9)
 
 
 def test_one_expert_a_rank_makes_rearranging_a_no_op() -> None:

@@ -16,8 +16,8 @@ from moesim.placement.move_kernels import below, descend, index_slots, kick, ref
 from moesim.placement.pair_kernels import walk_counts
 from moesim.placement.start_kernels import capped_counts, greedy_counts, levelled_counts, pack
 
-# Other replica counts to start from: levels of depth 1.._NUM_DEPTHS, and caps of _NUM_CAPS steps down from the bound,
-# each with the slots left over given to shares below these fractions of the bound.
+# Other replica counts to start from: levels of depth 1.._NUM_DEPTHS, and caps of _NUM_CAPS steps down from the most
+# that the bound lets a rank take, each with the slots left over given to shares below these fractions of it.
 _NUM_DEPTHS = 4
 _NUM_CAPS = 6
 _CUTS = np.array([0.0, 0.5, 0.75])
@@ -30,10 +30,18 @@ _TRIALS_A_KICK = 250  # where ranks have two slots: trials of a walk over counts
 
 @njit(nogil=True, cache=True)
 def recount(expert_S, first_R1, load_R, slowness_R, count_E, most, state_1):  # type: ignore[no-untyped-def]
-    """Move one to three replicas between experts, to those of the slowest rank by preference. Changes count_E only."""
+    """Move some replicas between experts (half the time one, a quarter two, ...), to those of the slowest rank by
+    preference; one time in four draw all afresh. Changes count_E only."""
+    if below(state_1, 4) == 0:
+        count_E[:] = 1
+        for _ in range(expert_S.size - count_E.size):
+            count_E[below(state_1, count_E.size)] += 1
+        return
     hot, _ = slowest(load_R, slowness_R)
     held = first_R1[hot + 1] - first_R1[hot]
-    for _ in range(1 + below(state_1, 3)):
+    go_on = True
+    while go_on:
+        go_on = below(state_1, 2) == 0
         taker = expert_S[first_R1[hot] + below(state_1, held)]
         if below(state_1, 2) == 0:
             taker = expert_S[below(state_1, expert_S.size)]
@@ -83,13 +91,13 @@ def improve(load_E, expert_S, first_R1, rank_S, slowness_R, goal, enough, max_ki
 
 
 @njit(nogil=True, cache=True)
-def _other_start(load_E, order_E, num_ranks, num_slots, time, turn, count_E):  # type: ignore[no-untyped-def]
+def _other_start(load_E, order_E, num_ranks, num_slots, most, turn, count_E):  # type: ignore[no-untyped-def]
     """Replica counts of the turn-th start after the greedy one; False where there is none."""
     if turn < _NUM_DEPTHS:
         return levelled_counts(load_E, order_E, num_ranks, num_slots, turn + 1, count_E)
     turn -= _NUM_DEPTHS
-    most = time * (1.05 - 0.05 * (turn // _CUTS.size))
-    return capped_counts(load_E, num_slots, most, time * _CUTS[turn % _CUTS.size], count_E)
+    cap = most * (1.05 - 0.05 * (turn // _CUTS.size))
+    return capped_counts(load_E, num_slots, cap, most * _CUTS[turn % _CUTS.size], count_E)
 
 
 @njit(nogil=True, cache=True)
@@ -213,12 +221,13 @@ def _other_starts(  # type: ignore[no-untyped-def]
     Returns its slowest time.
     """
     num_starts = _NUM_DEPTHS + _NUM_CAPS * _CUTS.size
+    most = bound / slowness_R.min()  # what the fastest rank can take by then
     count_E = np.empty(load_E.size, np.int64)
     load_R = np.empty(slowness_R.size)
     start_PS = np.empty((num_starts, expert_S.size), np.int64)
     time_P = np.full(num_starts, np.inf)
     for p in range(num_starts):
-        if _other_start(load_E, order_E, slowness_R.size, expert_S.size, bound, p, count_E):
+        if _other_start(load_E, order_E, slowness_R.size, expert_S.size, most, p, count_E):
             pack(load_E / count_E, count_E, first_R1, slowness_R, order_E, start_PS[p], load_R)
             time = slowest(load_R, slowness_R)[1]
             if time <= _PROMISING * best and not np.any(time_P[:p] == time):
