@@ -27,7 +27,7 @@ def render_report(call: Call, first: str | None, second: str | None, params_file
     import time
 
     from moesim.cli.question import flat_leaves, flat_settings, read_parameters, scenario_of, typed_parameters
-    from moesim.report.parameters import ask, check_parameters, find_notebook, parameters_of
+    from moesim.report.parameters import ask, check_parameters, find_notebook, has_scenario, parameters_of
     from moesim.report.runner import run_notebook
     from moesim.scenario import LEAVES
 
@@ -39,7 +39,12 @@ def render_report(call: Call, first: str | None, second: str | None, params_file
     scenario_file = None if scenario_text is None else Path(scenario_text)
     known = parameters_of(notebook)
     given = read_parameters(params_file) | typed_parameters(call)
-    if scenario_file is None:
+    scenario = None
+    if not has_scenario(known):
+        check(scenario_file is None, "report", "SCENARIO", f"is nothing that {notebook.stem} asks for", second)
+        given |= flat_settings(call)
+        check_parameters(given, known)
+    elif scenario_file is None:
         given |= flat_settings(call)
         scenario = ask(check_parameters(given, known), sorted(given)).scenario
     else:
@@ -55,7 +60,7 @@ def render_report(call: Call, first: str | None, second: str | None, params_file
     made = [path for path in folder.glob("*") if path.stat().st_mtime > start_s - 1]  # others lay there before
     files = [str(path) for path in sorted(made, key=_page_first)]
     return Answer(
-        inputs={"notebook": notebook.stem, "scenario": scenario.to_dict(), "parameters": given},
+        inputs={"notebook": notebook.stem, "scenario": scenario and scenario.to_dict(), "parameters": given},
         result={"folder": str(folder), "files": files},
         tables=[Table(title="Report", columns=("File",), rows=[(name,) for name in files])],
         writes_own_files=True,

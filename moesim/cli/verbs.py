@@ -329,6 +329,7 @@ REPORT_EXAMPLES = _examples(
     "moesim report scenario.yaml",
     "moesim report 20_routing_and_drops --capacity-factor 1.5 -p wanted_drop 0.001",
     "moesim report 30_expert_placement scenario.yaml --out out/placement",
+    "moesim report 50_quality_vs_active_flops --out out/training",
     "What is not named keeps the notebook's default, as with papermill: DeepSeek-V3 on 2,048 H800 (PP16, EP64). "
     "A scenario file takes the scenario's own defaults instead.",
 )
@@ -342,7 +343,8 @@ def report(
         str | None,
         typer.Argument(
             metavar="[NOTEBOOK]",
-            help="10_planning_report (the default), 20_routing_and_drops, 30_expert_placement, or a file of your own.",
+            help="10_planning_report (the default), 20_routing_and_drops, 30_expert_placement, "
+            "50_quality_vs_active_flops, or a file of your own.",
             show_default=False,
         ),
     ] = None,

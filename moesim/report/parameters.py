@@ -145,8 +145,26 @@ def ask(values: Mapping[str, Any], given: Sequence[str] = ()) -> Question:
 def read_question(namespace: Mapping[str, Any]) -> Question:
     """The question of the running notebook, checked; call it with ``globals()`` in the cell after the parameters.
 
-    Reads the cells that have run: the parameters cell for names and types, papermill's injected cell for what was set.
     Raises InputError for an unknown parameter or a wrong type, and whatever Scenario raises.
+    """
+    values, given = _values_of(namespace)
+    return ask(values, given)
+
+
+def read_values(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked parameters of a running notebook that asks no scenario; call it as ``read_question``."""
+    return _values_of(namespace)[0]
+
+
+def has_scenario(known: Mapping[str, Parameter]) -> bool:
+    """Whether a notebook of these parameters asks a scenario: it names a model or a cluster."""
+    return bool({"model", "cluster"} & set(known))
+
+
+def _values_of(namespace: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(every parameter's checked value, names that somebody set) of the cells that have run.
+
+    The parameters cell gives names and types, papermill's injected cell what was set.
     """
     ran = [source for source in namespace.get("In", []) if source.lstrip().startswith(MARK)]
     declared = [i for i, source in enumerate(ran) if _is_declaration(source)]
@@ -155,7 +173,7 @@ def read_question(namespace: Mapping[str, Any]) -> Question:
     injected = {name for source in ran[declared[-1] + 1 :] for name in _assigned(source)}
     set_here = {name for name, p in known.items() if name in namespace and namespace[name] != p.default}
     given = {name: namespace[name] for name in (*known, *injected) if name in namespace}
-    return ask(check_parameters(given, known), sorted(injected | set_here))
+    return check_parameters(given, known), sorted(injected | set_here)
 
 
 def _is_declaration(source: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from moesim.door import read_json, write_text_atomically
 from moesim.errors import InputError, MoesimError, check
-from moesim.report.parameters import OWNER, ask, check_parameters, find_notebook, parameters_of
+from moesim.report.parameters import OWNER, ask, check_parameters, find_notebook, has_scenario, parameters_of
 
 NOTEBOOK, PAGE = "report.ipynb", "report.html"
 FILES = (PAGE, NOTEBOOK, "results.json", "results.csv", "trace.json")
@@ -41,7 +41,9 @@ def run_notebook(
     check(
         "out_dir" not in parameters, OWNER, "out_dir", "is set by whoever runs the notebook", parameters.get("out_dir")
     )
-    ask(check_parameters(parameters, known), sorted(parameters))
+    values = check_parameters(parameters, known)
+    if has_scenario(known):
+        ask(values, sorted(parameters))
     with _work_folder(out) as work:
         given = dict(parameters) | ({"out_dir": str(work)} if "out_dir" in known else {})
         _execute(
