@@ -23,7 +23,7 @@
 
 # %% tags=["parameters"]
 # Parameters: what is asked.
-live_steps: int = 120  # steps to train here and now, about 0.1 s each for both models together; 0 leaves it out
+live_steps: int = 100  # steps to train here and now, about 0.1 s each for both models together; 0 leaves it out
 live_seed: int = 0  # of the live runs; 0, 1 and 2 were recorded
 runs_dir: str = ""  # folder of recorded runs by experiment; "": those that come with moesim
 out_dir: str = ""  # folder for results.json and results.csv; "" writes none
@@ -97,7 +97,8 @@ training_sentences.about_consistency(study)
 #
 # Four ways, all else equal: no balancing; an auxiliary loss (weight 0.01); a bias on the router's scores that moves by
 # 0.001 a step towards the mean load, without a loss; and noise on the logits, of a width that the router learns (the
-# noise alone, without the importance loss that it was published with).
+# noise alone, without the importance loss that it was published with; the product that gives its width is not counted
+# among the FLOPs).
 
 # %%
 training_figures.balance(study)
@@ -112,8 +113,8 @@ training_figures.usage(study)
 # ## Do experts collapse?
 #
 # The setting where it is feared most: one expert per token (Switch), nothing that balances, no loss on the logits'
-# size; beside it the same with the auxiliary loss. Collapsed is an expert that over half of all tokens choose; without
-# load is one under 1% of its layer's mean.
+# size; beside it the same with the auxiliary loss. Collapsed is an expert that over half of all tokens choose; lost is
+# one under 1% of its layer's mean load.
 
 # %%
 training_figures.collapse(study)

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from moesim.cli import app  # noqa: E402
 from moesim.errors import InputError  # noqa: E402
-from moesim.report import training_figures, training_sentences, training_tables  # noqa: E402
+from moesim.report import training_figures, training_sentences, training_tables, training_words  # noqa: E402
 from moesim.report.parameters import find_notebook, parameters_of  # noqa: E402
 from moesim.report.runner import run_notebook  # noqa: E402
 from moesim.study.training import (  # noqa: E402
@@ -138,7 +138,7 @@ def test_the_title_says_what_the_seeds_agree_on_and_no_more(low: float, high: fl
     gain = Comparison(
         first=MOE, other=DENSE, difference=spread, difference_by_domain={}, match_fraction=None, num_matching=0
     )
-    assert words in training_figures.gain_title(gain)
+    assert words in training_words.gain_title(gain)
 
 
 def test_missing_runs_are_refused_by_name() -> None:
@@ -175,8 +175,8 @@ def test_recorded_runs_saw_the_same_text_and_weigh_little() -> None:
 def test_figures_and_sentences_say_the_studys_numbers(study: TrainingStudy) -> None:
     gain = study.gain
     text = training_sentences.about_quality(study).text
-    assert training_figures.signed(gain.difference.low) in text
-    assert training_figures.gain_title(gain) in training_figures.quality(study).alt
+    assert training_words.signed(gain.difference.low) in text
+    assert training_words.gain_title(gain) in training_figures.quality(study).alt
     best = min(study.loads, key=lambda load: load.last_max_vio.mean)
     assert f"{best.last_max_vio.mean:.2f}" in training_figures.balance(study).svg
     assert f"{study.routing.explained_NSL[:, -1, 0].mean():.0%}" in training_sentences.about_specialisation(study).text
@@ -190,12 +190,12 @@ def test_figures_and_sentences_say_the_studys_numbers(study: TrainingStudy) -> N
 def test_collapse_is_said_where_it_happened_and_denied_where_not(study: TrainingStudy) -> None:
     load = next(load for load in study.collapse if load.variant == "none")
     calm = dataclasses.replace(load, num_dead_NS=np.zeros_like(load.num_dead_NS), num_collapsed_N=np.zeros(3, int))
-    title = training_figures.collapse_title(dataclasses.replace(study, collapse=(calm,)))
+    title = training_words.collapse_title(dataclasses.replace(study, collapse=(calm,)))
     assert "did not collapse in any of 3 seeds" in title
     dead_NS = np.zeros_like(load.num_dead_NS)
     dead_NS[1, -1] = 7
     fallen = dataclasses.replace(study, collapse=(dataclasses.replace(calm, num_dead_NS=dead_NS),))
-    assert "loses experts in 1 of 3 seeds: up to 7 of 48" in training_figures.collapse_title(fallen)
+    assert "loses experts in 1 of 3 seeds: up to 7 of 48" in training_words.collapse_title(fallen)
     assert training_sentences.about_collapse(fallen).tone == "bad"
 
 

@@ -24,23 +24,23 @@ from moesim.report.style import (
     new_figure,
     spread,
 )
+from moesim.report.training_words import (
+    collapse_title,
+    flips_title,
+    gain_title,
+    row_words,
+    signed,
+    told_spread,
+    words_of,
+)
 from moesim.study.training import DENSE, MOE, Comparison, LoadCurve, Spread, TrainingStudy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from moesim.study.training import PrecisionRow, TrainingRun
+    from moesim.study.training import TrainingRun
 
 DASHED = (0, (5, 3))
-VARIANT_WORDS: Mapping[str, str] = MappingProxyType(
-    {
-        "dense": "dense",
-        "auxiliary": "auxiliary loss",
-        "bias": "loss-free bias",
-        "noisy": "noisy top-k",
-        "none": "no balancing",
-    }
-)
 _COLOURS: Mapping[str, str] = MappingProxyType(
     {
         "dense": COLOURS["dense_active"],
@@ -51,20 +51,6 @@ _COLOURS: Mapping[str, str] = MappingProxyType(
     }
 )
 _DOMAIN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#AA4499", "#888888")
-
-
-def words_of(variant: str) -> str:
-    """A variant for a reader."""
-    return VARIANT_WORDS.get(variant, variant)
-
-
-def signed(value: float) -> str:
-    """A difference with its sign, a true minus.
-
-    >>> signed(-0.0123)
-    '−0.012'
-    """
-    return f"{value:+.3f}".replace("-", "−")
 
 
 def quality(study: TrainingStudy) -> Picture:
@@ -88,24 +74,6 @@ def quality(study: TrainingStudy) -> Picture:
         _difference_rows(differences, study.gains)
     alt = "; ".join(f"{name} ends at {told_spread(curve.last)}" for name, curve in zip(names, chosen, strict=True))
     return finish(figure, f"{title}. {alt} nats per byte.")
-
-
-def gain_title(gain: Comparison) -> str:
-    """What the comparison shows, as far as the seeds agree.
-
-    >>> gain_title(Comparison(first="a", other="b", difference=Spread(mean=-0.02, low=-0.03, high=-0.01, num_seeds=3),
-    ...     difference_by_domain={}, match_fraction=None, num_matching=0))
-    'At equal active FLOPs the MoE ends 0.020 nats per byte below the dense model, in every seed'
-    """
-    d = gain.difference
-    if d.high < 0.0:
-        return f"At equal active FLOPs the MoE ends {-d.mean:.3f} nats per byte below the dense model, in every seed"
-    if d.low > 0.0:
-        return f"At equal active FLOPs the MoE ends {d.mean:.3f} nats per byte above the dense model, in every seed"
-    return (
-        f"At equal active FLOPs the seeds disagree: the MoE ends {signed(d.low)} to {signed(d.high)} nats per byte "
-        "from the dense model"
-    )
 
 
 def _difference_rows(axes: Axes, gains: Sequence[Comparison]) -> None:
@@ -309,24 +277,6 @@ def collapse(study: TrainingStudy) -> Picture:
     return finish(figure, f"{title}. {_collapse_alt(study.collapse)}")
 
 
-def collapse_title(study: TrainingStudy) -> str:
-    """What became of the experts of the top-1 runs that nothing balances."""
-    load = next((load for load in study.collapse if load.variant == "none"), study.collapse[0])
-    seeds = len(load.num_collapsed_N)
-    fallen = int(((load.num_collapsed_N > 0) | (load.num_dead_NS[:, -1] > 0)).sum())
-    how = f"with {words_of(load.variant)}"
-    if not fallen:
-        share = load.busiest_share_NS[:, -1].max()
-        return (
-            f"Top-1 {how} did not collapse in any of {seeds} seeds: no expert ends with over {share:.0%} of the tokens"
-        )
-    dead, most = int(load.num_dead_NS[:, -1].max()), load.busiest_share_NS[:, -1].max()
-    return (
-        f"Top-1 {how} loses experts in {fallen} of {seeds} seeds: up to {dead} of {load.num_experts} end without load, "
-        f"the busiest takes up to {most:.0%} of a layer's tokens"
-    )
-
-
 def _collapse_alt(loads: Sequence[LoadCurve]) -> str:
     told = (
         f"{words_of(load.variant)}: {told_spread(Spread.of(load.busiest_share_NS[:, -1] * 100), 0)} % of the tokens at "
@@ -339,11 +289,7 @@ def _collapse_alt(loads: Sequence[LoadCurve]) -> str:
 def precision(study: TrainingStudy) -> Picture:
     """Tokens that half precision sends elsewhere, and the largest router logit, for each way of computing."""
     rows = study.precision
-    worst, best = max(rows, key=lambda r: r.flipped.mean), min(rows, key=lambda r: r.flipped.mean)
-    title = (
-        f"A {row_words(worst)} sends {worst.flipped.mean:.2%} of the tokens to other experts than float64 would; "
-        f"a {row_words(best)} {best.flipped.mean:.2%}"
-    )
+    title = flips_title(rows)
     with house_style():
         figure = new_figure(9.6, 1.3 + 0.42 * len(rows))
         flips, logits = figure.subplots(1, 2, sharey=True)
@@ -375,12 +321,6 @@ def precision(study: TrainingStudy) -> Picture:
         f"{row_words(row)}: {row.flipped.mean:.2%} flipped, largest logit {row.largest_logit.mean:.1f}" for row in rows
     )
     return finish(figure, f"{title}. {alt}.")
-
-
-def row_words(row: PrecisionRow) -> str:
-    """One way of computing, for a reader."""
-    router = "float32" if row.router_in_float32 else row.precision
-    return f"{router} router in {row.precision}, {'with' if row.z_loss else 'no'} z-loss"
 
 
 def live(runs: Mapping[str, TrainingRun], study: TrainingStudy) -> Picture:
@@ -437,8 +377,3 @@ def _name_ends(
             color=colour,
             annotation_clip=False,
         )
-
-
-def told_spread(value: Spread, digits: int = 3) -> str:
-    """Mean and extremes over seeds."""
-    return f"{value.mean:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"

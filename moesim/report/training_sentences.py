@@ -9,7 +9,7 @@ import numpy as np
 
 from moesim.report.sentences import Page, Sentence
 from moesim.report.style import short_count
-from moesim.report.training_figures import (
+from moesim.report.training_words import (
     collapse_title,
     gain_title,
     row_words,
@@ -152,14 +152,15 @@ def about_precision(study: TrainingStudy) -> Sentence:
     """What a half-precision router flips, whether the z-loss holds logits down, whether anything overflowed."""
     rows = study.precision
     half, full = _flips(rows, in_float32=False), _flips(rows, in_float32=True)
-    with_z = [row.largest_logit.mean for row in rows if row.z_loss]
-    without = [row.largest_logit.mean for row in rows if not row.z_loss]
     text = f"Against float64, {half}; {full}. " if half and full else ""
-    if with_z and without:
-        text += (
-            f"The largest router logit of a run is {np.mean(with_z):.1f} with the z-loss and {np.mean(without):.1f} "
-            "without, mean over the ways of computing. "
-        )
+    for row in rows:
+        other = next((o for o in rows if o.z_loss and not row.z_loss and _is_same_but_for_z(o, row)), None)
+        if other is not None:
+            router = "float32" if row.router_in_float32 else row.precision
+            text += (
+                f"In {row.precision} with a {router} router the largest logit of a run is "
+                f"{told_spread(other.largest_logit, 1)} with the z-loss, {told_spread(row.largest_logit, 1)} without. "
+            )
     over = [(row, step) for row in rows for step in row.overflow_steps if step is not None]
     runs = sum(len(row.overflow_steps) for row in rows)
     if over:
@@ -172,12 +173,16 @@ def about_precision(study: TrainingStudy) -> Sentence:
     return Sentence(text=text, tone="bad" if over else "plain")
 
 
+def _is_same_but_for_z(one: PrecisionRow, other: PrecisionRow) -> bool:
+    return (one.precision, one.router_in_float32) == (other.precision, other.router_in_float32)
+
+
 def _flips(rows: tuple[PrecisionRow, ...], *, in_float32: bool) -> str:
     flips = {
         name: [row.flipped.mean for row in rows if row.precision == name and row.router_in_float32 == in_float32]
         for name in dict.fromkeys(row.precision for row in rows)
     }
-    told = ", ".join(f"{np.mean(found):.2%} in {name}" for name, found in flips.items() if found)
+    told = " and ".join(f"{np.mean(found):.2%} (in {name})" for name, found in flips.items() if found)
     router = "a float32 router" if in_float32 else "a router in half precision"
     return f"{router} sends {told} of the tokens to other experts" if told else ""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from moesim.report.style import short_count
 from moesim.report.tables import _table as table_of
-from moesim.report.training_figures import row_words, told_spread, words_of
+from moesim.report.training_words import row_words, told_spread, words_of
 from moesim.study.training import DENSE
 
 if TYPE_CHECKING:
@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 
 def variants(study: TrainingStudy) -> GT:
     """Last held-out loss, sizes and load of every variant at equal active FLOPs."""
-    max_vio = {load.variant: told_spread(load.last_max_vio, 2) for load in study.loads}
+    max_vio = {load.variant: f"{load.last_max_vio.mean:.2f}" for load in study.loads}
     curves = study.curves
     frame = {
         "": [words_of(c.variant) if c.variant == DENSE else f"MoE, {words_of(c.variant)}" for c in curves],
         "Parameters": [short_count(c.total_parameters) for c in curves],
         "Active": [short_count(c.active_parameters) for c in curves],
-        "Forward FLOPs/token": [f"{c.flops_per_token:,.0f}" for c in curves],
         "Held-out loss (seeds)": [told_spread(c.last) for c in curves],
         **{name: [f"{c.last_by_domain[name].mean:.3f}" for c in curves] for name in curves[0].last_by_domain},
-        "MaxVio at the end": [max_vio.get(c.variant, "–") for c in curves],
+        "MaxVio": [max_vio.get(c.variant, "–") for c in curves],
     }
     return table_of("variants", frame, right=list(frame)[1:])
 
@@ -56,7 +55,8 @@ def made_with(study: TrainingStudy) -> GT:
         f"({model['num_kv_heads']} for keys and values), bytes as tokens",
         "Experts": f"{moe['num_experts']} of width {moe['width']} in every {moe['every']}nd layer, top-"
         f"{moe['router']['top_k']}",
-        "Dense twin": f"width {model['dense_width']}: as many FLOPs per token, the router's included",
+        "Dense twin": f"width {model['dense_width']}: as many FLOPs per token, the router's included "
+        f"({facts['forward_flops_per_token']:,.0f} forward)",
         "Training": f"{config['num_steps']:,} steps, {tokens:,} tokens, AdamW, learning rate "
         f"{config['learning_rate']:g}",
         "Text": f"this Python's sources, manuals and licences of packages, generated tables; print {facts['text']}",

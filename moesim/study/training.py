@@ -222,10 +222,11 @@ def training_study(*, quality: Runs, collapse: Runs, precision: Runs) -> Trainin
         check(bool(quality.get(variant)), "runs", "quality", f"must hold finished runs of {variant}", sorted(quality))
     check(bool(collapse), "runs", "collapse", "must hold finished runs", "none")
     check(bool(precision), "runs", "precision", "must hold finished runs", "none")
-    moes = {variant: runs for variant, runs in quality.items() if variant != DENSE}
+    order = dict.fromkeys((DENSE, MOE, *quality))
+    moes = {variant: quality[variant] for variant in order if variant != DENSE}
     one = quality[MOE][0]
     return TrainingStudy(
-        curves=tuple(loss_curve(variant, runs) for variant, runs in quality.items()),
+        curves=tuple(loss_curve(variant, quality[variant]) for variant in order),
         gains=tuple(compare(runs, quality[DENSE]) for runs in moes.values()),
         balancing=tuple(compare(runs, quality[MOE]) for variant, runs in moes.items() if variant != MOE),
         loads=tuple(load_curve(variant, runs) for variant, runs in moes.items()),
