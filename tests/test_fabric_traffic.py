@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from moesim.catalog.hardware import load_cluster
 from moesim.describe.model import Router
 from moesim.describe.workload import Balanced, Lognormal, Multinomial, Popularity, Routing
+from moesim.fabric.algorithms import Hierarchical
+from moesim.fabric.port import link_bytes_J
+from moesim.fabric.topology import topology_of
 from moesim.fabric.traffic import (
     Copies,
     CrossRail,
@@ -16,6 +20,8 @@ from moesim.fabric.traffic import (
     combine_ports,
     dispatch_ports,
     expected_copies,
+    node_bytes,
+    pair_bytes,
     rails,
 )
 from moesim.placement import Placement, contiguous
@@ -234,3 +240,32 @@ def test_uniform_load_ties_all_even_placements() -> None:
         one, other = (dispatch_ports(copies, token_bytes=1.0, dedup=dedup) for copies in (plain, mixed))  # type: ignore[arg-type]
         assert one.nic_out == pytest.approx(other.nic_out, rel=1e-5)
         assert one.nvlink_in == pytest.approx(other.nvlink_in, rel=1e-5)
+
+
+@pytest.mark.parametrize("dedup", ["none", "rank"])
+@pytest.mark.parametrize("cross_rail", ["pxn", "direct"])
+def test_the_explicit_matrix_has_the_closed_forms_port_sums_and_its_transpose_is_the_combine(
+    dedup: Dedup, cross_rail: CrossRail
+) -> None:
+    copies, _, _ = setting(Lognormal(gini=0.4), ranks=16, experts=64, router=Router(top_k=4))
+    for direction, closed in (("dispatch", dispatch_ports), ("combine", combine_ports)):
+        matrix = pair_bytes(copies, token_bytes=HIDDEN_BYTES, dedup=dedup, direction=direction)  # type: ignore[arg-type]
+        slow = routed_port_bytes(matrix[1, 2, 0].astype(np.float64), copies.node_of_rank_R, cross_rail)
+        fast = closed(copies, token_bytes=HIDDEN_BYTES, dedup=dedup, cross_rail=cross_rail)
+        for port in ("nvlink_out", "nvlink_in", "nic_out", "nic_in"):
+            assert getattr(fast, port)[1, 2, 0] == pytest.approx(getattr(slow, port), rel=1e-5, abs=1.0)
+    dispatch = pair_bytes(copies, token_bytes=1.0, dedup=dedup)
+    assert np.array_equal(
+        pair_bytes(copies, token_bytes=1.0, dedup=dedup, direction="combine").swapaxes(-1, -2), dispatch
+    )
+
+
+def test_the_phases_of_a_hierarchical_dispatch_have_the_closed_forms_port_sums() -> None:
+    copies, _, _ = setting(Lognormal(gini=0.4), ranks=16, experts=64, router=Router(top_k=4))
+    topology = topology_of(load_cluster("h100-8x-ib400"), 16, operation=None)
+    sent = pair_bytes(copies, token_bytes=HIDDEN_BYTES)[1, 2, 0].astype(np.float64)
+    once = node_bytes(copies, token_bytes=HIDDEN_BYTES)[1, 2, 0].astype(np.float64)
+    carried = link_bytes_J(Hierarchical(node_bytes_RN=once)(sent, topology).flows(), topology).reshape(4, 16)
+    closed = dispatch_ports(copies, token_bytes=HIDDEN_BYTES, dedup="node")
+    for at, port in enumerate(("nvlink_out", "nvlink_in", "nic_out", "nic_in")):
+        assert carried[at] == pytest.approx(getattr(closed, port)[1, 2, 0], rel=1e-5, abs=32)  # flows are whole bytes

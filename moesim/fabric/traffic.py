@@ -4,8 +4,9 @@ Legend: G expert-parallel groups, M micro-batches, L MoE layers, R ranks of a gr
 (a rank's position among the group's ranks of its node). With expert-TP the R ranks are those of one expert-TP index;
 the others carry the same.
 
-All ranks of a group bring alike tokens, so what rank i sends rank j depends on j alone: the matrix of bytes is never
-built, its port sums have closed forms. Nothing is floored.
+All ranks of a group bring alike tokens, so what rank i sends rank j depends on j alone: inside a step the matrix of
+bytes is never built, its port sums have closed forms. ``pair_bytes`` builds it, for whoever wants each message. Nothing
+is floored.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from moesim.routing.visits import VisitProbabilities
 Floats = NDArray[np.floating]
 Dedup = Literal["none", "rank", "node"]
 CrossRail = Literal["pxn", "direct", "spine"]
+Direction = Literal["dispatch", "combine"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,6 +120,27 @@ def combine_ports(
     sent = copies.assignments_GMLR if dedup == "none" else copies.visits_GMLR
     alike = np.ones(copies.node_of_rank_R.size, dtype=np.float32)
     return _scaled(_pair_ports(sent, alike, copies.node_of_rank_R, cross_rail), token_bytes)
+
+
+def pair_bytes(
+    copies: Copies, *, token_bytes: float, dedup: Literal["none", "rank"] = "rank", direction: Direction = "dispatch"
+) -> Floats:
+    """What each rank of a group sends each other one, shape (G, M, L, R, R) [bytes]; nothing on the diagonal.
+
+    The combine is the dispatch's transpose (at its own bytes of a token). For messages that cross once per node see
+    ``node_bytes``.
+    """
+    received = copies.assignments_GMLR if dedup == "none" else copies.visits_GMLR
+    size = copies.node_of_rank_R.size
+    bytes_GMLRR = np.repeat(received[..., None, :] * np.float32(token_bytes), size, axis=-2)
+    bytes_GMLRR[..., np.arange(size), np.arange(size)] = 0.0
+    return bytes_GMLRR if direction == "dispatch" else np.swapaxes(bytes_GMLRR, -1, -2)
+
+
+def node_bytes(copies: Copies, *, token_bytes: float) -> Floats:
+    """What each rank sends each node where a token goes there once, shape (G, M, L, R, N) [bytes]; its own included."""
+    size = copies.node_of_rank_R.size
+    return np.repeat(copies.node_visits_GMLN[..., None, :] * np.float32(token_bytes), size, axis=-2)
 
 
 def _dispatch(copies: Copies, dedup: Dedup, cross_rail: CrossRail) -> PortBytes:
