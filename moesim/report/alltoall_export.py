@@ -1,0 +1,74 @@
+"""The all-to-all notebook's own parameters in, its results out: results.json and results.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesim.door import write_text_atomically
+from moesim.errors import InputError
+from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.report.parameters import OWNER
+from moesim.study.exchange import GINIS, TOKENS, ExchangeStudy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """The notebook's lists, which papermill passes as texts."""
+
+    tokens: tuple[int, ...]
+    ginis: tuple[float, ...]
+
+
+def read_lists(own: Mapping[str, Any]) -> Lists:
+    """``tokens`` and ``ginis`` of the notebook's own parameters, their defaults where empty; InputError for others.
+
+    >>> read_lists({"tokens": "8,64", "ginis": ""}).tokens
+    (8, 64)
+    """
+    return Lists(
+        tokens=_numbers(own, "tokens", int, 1, 1_000_000) or TOKENS,
+        ginis=_numbers(own, "ginis", float, 0, 0.95) or GINIS,
+    )
+
+
+def _numbers(own: Mapping[str, Any], name: str, kind: type, low: float, high: float) -> tuple[Any, ...]:
+    rule = f"must be numbers from {low:g} to {high:g} with commas between them, rising"
+    try:
+        found = tuple(kind(word) for word in own[name].split(",") if word.strip())
+    except ValueError:
+        raise InputError(OWNER, name, rule, own[name]) from None
+    if not all(low <= number <= high for number in found) or list(found) != sorted(set(found)):
+        raise InputError(OWNER, name, rule, own[name])
+    return found
+
+
+def write_exchange(study: ExchangeStudy, out_dir: str | Path) -> list[Path]:
+    """Write results.json and results.csv, nothing where out_dir is ""; returns their paths.
+
+    Raises InputError where the folder cannot be written.
+    """
+    if not str(out_dir):
+        return []
+    paths = [Path(out_dir) / name for name in ("results.json", "results.csv")]
+    envelope = {
+        "schema_version": SCHEMA_VERSION,
+        "command": "alltoall",
+        "inputs": {"scenario": study.scenario.to_dict()},
+        "result": study.to_dict(),
+        "provenance": [],
+        "warnings": [],
+    }
+    text = json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    write_text_atomically(paths[0], text + "\n")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    writer.writerows(study.rows())
+    write_text_atomically(paths[1], table.getvalue())
+    return paths

@@ -1,0 +1,266 @@
+"""Where an all-to-all's time goes: a scenario's dispatch by three algorithms, over message size and over skew.
+
+Legend: G groups, M micro-batches, L MoE layers, R ranks of an expert-parallel group, N nodes, J links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
+from moesim.errors import NotModelledError, check
+from moesim.fabric.algorithms import Algorithm, Direct, Fidelity, Hierarchical, LowLatency
+from moesim.fabric.port import link_bytes_J
+from moesim.fabric.topology import PORTS, Topology, topology_of
+from moesim.fabric.traffic import Copies, expected_copies, node_bytes, pair_bytes
+from moesim.routing.visits import visit_probabilities
+from moesim.scenario import Scenario
+from moesim.study.alltoall import TimedExchange, time_exchange
+from moesim.timeline.load import FP8_SCALE_BYTES, step_load
+
+Floats = NDArray[np.float64]
+Progress = Callable[[str], None]
+Row = tuple[str, str, float | str, float | str | bool, str]  # section, name, x, value, unit
+
+OWNER = "exchange"
+ALGORITHMS = ("direct", "hierarchical", "low_latency")
+OF_DISPATCHER: Mapping[str, str] = MappingProxyType({"alltoall": "direct", "deepep": "hierarchical"})
+TOKENS = (8, 32, 128, 512, 2048, 8192)
+GINIS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+MAX_RANKS = 256  # of a group: exact solves of more take minutes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DispatchTraffic:
+    """One micro-batch's dispatch in the layer whose busiest rank receives most, for one group.
+
+    copies: of shape (1, 1, 1, R); token_bytes: of one copy on the wire; layer: its place in the model.
+    """
+
+    copies: Copies
+    token_bytes: float
+    tokens_per_rank: int
+    layer: int
+    ranks_per_node: int
+
+    @property
+    def max_mean(self) -> float:
+        """Copies that the busiest rank receives, over the mean rank's."""
+        received_R = self.copies.visits_GMLR[0, 0, 0]
+        return float(received_R.max() / received_R.mean())
+
+    def bytes_of(self, algorithm: str, scale: float = 1.0) -> tuple[Floats, Algorithm]:
+        """(bytes_RR, policy): direct sends a token once to each rank, hierarchical once to each node, low_latency
+        once for each of its experts.
+        """
+        dedup = "none" if algorithm == "low_latency" else "rank"
+        bytes_RR = pair_bytes(self.copies, token_bytes=self.token_bytes * scale, dedup=dedup)[0, 0, 0]  # type: ignore[arg-type]
+        if algorithm == "direct":
+            return bytes_RR.astype(np.float64), Direct()
+        if algorithm == "low_latency":
+            return bytes_RR.astype(np.float64), LowLatency()
+        once_RN = node_bytes(self.copies, token_bytes=self.token_bytes * scale)[0, 0, 0].astype(np.float64)
+        return bytes_RR.astype(np.float64), Hierarchical(node_bytes_RN=once_RN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangePoint:
+    """One dispatch by one algorithm. x: tokens per rank, or the popularity's Gini coefficient."""
+
+    algorithm: str
+    x: float
+    max_mean: float
+    completion_s: float
+    lower_bound_s: float
+    bottleneck: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExchangeStudy:
+    """A scenario's dispatch: exact and port by algorithm, and sweeps in port."""
+
+    scenario: Scenario
+    traffic: DispatchTraffic
+    topology: Topology
+    exact: Mapping[str, TimedExchange]
+    port: Mapping[str, TimedExchange]
+    over_size: tuple[ExchangePoint, ...]
+    over_skew: tuple[ExchangePoint, ...]
+
+    @property
+    def own(self) -> str:
+        """The algorithm of the scenario's dispatcher."""
+        return OF_DISPATCHER[self.scenario.routing.dispatcher]
+
+    @property
+    def fastest(self) -> str:
+        """Of the three, by exact."""
+        return min(ALGORITHMS, key=lambda name: self.exact[name].completed.completion_s)
+
+    def port_busy_s(self, algorithm: str) -> dict[str, Floats]:
+        """Seconds that each rank's ports are busy at their rate, (R,) by port, planes together."""
+        plan = self.exact[algorithm].completed.plan
+        num_ranks, planes = plan.topology.num_ranks, plan.topology.num_planes
+        with np.errstate(invalid="ignore"):
+            busy_J = link_bytes_J(plan.flows(), plan.topology) / plan.topology.rate_bytes_per_s_J
+        nvlink, nic = busy_J[: 2 * num_ranks].reshape(2, -1), busy_J[2 * num_ranks : plan.topology.first_leaf_up]
+        nic_R = nic.reshape(2, num_ranks, planes).max(axis=-1)
+        return dict(zip(PORTS, (*nvlink, *nic_R), strict=True))
+
+    def algorithm_of_size(self) -> list[tuple[int, str]]:
+        """(tokens per rank, fastest algorithm) for each size."""
+        sizes = sorted({point.x for point in self.over_size})
+        points = [[point for point in self.over_size if point.x == size] for size in sizes]
+        return [
+            (int(size), min(at, key=lambda p: p.completion_s).algorithm) for size, at in zip(sizes, points, strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results file's ``result``."""
+        return {
+            "layer": self.traffic.layer,
+            "tokens_per_rank": self.traffic.tokens_per_rank,
+            "max_mean": self.traffic.max_mean,
+            "own_algorithm": self.own,
+            "fastest_algorithm": self.fastest,
+            "exact": {name: timed.to_dict() for name, timed in self.exact.items()},
+            "port": {name: timed.to_dict() for name, timed in self.port.items()},
+            "over_size": [point.__dict__ for point in self.over_size],
+            "over_skew": [point.__dict__ for point in self.over_skew],
+        }
+
+    def rows(self) -> list[Row]:
+        """The results as rows of a table."""
+        rows: list[Row] = []
+        for fidelity, found in (("exact", self.exact), ("port", self.port)):
+            for name, timed in found.items():
+                rows.append((fidelity, name, self.traffic.tokens_per_rank, timed.completed.completion_s, "s"))
+        for section, points in (("over_size", self.over_size), ("over_skew", self.over_skew)):
+            rows += [(section, point.algorithm, point.x, point.completion_s, "s") for point in points]
+        return rows
+
+
+def exchange_study(
+    scenario: Scenario,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    ginis: Sequence[float] = GINIS,
+    progress: Progress = lambda _: None,
+) -> ExchangeStudy:
+    """Time a scenario's dispatch in both fidelities, then over tokens per rank and over skew (lognormal) in port.
+
+    Raises NotModelledError for a dense model, one rank, and groups that do not fill nodes evenly.
+    """
+    progress("the scenario's own dispatch")
+    traffic = dispatch_traffic(scenario)
+    topology = topology_of_traffic(scenario, traffic)
+    found: dict[Fidelity, dict[str, TimedExchange]] = {"exact": {}, "port": {}}
+    for fidelity, by_name in found.items():
+        for name in ALGORITHMS:
+            by_name[name] = _timed(traffic, topology, name, fidelity)
+    over_size = []
+    for count in tokens:
+        progress(f"{count:,} tokens per GPU")
+        for name in ALGORITHMS:
+            timed = _timed(traffic, topology, name, "port", count / traffic.tokens_per_rank)
+            over_size.append(_point(timed, name, float(count), traffic))
+    over_skew = []
+    for gini in ginis:
+        progress(f"skew {gini:g}")
+        skewed = scenario.with_(popularity="lognormal", gini=gini) if gini else scenario.with_(popularity="balanced")
+        other = dispatch_traffic(skewed)
+        over_skew += [_point(_timed(other, topology, name, "port"), name, gini, other) for name in ALGORITHMS]
+    return ExchangeStudy(
+        scenario=scenario,
+        traffic=traffic,
+        topology=topology,
+        exact=found["exact"],
+        port=found["port"],
+        over_size=tuple(over_size),
+        over_skew=tuple(over_skew),
+    )
+
+
+def dispatch_traffic(scenario: Scenario) -> DispatchTraffic:
+    """The forward dispatch of a scenario's first group and micro-batch, in the layer with the busiest rank."""
+    parallel, train = scenario.parallel, scenario.train
+    if not scenario.model.is_moe or parallel.ep == 1:
+        raise NotModelledError("exchange: a model without experts, or with all of them on each GPU, exchanges nothing")
+    check(parallel.ep <= MAX_RANKS, OWNER, "ep", f"must not exceed {MAX_RANKS} here", parallel.ep)
+    # A step with as few micro-batches as its pipeline allows has the same first one.
+    few = min(scenario.num_micro_batches, parallel.pp)
+    slim = scenario.with_(global_batch=train.global_batch // scenario.num_micro_batches * few)
+    drawn = step_load(slim)
+    assert drawn is not None
+    first, placed = drawn.first(1, 1), drawn.placed
+    stage = next(at for at, held in enumerate(drawn.positions_by_stage) if held)
+    ranks_R = scenario.layout.stage_ranks(stage).reshape(-1, parallel.ep, parallel.etp)[0, :, 0]
+    node_R = np.unique(ranks_R // scenario.cluster.ranks_per_node, return_inverse=True)[1]
+    sizes_N = np.bincount(node_R)
+    if len(set(sizes_N[:-1].tolist())) > 1 or sizes_N[-1] > sizes_N[0]:
+        raise NotModelledError("exchange: expert-parallel groups that lie on nodes unevenly are not shown")
+    tokens = int(rank_tokens(parallel, train))
+    copies = expected_copies(
+        first.kept_GMLS,
+        popularities=placed.popularities,
+        visits=visit_probabilities(placed.popularities, placed.rank_of_slot, node_R),
+        placement=placed.rank_of_slot,
+        tokens_per_rank=tokens,
+        num_source_ranks=parallel.ep * parallel.etp,
+    )
+    at = int(copies.visits_GMLR[0, 0].max(axis=-1).argmax())
+    one = Copies(
+        assignments_GMLR=copies.assignments_GMLR[:, :, at : at + 1],
+        visits_GMLR=copies.visits_GMLR[:, :, at : at + 1],
+        node_visits_GMLN=copies.node_visits_GMLN[:, :, at : at + 1],
+        node_of_rank_R=node_R,
+    )
+    element_bytes = 1 + FP8_SCALE_BYTES if train.precision == "fp8" else ACTIVATION_BYTES
+    return DispatchTraffic(
+        copies=one,
+        token_bytes=scenario.model.hidden * element_bytes,
+        tokens_per_rank=tokens,
+        layer=drawn.layers[at],
+        ranks_per_node=int(sizes_N[0]),
+    )
+
+
+def topology_of_traffic(scenario: Scenario, traffic: DispatchTraffic) -> Topology:
+    """The links between the ranks of the traffic's group, at the rates that the step takes."""
+    cluster = scenario.cluster
+    spine = cluster.derates.get("spine_alltoall")
+    num_ranks = traffic.copies.node_of_rank_R.size
+    return topology_of(
+        replace(cluster, ranks_per_node=traffic.ranks_per_node, num_gpus=num_ranks)
+        if num_ranks <= traffic.ranks_per_node or num_ranks % traffic.ranks_per_node == 0
+        else cluster,
+        num_ranks,
+        num_planes=cluster.num_planes,
+        num_paths=cluster.num_paths,
+        spine_fraction=1.0 if spine is None else float(spine),
+        hash_seed=scenario.seed,
+    )
+
+
+def _timed(
+    traffic: DispatchTraffic, topology: Topology, name: str, fidelity: Fidelity, scale: float = 1.0
+) -> TimedExchange:
+    bytes_RR, policy = traffic.bytes_of(name, scale)
+    return time_exchange(bytes_RR, topology, algorithm=policy, fidelity=fidelity)
+
+
+def _point(timed: TimedExchange, name: str, x: float, traffic: DispatchTraffic) -> ExchangePoint:
+    return ExchangePoint(
+        algorithm=name,
+        x=x,
+        max_mean=traffic.max_mean,
+        completion_s=timed.completed.completion_s,
+        lower_bound_s=timed.lower_bound_s,
+        bottleneck=timed.bottleneck,
+    )

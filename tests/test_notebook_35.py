@@ -1,0 +1,102 @@
+"""The all-to-all notebook: its parameters, that it runs whole, that its files agree with its page."""
+
+import json
+import re
+from pathlib import Path
+
+import papermill
+import pytest
+
+from moesim.door import read_yaml
+from moesim.errors import InputError, NotModelledError
+from moesim.report.alltoall_export import read_lists
+from moesim.report.parameters import ask, check_parameters, find_notebook, notebooks_folder, parameters_of
+from moesim.report.runner import run_notebook
+from moesim.scenario import LEAVES, Scenario
+from moesim.study.exchange import ALGORITHMS, dispatch_traffic, exchange_study
+
+NOTEBOOK = find_notebook("35_all_to_all")
+OWN = {"tokens", "ginis", "out_dir"}
+PARAMETER_FILES = sorted((notebooks_folder() / "params" / "35_all_to_all").glob("*.yaml"))
+SMALL = {
+    "model": "olmoe-1b-7b",
+    "cluster": "h100-8x-ib400",
+    "num_gpus": 32,
+    "pp": 2,
+    "ep": 16,
+    "seq_len": 512,
+    "global_batch": 32,
+    "precision": "bf16",
+    "recompute": "none",
+}
+
+
+def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
+    assert set(parameters_of(NOTEBOOK)) == {*LEAVES, *OWN}
+    assert set(papermill.inspect_notebook(NOTEBOOK)) == {*LEAVES, *OWN}
+
+
+@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)
+def test_every_parameter_file_asks_a_valid_question(path: Path) -> None:
+    given = read_yaml(path)
+    question = ask(check_parameters(given, parameters_of(NOTEBOOK)), sorted(given))
+    assert question.scenario.cluster.num_gpus == given["num_gpus"]
+    read_lists(question.own)
+
+
+def test_its_lists_are_read_strictly() -> None:
+    assert read_lists({"tokens": " 8 , 64", "ginis": "0,0.5"}).ginis == (0.0, 0.5)
+    for tokens in ("8;64", "0,8", "64,8", "8,8"):
+        with pytest.raises(InputError, match="tokens: must be numbers from 1"):
+            read_lists({"tokens": tokens, "ginis": ""})
+    with pytest.raises(InputError, match=r"ginis: must be numbers from 0 to 0\.95"):
+        read_lists({"tokens": "", "ginis": "1"})
+
+
+def test_the_study_counts_bytes_as_a_step_does_and_once_to_each_node_is_least() -> None:
+    scenario = Scenario.make(**SMALL, dispatcher="deepep")
+    study = exchange_study(scenario, tokens=(16, 512), ginis=(0.0, 0.4))
+    assert study.own == "hierarchical"
+    bytes_of = {name: study.port_busy_s(name)["nic_in"].sum() for name in ALGORITHMS}
+    assert bytes_of["hierarchical"] < bytes_of["direct"] < bytes_of["low_latency"]
+    for name in ALGORITHMS:
+        seconds = [point.completion_s for point in study.over_skew if point.algorithm == name]
+        assert seconds[0] < seconds[1]
+        exact, port = study.exact[name].completed, study.port[name].completed
+        assert port.completion_s == pytest.approx(exact.completion_s, rel=0.02)
+
+
+def test_what_exchanges_nothing_is_refused() -> None:
+    with pytest.raises(NotModelledError, match="exchanges nothing"):
+        dispatch_traffic(Scenario.make(**SMALL | {"ep": 1}))
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    given = SMALL | {"tokens": "16,128,1024", "ginis": "0,0.3"}
+    return run_notebook("35_all_to_all", given, tmp_path_factory.mktemp("exchange") / "out", show_progress=False)
+
+
+def test_it_renders_whole(rendered: Path) -> None:
+    assert {path.name for path in rendered.iterdir()} == {"report.html", "report.ipynb", "results.json", "results.csv"}
+    page = (rendered / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert page.count('class="takeaway"') >= 8
+    for words in ("What does skew cost?", "Which algorithm?", "olmoe-1b-7b", "The busiest port is NIC"):
+        assert words in page
+    assert "Traceback" not in page
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//", page)
+
+
+def test_the_page_says_what_the_results_hold(rendered: Path) -> None:
+    result = json.loads((rendered / "results.json").read_text())["result"]
+    page = (rendered / "report.html").read_text()
+    assert f"{result['max_mean']:.2f} times the mean" in page
+    assert [point["x"] for point in result["over_size"]] == [size for size in (16, 128, 1024) for _ in ALGORITHMS]
+    assert result["exact"]["direct"]["lower_bound_s"] <= result["exact"]["direct"]["completion_s"]
+    assert (rendered / "results.csv").read_text().startswith("section,name,x,value,unit\n")
+
+
+def test_a_typo_stops_before_a_kernel_starts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gini_s: is not a parameter.*Did you mean"):
+        run_notebook("35_all_to_all", SMALL | {"gini_s": "0"}, tmp_path / "out", show_progress=False)
