@@ -336,7 +336,7 @@ def live(runs: Mapping[str, TrainingRun], study: TrainingStudy) -> Picture:
         for curve in study.curves:
             if curve.variant in runs:
                 colour = COLOURS["moe"] if curve.variant == MOE else _COLOURS[DENSE]
-                _band(axes, curve.steps_S, curve.loss_NS, colour, linestyle=DASHED)
+                _band(axes, curve.steps_S[1:], curve.loss_NS[:, 1:], colour, linestyle=DASHED, marker="s", markersize=4)
         for name, run in runs.items():
             colour = COLOURS["moe"] if name == MOE else _COLOURS[DENSE]
             axes.plot(
@@ -348,7 +348,7 @@ def live(runs: Mapping[str, TrainingRun], study: TrainingStudy) -> Picture:
                 label=f"{'MoE' if name == MOE else words_of(name)}, now",
             )
         axes.set(xlim=(-0.02 * steps, 1.6 * steps), xlabel="Training step", ylabel="Held-out loss [nats per byte]")
-        axes.set_title("dashed, with band: the recorded seeds", fontsize=9.5)
+        axes.set_title("dashed, with band: the recorded seeds, evaluated at the squares", fontsize=9.5)
         axes.legend(loc="upper right")
         light_grid(axes, "y")
     return finish(figure, f"{title}.")
