@@ -27,6 +27,14 @@ def finish_s(flows: Flows, topology: Topology) -> Floats:
 
     A message starts at its start plus its route's latency and then moves at its max-min fair rate. Several exchanges
     at once are one call with ``together``. Raises InputError naming ranks and links where a message could never end.
+    docs/model.md#exact.
+
+    >>> from moesim.catalog.hardware import load_cluster
+    >>> from moesim.fabric.flows import flows_of
+    >>> from moesim.fabric.topology import topology_of
+    >>> topology = topology_of(load_cluster("h100-8x-ib400"), 2, operation=None)
+    >>> finish_s(flows_of([[0, 45e6], [9e6, 0]]), topology).round(8).tolist()  # 450 GB/s after 3.33 us
+    [0.00010333, 2.333e-05]
     """
     routes = topology.routes(flows.source_F, flows.target_F)
     refuse_dead_links(flows, topology, routes)
