@@ -107,7 +107,7 @@ class _File:
     routing: Routing = field(default_factory=Routing)
     placement: PlacementChoice = field(default_factory=PlacementChoice)
     profile: str = "auto"
-    fidelity: Literal["port"] = "port"
+    fidelity: Literal["port", "exact"] = "port"
     seed: int = 0
 
 
@@ -122,7 +122,7 @@ class Scenario:
     routing: Routing = field(default_factory=Routing)
     placement: PlacementChoice = field(default_factory=PlacementChoice)
     profile: str = "auto"  # auto: a committed profile of this GPU if there is one; datasheet; or a profile's path
-    fidelity: Literal["port"] = "port"
+    fidelity: Literal["port", "exact"] = "port"
     seed: int = 0
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as asked, for echoing
 

@@ -36,7 +36,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "map": ("FILE|null", "A placement map (JSON), for the policy map."),
         "split": ("KIND", "Which replica of an expert a sender takes: even, nearest, least_loaded, uneven."),
         "rank_speeds": ("TEXT", "Slow GPUs by rank, speed over the others': 3=0.8,8-15=0.5."),
-        "fidelity": ("port", "How traffic is timed."),
+        "fidelity": ("port|exact", "How all-to-alls are timed: by busiest ports, or message by message (slow)."),
     },
     "Parallel sizes": {
         "tp": ("N", "Tensor parallel."),

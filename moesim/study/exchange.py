@@ -6,7 +6,7 @@ Legend: G groups, M micro-batches, L MoE layers, R ranks of an expert-parallel g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
 from moesim.errors import NotModelledError, check
 from moesim.fabric.algorithms import Algorithm, Direct, Fidelity, Hierarchical, LowLatency
+from moesim.fabric.each_message import topology_of_group
 from moesim.fabric.port import link_bytes_J
-from moesim.fabric.topology import PORTS, Topology, topology_of
+from moesim.fabric.topology import PORTS, Topology
 from moesim.fabric.traffic import Copies, expected_copies, node_bytes, pair_bytes
 from moesim.routing.visits import visit_probabilities
 from moesim.scenario import Scenario
@@ -47,7 +48,6 @@ class DispatchTraffic:
     token_bytes: float
     tokens_per_rank: int
     layer: int
-    ranks_per_node: int
 
     @property
     def max_mean(self) -> float:
@@ -159,7 +159,7 @@ def exchange_study(
     """
     progress("the scenario's own dispatch")
     traffic = dispatch_traffic(scenario)
-    topology = topology_of_traffic(scenario, traffic)
+    topology = topology_of_group(scenario.cluster, traffic.copies.node_of_rank_R, scenario.seed)
     found: dict[Fidelity, dict[str, TimedExchange]] = {"exact": {}, "port": {}}
     for fidelity, by_name in found.items():
         for name in ALGORITHMS:
@@ -202,9 +202,6 @@ def dispatch_traffic(scenario: Scenario) -> DispatchTraffic:
     stage = next(at for at, held in enumerate(drawn.positions_by_stage) if held)
     ranks_R = scenario.layout.stage_ranks(stage).reshape(-1, parallel.ep, parallel.etp)[0, :, 0]
     node_R = np.unique(ranks_R // scenario.cluster.ranks_per_node, return_inverse=True)[1]
-    sizes_N = np.bincount(node_R)
-    if len(set(sizes_N[:-1].tolist())) > 1 or sizes_N[-1] > sizes_N[0]:
-        raise NotModelledError("exchange: expert-parallel groups that lie on nodes unevenly are not shown")
     tokens = int(rank_tokens(parallel, train))
     copies = expected_copies(
         first.kept_GMLS,
@@ -227,24 +224,6 @@ def dispatch_traffic(scenario: Scenario) -> DispatchTraffic:
         token_bytes=scenario.model.hidden * element_bytes,
         tokens_per_rank=tokens,
         layer=drawn.layers[at],
-        ranks_per_node=int(sizes_N[0]),
-    )
-
-
-def topology_of_traffic(scenario: Scenario, traffic: DispatchTraffic) -> Topology:
-    """The links between the ranks of the traffic's group, at the rates that the step takes."""
-    cluster = scenario.cluster
-    spine = cluster.derates.get("spine_alltoall")
-    num_ranks = traffic.copies.node_of_rank_R.size
-    return topology_of(
-        replace(cluster, ranks_per_node=traffic.ranks_per_node, num_gpus=num_ranks)
-        if num_ranks <= traffic.ranks_per_node or num_ranks % traffic.ranks_per_node == 0
-        else cluster,
-        num_ranks,
-        num_planes=cluster.num_planes,
-        num_paths=cluster.num_paths,
-        spine_fraction=1.0 if spine is None else float(spine),
-        hash_seed=scenario.seed,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,10 @@ from moesim.describe.pipeline import stage_layers
 from moesim.describe.workload import Balanced, Multinomial, Popularity, Recorded
 from moesim.errors import NotModelledError
 from moesim.fabric.collectives import allgather_s, alltoall_finish_s
+from moesim.fabric.each_message import exchange_finish_s, topology_of_group
 from moesim.fabric.ports import ports_of
 from moesim.fabric.senders import combine_ports_by_sender, dispatch_ports_by_sender
-from moesim.fabric.traffic import Dedup, PortBytes, combine_ports, dispatch_ports, expected_copies
+from moesim.fabric.traffic import Dedup, Direction, PortBytes, combine_ports, dispatch_ports, expected_copies
 from moesim.placement import Placement
 from moesim.placement.maps import load_map
 from moesim.placement.policies import POLICIES, Known
@@ -283,20 +284,29 @@ def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, n
     narrow = scenario.model.hidden * (1 + FP8_SCALE_BYTES) if train.precision == "fp8" else wide
     received = placed.rank_of_slot.rank_loads(sent.rows_GMLS)
 
-    def seconds(ports_used: Callable[..., PortBytes], token_bytes: float) -> Floats:
+    def by_ports(ports_used: Callable[..., PortBytes], *, token_bytes: float) -> Floats:
         port_bytes = ports_used(copies, token_bytes=token_bytes, dedup=sent.dedup, cross_rail=cluster.cross_rail)
-        own = np.asarray(alltoall_finish_s(port_bytes, ports), dtype=np.float64)
+        return np.asarray(alltoall_finish_s(port_bytes, ports), dtype=np.float64)
+
+    def seconds(finish_s: Callable[..., Floats], token_bytes: float) -> Floats:
+        own = finish_s(token_bytes=token_bytes)
         if parallel.etp == 1:
             return own
         in_node = min(parallel.etp, cluster.ranks_per_node)
         return own + allgather_s(parallel.etp, in_node, received * token_bytes, cluster)
 
-    dispatch: Callable[..., PortBytes] = dispatch_ports
-    combine: Callable[..., PortBytes] = combine_ports
+    dispatch: Callable[..., Floats] = partial(by_ports, dispatch_ports)
+    combine: Callable[..., Floats] = partial(by_ports, combine_ports)
     if placed.is_by_sender:
         weights = sender_weights(placed, visits)
-        dispatch = partial(dispatch_ports_by_sender, weights=weights)
-        combine = partial(combine_ports_by_sender, weights=weights)
+        dispatch = partial(by_ports, partial(dispatch_ports_by_sender, weights=weights))
+        combine = partial(by_ports, partial(combine_ports_by_sender, weights=weights))
+    if scenario.fidelity == "exact":
+        if placed.is_by_sender:
+            raise NotModelledError("fidelity exact: replicas that a sender chooses by its own place are not modelled")
+        topology = topology_of_group(cluster, node_of_rank_R, scenario.seed)
+        by_message = partial(exchange_finish_s, copies, topology, dedup=sent.dedup)
+        dispatch, combine = (partial(by_message, direction=way) for way in get_args(Direction))
     out, back = seconds(dispatch, wide), seconds(combine, wide)
     return Exchange(
         dispatch_s_GMLR=out if narrow == wide else seconds(dispatch, narrow),
