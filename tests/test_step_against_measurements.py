@@ -71,9 +71,9 @@ def dense_errors() -> list[float]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_one_moe_layer_on_eight_h100_is_within_an_eighth_of_the_measured_time(name: str) -> None:
+def test_one_moe_layer_on_eight_h100_is_within_a_sixth_of_the_measured_time(name: str) -> None:
     errors = layer_errors(*LAYERS[name])
-    assert max(abs(error) for error in errors) < 0.125
+    assert max(abs(error) for error in errors) < 1 / 6
 
 
 def test_steps_on_b200_come_out_a_quarter_to_a_half_too_short_as_said() -> None:
