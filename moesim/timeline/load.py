@@ -45,7 +45,7 @@ _Arrays = TypeVar("_Arrays", "StepLoad", ExpertLoad, "Exchange")
 Nodes = tuple[tuple[int, ...], ...]  # of each group, of each of its ranks
 # FP8 rows travel with one float32 scale for each 128 elements. arXiv 2412.19437, section 3.3.
 FP8_SCALE_BYTES = BYTES_PER_ELEMENT["float32"] / 128
-# alltoall sends a row for each of a token's experts (Megatron-LM's MoEAlltoAllTokenDispatcher permutes before it sends),
+# alltoall sends a row for each of a token's experts (Megatron-LM's MoEAlltoAllTokenDispatcher permutes, then sends),
 # deepep a token once over the network to each node, and from there once to each rank.
 DEDUP: Mapping[str, Dedup] = {"alltoall": "none", "deepep": "node"}
 
