@@ -101,10 +101,15 @@ def table_sizes(folder: Path) -> dict[str, int]:
 
 
 def cut_tables(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Cut off what was written after the checkpoint that noted these sizes."""
-    for name, size in sizes.items():
-        if (folder / name).exists():
-            os.truncate(folder / name, size)
+    """Cut off what was written after the checkpoint that noted these sizes.
+
+    Raises ValueError where a table has lost rows since: cutting would not bring them back.
+    """
+    for name, held in table_sizes(folder).items():
+        if held < sizes[name]:
+            raise ValueError(f"{folder / name} has {held} bytes, fewer than the {sizes[name]} its checkpoint noted")
+        if held:
+            os.truncate(folder / name, sizes[name])
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -328,7 +328,7 @@ def live(runs: Mapping[str, TrainingRun], study: TrainingStudy) -> Picture:
     last = {name: run.heldout["loss"][-1] for name, run in runs.items()}
     told = ", ".join(f"{'MoE' if name == MOE else words_of(name)} {loss:.2f}" for name, loss in last.items())
     steps = next(iter(runs.values())).heldout["step"][-1]
-    title = f"After {steps:.0f} steps here and now: {told} nats per byte"
+    title = f"After {steps:.0f} step{'' if steps == 1 else 's'} here and now: {told} nats per byte"
     with house_style():
         figure = new_figure(9.6, 3.5)
         axes = figure.subplots()

@@ -196,7 +196,7 @@ def about_live(runs: Mapping[str, TrainingRun], study: TrainingStudy) -> Sentenc
         told.append(f"{words} went from {loss[0]:.2f} to {loss[-1]:.2f} nats per byte in {run.facts['wall_s']:.0f} s")
         same_text &= run.facts["text"] == study.facts["text"]
     step = next(iter(runs.values())).heldout["step"][-1]
-    text = f"In {step:.0f} steps {' and '.join(told)}. "
+    text = f"In {step:.0f} step{'' if step == 1 else 's'} {' and '.join(told)}. "
     recorded = _recorded_at(runs, study)
     if recorded is not None and same_text:
         text += f"Same seed, same text: the recorded runs were at most {recorded:.4f} nats away at that step."
