@@ -106,6 +106,10 @@ Median wall seconds of whole processes after one warm-up; the largest process's 
     text += "\n\n" + exact.stdout.decode().strip()
     if exact.returncode:
         broken.append("exchanges in exact mode")
+    port = subprocess.run([sys.executable, "-m", "benchmarks.port"], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    text += "\n\n" + port.stdout.decode().strip()
+    if port.returncode:
+        broken.append("exchanges in port mode")
     (ROOT / "docs" / "speed.md").write_text(text + "\n")
     if broken:
         print("over the limit: " + "; ".join(broken), file=sys.stderr)

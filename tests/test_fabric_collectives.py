@@ -208,3 +208,19 @@ def test_infinite_links_leave_latency_alone() -> None:
         latency_inter_s=5e-6,
     )
     assert alltoall_s(port_bytes([1e9], [1e9], [1e9], [1e9]), ports) == pytest.approx(5e-6)
+
+
+def test_trees_have_fewer_hops_and_rings_fewer_bytes_between_nodes() -> None:
+    for num_bytes, faster, slower in ((1e3, "tree", "ring"), (1e10, "ring", "tree")):
+        seconds = {name: float(allreduce_s(256, 8, num_bytes, CLUSTER, name)) for name in ("tree", "ring")}
+        assert seconds[faster] < seconds[slower]
+    inside = [float(allreduce_s(8, 8, 1e9, CLUSTER, name)) for name in ("tree", "ring")]
+    assert inside[0] == pytest.approx(inside[1])
+
+
+def test_switches_that_reduce_save_what_their_bytes_say() -> None:
+    ring, nvls = (float(allreduce_s(8, 8, 1e12, CLUSTER, name)) for name in ("ring", "nvls"))
+    assert nvls / ring == pytest.approx((1 + 1 / 8) / (2 * 7 / 8), rel=1e-4)
+    tree, both = (float(allreduce_s(64, 8, 1e12, CLUSTER, name)) for name in ("tree", "nvls"))
+    assert tree - both == pytest.approx(ring - nvls, rel=1e-4)
+    assert float(allreduce_s(64, 8, 0.0, CLUSTER, "nvls")) == 0.0

@@ -9,6 +9,7 @@ Ports run at the rates after the cluster's derates (``ports``). Contention with 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,7 @@ from moesim.fabric.ports import Ports, rate
 from moesim.fabric.traffic import PortBytes
 
 Floats = NDArray[np.floating]
+Reduction = Literal["ring", "tree", "nvls"]
 
 
 def alltoall_finish_s(port_bytes: PortBytes, ports: Ports) -> Floats:
@@ -60,12 +62,36 @@ def reduce_scatter_s(group_size: int, ranks_per_node_in_group: int, num_bytes: A
     return _ring_s(group_size, ranks_per_node_in_group, num_bytes, cluster, "reducescatter")
 
 
-def allreduce_s(group_size: int, ranks_per_node_in_group: int, num_bytes: ArrayLike, cluster: Cluster) -> Floats:
-    """All-reduce of num_bytes per rank (every rank keeps the whole sum) [s]: a reduce-scatter, then an all-gather.
+def allreduce_s(
+    group_size: int,
+    ranks_per_node_in_group: int,
+    num_bytes: ArrayLike,
+    cluster: Cluster,
+    algorithm: Reduction = "ring",
+) -> Floats:
+    """All-reduce of num_bytes per rank (every rank keeps the whole sum) [s].
 
-    Both halves run at the all-reduce's own derate, not at those of the two.
+    ``ring``: a reduce-scatter, then an all-gather, both at the all-reduce's own derate. ``tree``: between nodes two
+    binary trees, each for half of the bytes: few hops, all bytes twice through every NIC (Sanders, Speck, Träff,
+    Parallel Computing 35, 2009; NCCL 2.4). ``nvls``: as tree, and NVLink's switches reduce inside the node: (1 + 1/p) B
+    through every port instead of 2 (p-1)/p B (NCCL 2.17). docs/model.md#ring.
     """
-    return 2.0 * _ring_s(group_size, ranks_per_node_in_group, num_bytes, cluster, "allreduce")
+    if algorithm == "ring":
+        return 2.0 * _ring_s(group_size, ranks_per_node_in_group, num_bytes, cluster, "allreduce")
+    in_node = ranks_per_node_in_group
+    assert 1 <= in_node <= group_size, "a node holds between one and all ranks of the group"
+    whole_bytes = np.asarray(num_bytes, dtype=np.float64)
+    nodes = math.ceil(group_size / in_node)
+    seconds = np.zeros_like(whole_bytes)
+    if in_node > 1 and algorithm == "nvls":
+        seconds = seconds + (1 + 1 / in_node) * whole_bytes / rate(cluster, "nvlink", "allreduce")
+        seconds = seconds + 2 * float(cluster.latency_intra_s)
+    elif in_node > 1:
+        seconds = seconds + 2.0 * _ring_s(in_node, in_node, whole_bytes, cluster, "allreduce")
+    if nodes > 1:
+        seconds = seconds + 2 * whole_bytes / in_node / rate(cluster, "nic", "allreduce")
+        seconds = seconds + 2 * math.ceil(math.log2(nodes)) * float(cluster.latency_inter_s)
+    return np.where(whole_bytes > 0, seconds, 0.0)
 
 
 def _ring_s(group_size: int, in_node: int, num_bytes: ArrayLike, cluster: Cluster, operation: str) -> Floats:
