@@ -34,7 +34,7 @@ from reference_model.text import (  # noqa: E402
     table_documents,
     train_batch,
 )
-from reference_model.train import CHECKPOINT, TrainConfig, flipped_share, small_config, train  # noqa: E402
+from reference_model.train import CHECKPOINT, TrainConfig, _draws_of_step, flipped_share, small_config, train  # noqa: E402
 from reference_model.transformer import forward_flops_per_token  # noqa: E402
 
 TEXT = build_corpus()
@@ -181,6 +181,19 @@ def test_routers_with_noise_or_a_bias_resume_bit_for_bit_too(router: Any, tmp_pa
     torch.manual_seed(99)  # what others draw in between is nothing to us
     train(config, tmp_path / "b", corpus=TEXT)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_each_step_of_each_seed_has_its_own_noise_and_leaves_the_default_generator_alone() -> None:
+    drawn = {}
+    torch.manual_seed(5)
+    untouched = torch.get_rng_state()
+    for seed, step in ((0, 0), (0, 1), (1, 0)):
+        for _ in range(2):
+            with _draws_of_step(seed, step):
+                drawn.setdefault((seed, step), []).append(torch.rand(4).tolist())
+    assert all(first == again for first, again in drawn.values())
+    assert len({tuple(first) for first, _ in drawn.values()}) == 3
+    assert torch.equal(torch.get_rng_state(), untouched)
 
 
 def test_a_folder_of_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
