@@ -196,6 +196,18 @@ def test_each_step_of_each_seed_has_its_own_noise_and_leaves_the_default_generat
     assert torch.equal(torch.get_rng_state(), untouched)
 
 
+def test_a_run_draws_its_noise_by_its_seed_and_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def note(seed: int, step: int) -> Any:
+        asked.append((seed, step))
+        return _draws_of_step(seed, step)
+
+    monkeypatch.setattr("reference_model.train._draws_of_step", note)
+    train(tiny(3), tmp_path, seed=4, corpus=TEXT)
+    assert asked == [(4, 0), (4, 1), (4, 2)]
+
+
 def test_a_folder_of_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
     train(tiny(2), tmp_path, seed=0, corpus=TEXT)
     with pytest.raises(ValueError, match="another run: its seed differ"):
