@@ -102,6 +102,19 @@ def test_a_slow_rank_an_oversubscribed_spine_and_jitter_take_longer_and_seeds_re
     assert seconds(*jitter, "1") > alone
 
 
+def test_an_oversubscribed_spine_slows_its_leaves_and_not_the_nics(cluster: Path, tmp_path: Path) -> None:
+    bytes_RR = np.zeros((16, 16))
+    bytes_RR[0, 9] = MB
+    np.save(tmp_path / "one.npy", bytes_RR)
+    spine = ("--bytes", tmp_path / "one.npy", "--cluster", cluster, "--set", "cross_rail=spine", "--set")
+    for oversubscription, seconds in (
+        (2, MB / 50e9),
+        (4, MB / 25e9),
+    ):  # two nodes: a leaf has 2 NICs / oversubscription
+        result = answer(*spine, f"oversubscription={oversubscription}")["result"]
+        assert result["completion_s"] == pytest.approx(5e-6 + seconds)
+
+
 def test_hashed_paths_collide_and_cost_time(cluster: Path, sizes: Path) -> None:
     spine = ("--set", "cross_rail=spine", "--bytes", sizes, "--cluster", cluster)
     ideal, hashed = (answer(*spine, *more)["result"] for more in ((), ("--set", "num_paths=4")))

@@ -56,11 +56,17 @@ def rate(cluster: Cluster, tier: str, operation: str, *, same_rail: bool = True)
     """Achieved bytes/s of one GPU's port, per direction: line rate times the derate <tier>_<operation>, over the NIC
     less what an oversubscribed spine takes. Rings and sends stay on their rail; an even all-to-all does not.
     """
+    achieved = port_rate(cluster, tier, operation)
+    return achieved if tier == "nvlink" else achieved / spine_slowdown(cluster, same_rail=same_rail)
+
+
+def port_rate(cluster: Cluster, tier: str, operation: str) -> float:
+    """Achieved bytes/s of one GPU's port, per direction, whatever lies behind it: line rate times the derate
+    <tier>_<operation>.
+    """
     derate = cluster.derates.get(f"{tier}_{operation}")
-    achieved = 1.0 if derate is None else float(derate)
-    if tier == "nvlink":
-        return float(cluster.nvlink_bytes_per_s) * achieved
-    return float(cluster.nic_bytes_per_s) * achieved / spine_slowdown(cluster, same_rail=same_rail)
+    line = cluster.nvlink_bytes_per_s if tier == "nvlink" else cluster.nic_bytes_per_s
+    return float(line) * (1.0 if derate is None else float(derate))
 
 
 def spine_slowdown(cluster: Cluster, *, same_rail: bool) -> float:
