@@ -33,15 +33,16 @@ class Ports:
             check(bool((rates_R > 0).all()), "ports", tier, "must have a positive rate on every rank", rates_R.tolist())
 
 
-def ports_of(cluster: Cluster, *, operation: str = "alltoall", same_rail: bool = False) -> Ports:
+def ports_of(cluster: Cluster, *, operation: str = "alltoall", num_rails: int | None = None) -> Ports:
     """Ports of a cluster whose ranks are all alike, at the rates that an operation achieves.
 
     operation picks the derates nvlink_<operation> and nic_<operation> of the cluster (1.0 where it names none).
-    same_rail: every message goes to a rank of its sender's rail, as with dedup ``node``. NICs slow down by what shares
-    the spine (``spine_slowdown``). docs/model.md#ports.
+    num_rails: over how many rails a rank spreads its messages (None: all of a node's; 1: its own, as with dedup
+    ``node``). NICs slow down by what crosses the spine (``spine_slowdown``). docs/model.md#ports.
     """
+    slowdown = spine_slowdown(cluster, num_rails or cluster.ranks_per_node)
     nvlink = np.array([rate(cluster, "nvlink", operation)])
-    nic = np.array([rate(cluster, "nic", operation, same_rail=same_rail)])
+    nic = np.array([rate(cluster, "nic", operation) / slowdown])
     return Ports(
         nvlink_out_bytes_per_s_R=nvlink,
         nvlink_in_bytes_per_s_R=nvlink,
@@ -52,15 +53,7 @@ def ports_of(cluster: Cluster, *, operation: str = "alltoall", same_rail: bool =
     )
 
 
-def rate(cluster: Cluster, tier: str, operation: str, *, same_rail: bool = True) -> float:
-    """Achieved bytes/s of one GPU's port, per direction: line rate times the derate <tier>_<operation>, over the NIC
-    less what an oversubscribed spine takes. Rings and sends stay on their rail; an even all-to-all does not.
-    """
-    achieved = port_rate(cluster, tier, operation)
-    return achieved if tier == "nvlink" else achieved / spine_slowdown(cluster, same_rail=same_rail)
-
-
-def port_rate(cluster: Cluster, tier: str, operation: str) -> float:
+def rate(cluster: Cluster, tier: str, operation: str) -> float:
     """Achieved bytes/s of one GPU's port, per direction, whatever lies behind it: line rate times the derate
     <tier>_<operation>.
     """
@@ -69,20 +62,20 @@ def port_rate(cluster: Cluster, tier: str, operation: str) -> float:
     return float(line) * (1.0 if derate is None else float(derate))
 
 
-def spine_slowdown(cluster: Cluster, *, same_rail: bool) -> float:
-    """How many times longer a NIC needs since up-links carry 1/oversubscription of its leaf's rate; at least 1.
+def spine_slowdown(cluster: Cluster, num_rails: int) -> float:
+    """How many times longer a NIC needs for bytes spread evenly over num_rails rails, its own among them; at least 1.
 
-    A NIC needs as long as its bytes that cross the spine do: max(1, their share * oversubscription). ``pxn``: rail
-    leaves, and messages change rails inside their node, so none crosses. ``direct``: rail leaves without that hop, so
-    whatever is for another rail crosses: (rails - 1)/rails of an even all-to-all. ``spine``: no rails, a leaf serves
-    one node, so all that leaves a node crosses. A rail leaf is taken to reach every node of the cluster (one leaf
-    group); where it does not, messages between groups cross the spine under pxn too, and this is too fast.
+    Only ``cross_rail: spine`` sends messages for another rail, (num_rails - 1)/num_rails of them, through leaves whose
+    up-links carry the NICs' rate / oversubscription, as ``topology`` routes them; ``pxn`` changes rails inside a node,
+    and ``direct`` has no inner bottleneck. A rail's leaf is taken to reach every node of the cluster; where it does
+    not, messages between groups of nodes cross the spine too, and this is too fast.
 
     >>> from moesim.catalog.hardware import load_cluster
-    >>> spine_slowdown(load_cluster("h100-8x-ib400"), same_rail=False)
+    >>> spine_slowdown(load_cluster("h100-8x-ib400"), num_rails=8)
     1.0
     """
-    rails = cluster.ranks_per_node
-    between_rails = 0.0 if same_rail else (rails - 1) / rails
-    share = {"pxn": 0.0, "direct": between_rails, "spine": 1.0}[cluster.cross_rail]
-    return max(1.0, share * cluster.oversubscription)
+    if cluster.cross_rail != "spine":
+        return 1.0
+    left = cluster.derates.get("spine_alltoall")
+    up_links = (1.0 if left is None else float(left)) / cluster.oversubscription
+    return max(1.0, (num_rails - 1) / num_rails / up_links)

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from moesim.describe.checks import check_choice, check_number, check_whole
 from moesim.describe.hardware import Cluster, CrossRail
 from moesim.errors import check
-from moesim.fabric.ports import port_rate
+from moesim.fabric.ports import rate
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
@@ -251,7 +251,7 @@ def topology_of(
     if operation is None:
         nvlink, nic = float(cluster.nvlink_bytes_per_s), float(cluster.nic_bytes_per_s)
     else:
-        nvlink, nic = port_rate(cluster, "nvlink", operation), port_rate(cluster, "nic", operation)
+        nvlink, nic = rate(cluster, "nvlink", operation), rate(cluster, "nic", operation)
     nic_R = np.repeat(speed_R * nic / num_planes, num_planes)
     rates = [speed_R * nvlink, speed_R * nvlink, nic_R, nic_R]
     if cluster.cross_rail == "spine":

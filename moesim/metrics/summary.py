@@ -227,7 +227,10 @@ def _oversubscription_unused(scenario: Scenario) -> str:
     told = f"oversubscription {cluster.oversubscription:g} does not slow this scenario's all-to-alls: "
     if cluster.ranks_per_node % in_step == 0:
         return told + "they stay inside the NVLink domain"
-    if spine_slowdown(cluster, same_rail=scenario.routing.dispatcher == "deepep") > 1.0:
+    if cluster.cross_rail == "direct":
+        return told + "cross_rail: direct is a fabric without an inner bottleneck; cross_rail: spine has one"
+    num_rails = 1 if scenario.routing.dispatcher == "deepep" else min(in_step, cluster.ranks_per_node)
+    if spine_slowdown(cluster, num_rails) > 1.0:
         return ""
     return told + (
         f"with cross_rail: {cluster.cross_rail} and dispatcher: {scenario.routing.dispatcher} their messages stay on a "

@@ -280,7 +280,8 @@ def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, n
         tokens_per_rank=int(rank_tokens(parallel, train)),
         num_source_ranks=parallel.ep * parallel.etp,
     )
-    ports = ports_of(cluster, same_rail=sent.dedup == "node")
+    num_rails = 1 if sent.dedup == "node" else int(np.unique(node_of_rank_R, return_counts=True)[1].max())
+    ports = ports_of(cluster, num_rails=num_rails)
     wide = scenario.model.hidden * ACTIVATION_BYTES
     narrow = scenario.model.hidden * (1 + FP8_SCALE_BYTES) if train.precision == "fp8" else wide
     received = placed.rank_of_slot.rank_loads(sent.rows_GMLS)
