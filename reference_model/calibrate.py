@@ -62,7 +62,7 @@ def calibrate(
     >>> calibrate("cpu", quick=True, out_path="cpu.json")["named_model"]  # doctest: +SKIP
     ['cpu-small']
     """
-    place = _device(device)
+    place = find_device(device)
     chosen = _chosen_shapes(shapes, place)
     effort = effort or (FULL_GPU if place.type == "cuda" and not quick else QUICK if quick else FULL)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
@@ -197,7 +197,8 @@ def _point(case: Case, samples_by_pass: Sequence[Sequence[float]]) -> dict[str, 
     }
 
 
-def _device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """The device of a name: auto, cpu or cuda. Raises ValueError for one that is not there."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: must be auto, cpu or cuda; got {device!r}")
     if device == "auto":

@@ -155,7 +155,7 @@ def test_version_and_help_end_with_status_0():
     status, out, err = moesim()
     assert (status, err) == (0, "")
     assert "simulate" in out
-    for verb in ("models", "gpus", "clusters", "describe", "simulate", "calibrate", "report", "trace"):
+    for verb in ("models", "gpus", "clusters", "describe", "simulate", "calibrate", "selfcheck", "report", "trace"):
         status, out, _ = moesim(verb, "--help")
         assert status == 0
         assert "Examples:" in out

@@ -82,7 +82,7 @@ def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> 
     check(not path.is_dir(), "--out", "", "must be a file", str(path))
     from reference_model.calibrate import calibrate
 
-    with _progress(call) as progress:
+    with timing_progress(call) as progress:
         try:
             profile = calibrate(device, shapes, quick, path, progress)
         except ValueError as error:  # the reference model knows no moesim errors
@@ -142,7 +142,7 @@ def _shapes(name: str) -> LayerShapes:
 
 
 @contextmanager
-def _progress(call: Call) -> Iterator[Callable[[int, int, str], None]]:
+def timing_progress(call: Call) -> Iterator[Callable[[int, int, str], None]]:
     """What the reference model reports its progress to: a bar on a terminal, elsewhere a message per tenth."""
     import sys
 
