@@ -21,6 +21,7 @@ TOGETHER_FRACTION = 0.05  # flows that end within so much of the first one end i
 LATE_FRACTION = 0.02  # of the same mean: how late a round may let a flow begin
 SHARE_PASSES = 2  # how often what flows limited elsewhere leave is handed to the others
 MOST_ROUNDS = 500
+SAME_FRACTION = 1e-9  # finishes that differ by less are the same but for rounding
 LEAST_ROOM_FRACTION = 1e-3  # of a link's rate, for those that outlast a round
 
 
@@ -323,20 +324,24 @@ def rounds_of_shares(
 def _wait_for_links(
     bytes_F: Floats, begin_F: Floats, link_FP: NDArray[np.int32], rate_J: Floats, finish_F: Floats
 ) -> None:
-    """Raise the last finish on each link to what the link needs for its bytes: rounds may promise it too often."""
+    """Raise the last finish on each link to what the link needs for its bytes: rounds may promise it too often.
+
+    Flows that end together are all raised: which of them a rounding puts last must not matter.
+    """
     num_links = rate_J.size
-    carried_J, first_J, last_J = np.zeros(num_links), np.full(num_links, np.inf), np.full(num_links, -1)
+    carried_J, first_J, last_J = np.zeros(num_links), np.full(num_links, np.inf), np.zeros(num_links)
     for flow in range(bytes_F.size):
         for link in link_FP[flow]:
             if link >= 0:
                 carried_J[link] += bytes_F[flow]
                 first_J[link] = min(first_J[link], begin_F[flow])
-                if last_J[link] < 0 or finish_F[flow] > finish_F[last_J[link]]:
-                    last_J[link] = flow
-    for link in range(num_links):
-        if last_J[link] >= 0:
-            least_s = first_J[link] + carried_J[link] / rate_J[link]
-            finish_F[last_J[link]] = max(finish_F[last_J[link]], least_s)
+                last_J[link] = max(last_J[link], finish_F[flow])
+    for flow in range(bytes_F.size):
+        least_s = 0.0
+        for link in link_FP[flow]:
+            if link >= 0 and finish_F[flow] >= last_J[link] * (1.0 - SAME_FRACTION):
+                least_s = max(least_s, first_J[link] + carried_J[link] / rate_J[link])
+        finish_F[flow] = max(finish_F[flow], least_s)
 
 
 @njit(cache=True)
