@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from moesim.catalog.hardware import CLUSTER_NAMES, load_cluster
 from moesim.catalog.models import MODEL_NAMES, load_model
+from moesim.cost.recompute import useful_modules
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism, RankLayout
@@ -135,6 +136,10 @@ class Scenario:
         rule = "needs routing.popularity.correlation.drift_steps: without drift a placement does not age"
         check(age == 0 or drift_steps is not None, "scenario.placement", "age_steps", rule, age)
         self.train.num_micro_batches(layout.dp)
+        for module in self.train.recomputed_modules:
+            useful = useful_modules(model)
+            rule, hint = f"names what no layer of {model.name} has", f"It has {', '.join(useful)}."
+            check(module in useful, "scenario.train", "recompute", rule, module, hint)
         stage_layers(len(model.layers), p.pp, p.vpp)
         if p.vpp > 1 and self.train.num_micro_batches(layout.dp) % p.pp:
             rule = f"interleaving (vpp={p.vpp}) needs a multiple of pp={p.pp} micro-batches"

@@ -106,7 +106,11 @@ LAYER = Layer(attention=GroupedQueryAttention(**ATTENTION), ffn=Ffn(width=4))  #
         (lambda: Training(seq_len=0), "train: seq_len: must be at least 1; got 0"),
         (lambda: Training(global_batch=1e3), "train: global_batch: must be a whole number; got 1000.0"),
         (lambda: Training(precision="fp4"), "train: precision: must be bf16 or fp8; got 'fp4'"),
-        (lambda: Training(recompute="some"), "train: recompute: must be none or full; got 'some'"),
+        (
+            lambda: Training(recompute="ful"),
+            "train: recompute: must be none, full or modules among core_attn, mla_up_proj, mlp, moe, moe_act, "
+            "layernorm, shared_experts; got 'ful'. Did you mean full?",
+        ),
         (
             lambda: Training(global_batch=10).num_micro_batches(4),
             "train: global_batch: must be a multiple of micro_batch*dp = 1*4 = 4; got 10",

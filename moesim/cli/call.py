@@ -52,7 +52,10 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "micro_batch": ("N", "Sequences per micro-batch."),
         "global_batch": ("N", "Sequences per step."),
         "precision": ("bf16|fp8", "Precision of the matrix products."),
-        "recompute": ("none|full", "Recompute activations in the backward pass."),
+        "recompute": (
+            "none|full|MODULES",
+            "Recompute activations in the backward pass: all, or modules such as moe_act,layernorm.",
+        ),
         "schedule": ("1f1b", "Pipeline schedule."),
         "overlap": ("none|grad_reduce", "Communication hidden behind compute."),
         "mtp": ("true|false", "Train the multi-token-prediction layers too."),

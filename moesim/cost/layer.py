@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from moesim.cost.activations import rank_kv_heads
 from moesim.cost.device import DeviceCost
+from moesim.cost.recompute import Operation
 from moesim.describe.flops import layer_flops
-from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, Layer, Model, MoeFfn
+from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Training
 from moesim.units import BYTES_PER_ELEMENT
@@ -97,6 +98,24 @@ def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Trai
     )
 
 
+def again_s(
+    model: Model, layer: Layer, operation: Operation, *, parallel: Parallelism, train: Training, device: DeviceCost
+) -> float:
+    """Seconds of one operation of the attention, or of a norm, done a second time (those of a feed-forward stand in its
+    forward).
+    """
+    own = rank_tokens(parallel, train)
+    if operation == "core attention":
+        return device.attention_s(_core_attention_flops(model, layer, parallel, train), backward=False)
+    if operation in ("attention norm", "ffn norm"):
+        return float(device.stream_s(2 * own * model.hidden * ACTIVATION_BYTES))
+    assert operation == "up projections", operation
+    assert isinstance(layer.attention, LatentAttention)
+    rows, ups = own * parallel.tp, _up_projections(model.hidden, layer.attention, parallel.tp)
+    products_s = sum(float(device.grouped_s(np.array([rows]), reduced, columns)) for reduced, columns in ups)
+    return products_s + float(device.stream_s(2 * rows * sum(columns for _, columns in ups) * ACTIVATION_BYTES))
+
+
 def experts_s(
     model: Model, moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, device: DeviceCost, backward: bool
 ) -> Floats:
@@ -111,7 +130,14 @@ def experts_s(
         products = device.backward_s(rows_E, model.hidden, inner) + device.backward_s(rows_E, width, model.hidden)
         return products + device.stream_s(rows * (2 * inner + width) * ACTIVATION_BYTES)
     products = device.grouped_s(rows_E, model.hidden, inner) + device.grouped_s(rows_E, width, model.hidden)
-    return products + device.stream_s(rows * (inner + width) * ACTIVATION_BYTES)
+    return products + expert_activation_s(moe, rows_E, parallel=parallel, device=device)
+
+
+def expert_activation_s(moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, device: DeviceCost) -> Floats:
+    """Seconds of the activation between the experts' products, forward; the result drops the last axis."""
+    width = moe.expert.width / parallel.etp
+    inner = width * (2 if moe.expert.gated else 1)
+    return device.stream_s(rows_E.sum(axis=-1) * (inner + width) * ACTIVATION_BYTES)
 
 
 def permute_s(
@@ -170,7 +196,7 @@ def _attention_s(
 ) -> float:
     rows = np.array([rank_tokens(parallel, train) * parallel.tp])
     product = device.backward_s if backward else device.grouped_s
-    flops = float(rows[0]) * layer_flops(model, layer, train.seq_len).attention_sequence / parallel.tp
+    flops = _core_attention_flops(model, layer, parallel, train)
     # The backward of a flash kernel does 2.5 times the forward's products (five to two). arXiv 2205.14135.
     seconds = device.attention_s(2.5 * flops if backward else flops, backward=backward)
     for attention in (layer.attention, layer.cross_attention):
@@ -183,24 +209,33 @@ def _attention_s(
     return seconds
 
 
+def _core_attention_flops(model: Model, layer: Layer, parallel: Parallelism, train: Training) -> float:
+    """Forward FLOPs of scores and weighted values on one rank."""
+    rows = rank_tokens(parallel, train) * parallel.tp
+    return rows * layer_flops(model, layer, train.seq_len).attention_sequence / parallel.tp
+
+
 def _projections(model: Model, attention: Attention, tp: int) -> list[tuple[float, float]]:
     """(reduced, columns) of each projection on one tensor-parallel rank, the output projection last."""
     if isinstance(attention, GroupedQueryAttention):
         qkv = (attention.num_heads / tp + 2 * rank_kv_heads(attention, tp)) * attention.head_dim
         return [(model.hidden, qkv), (attention.num_heads / tp * attention.head_dim, model.hidden)]
+    query_up, key_value_up = _up_projections(model.hidden, attention, tp)
+    query_down = [] if attention.q_lora_rank is None else [(model.hidden, attention.q_lora_rank)]
+    key_value_down = (model.hidden, attention.kv_lora_rank + attention.qk_rope_head_dim)
+    out = (attention.num_heads / tp * attention.v_head_dim, model.hidden)
+    return [*query_down, query_up, key_value_down, key_value_up, out]
+
+
+def _up_projections(hidden: int, attention: LatentAttention, tp: int) -> list[tuple[float, float]]:
+    """(reduced, columns) of the queries' projection, from the hidden state where they have no latent, and of the keys'
+    and values'.
+    """
     heads = attention.num_heads / tp
     query_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
-    down = attention.kv_lora_rank + attention.qk_rope_head_dim
-    up = (attention.kv_lora_rank, heads * (attention.qk_nope_head_dim + attention.v_head_dim))
-    out = (heads * attention.v_head_dim, model.hidden)
-    if attention.q_lora_rank is None:
-        return [(model.hidden, heads * query_dim), (model.hidden, down), up, out]
     return [
-        (model.hidden, attention.q_lora_rank),
-        (attention.q_lora_rank, heads * query_dim),
-        (model.hidden, down),
-        up,
-        out,
+        (attention.q_lora_rank or hidden, heads * query_dim),
+        (attention.kv_lora_rank, heads * (attention.qk_nope_head_dim + attention.v_head_dim)),
     ]
 
 

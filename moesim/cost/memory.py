@@ -32,6 +32,7 @@ from moesim.cost.activations import (
     rank_kv_heads,
     workspace_bytes,
 )
+from moesim.cost.recompute import kept_tensors
 from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.parameters import layer_parameters
@@ -301,21 +302,33 @@ def _chunk_memory(
     def saved_parts(tensors: tuple[SavedTensor, ...], item: Placed | None) -> Floats:
         return parts(_sum(tensors, "token"), _sum(tensors, "assignment"), item)
 
-    full, kept = [], []
-    for item in chunk:
-        tensors = layer_tensors(model, item.layer, parallel, software)
-        full.append(saved_parts(tensors + (mtp_tensors(model, parallel) if item.is_mtp else ()), item))
-        kept.append(saved_parts((layer_input(model, parallel),), item) if train.recompute == "full" else full[-1])
+    tensors_of = [
+        layer_tensors(model, item.layer, parallel, software) + (mtp_tensors(model, parallel) if item.is_mtp else ())
+        for item in chunk
+    ]
+    left_of = [
+        kept_tensors(tensors, item.layer, train, parallel.tp) for tensors, item in zip(tensors_of, chunk, strict=True)
+    ]
+    kept = [saved_parts(left, item) for left, item in zip(left_of, chunk, strict=True)]
     kept_GMRP = np.sum(kept, axis=0)
 
     candidates: list[Floats] = []
     names: list[str] = []
     freed = np.zeros_like(kept_GMRP)  # by the backward of the layers behind
-    for i in reversed(range(len(chunk))):
-        for moment in layer_moments(model, chunk[i].layer, parallel):
-            working = parts(moment.per_token, moment.per_assignment, chunk[i])
-            candidates.append(full[i] - kept[i] + working - freed)
-            names.append(f"backward of layer {i + 1} of {len(chunk)}: {moment.name}")
+    for i, item in reversed(list(enumerate(chunk))):
+        where = f"backward of layer {i + 1} of {len(chunk)}"
+        again = [tensor for tensor in tensors_of[i] if tensor not in left_of[i]]
+        # Of a whole layer all is made again at once; modules of the attention follow the feed-forward's backward.
+        later = tuple(tensor for tensor in again if tensor.part == "attention" and train.recompute != "full")
+        first = tuple(tensor for tensor in again if tensor not in later)
+        for moment in layer_moments(model, item.layer, parallel):
+            working = parts(moment.per_token, moment.per_assignment, item)
+            candidates.append(saved_parts(first, item) + working - freed)
+            names.append(f"{where}: {moment.name}")
+        if later:  # beside the gradient of the layer's output; what the feed-forward kept is gone by then
+            gone = saved_parts(tuple(tensor for tensor in left_of[i] if tensor.part != "attention"), item)
+            candidates.append(saved_parts((*later, layer_input(model, parallel)), item) - gone - freed)
+            names.append(f"{where}: attention again")
         freed = freed + kept[i]
     if has_head:
         per_token, fixed = head_moment(model, parallel, software)

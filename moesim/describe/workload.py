@@ -21,7 +21,7 @@ from moesim.describe.popularity import (
     Recorded,
     Zipf,
 )
-from moesim.errors import check
+from moesim.errors import InputError, check, near_match
 
 __all__ = [
     "Balanced",
@@ -46,7 +46,8 @@ __all__ = [
     "Zipf",
 ]
 Precision = Literal["bf16", "fp8"]
-Recompute = Literal["none", "full"]
+Module = Literal["core_attn", "mla_up_proj", "mlp", "moe", "moe_act", "layernorm", "shared_experts"]  # Megatron's
+MODULES: tuple[Module, ...] = get_args(Module)
 Overlap = Literal["none", "grad_reduce"]
 Dispatcher = Literal["alltoall", "deepep"]  # deepep: once over the network to each node, then NVLink
 DropPolicy = Literal["probability", "position", "random", "reroute"]
@@ -54,13 +55,19 @@ DropPolicy = Literal["probability", "position", "random", "reroute"]
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One optimizer step: global_batch sequences of seq_len tokens, micro_batch at a time on each replica."""
+    """One optimizer step: global_batch sequences of seq_len tokens, micro_batch at a time on each replica.
+
+    recompute: none, full, or modules that the backward computes again: a list, or a text such as ``moe_act,layernorm``.
+
+    >>> Training(recompute=("moe_act", "core_attn")).recompute
+    'core_attn,moe_act'
+    """
 
     seq_len: int = 4096
     micro_batch: int = 1
     global_batch: int = 1024
     precision: Precision = "bf16"
-    recompute: Recompute = "none"
+    recompute: str | tuple[str, ...] = "none"  # a text once it is born
     schedule: Literal["1f1b"] = "1f1b"
     overlap: Overlap = "none"
     mtp: bool = False  # train the model's multi-token-prediction layers as well
@@ -69,9 +76,16 @@ class Training:
         for name in ("seq_len", "micro_batch", "global_batch"):
             check_whole("train", name, getattr(self, name))
         check_choice("train", "precision", self.precision, get_args(Precision))
-        check_choice("train", "recompute", self.recompute, get_args(Recompute))
+        object.__setattr__(self, "recompute", _recompute_text(self.recompute))
         check_choice("train", "schedule", self.schedule, ("1f1b",))
         check_choice("train", "overlap", self.overlap, get_args(Overlap))
+
+    @property
+    def recomputed_modules(self) -> tuple[Module, ...]:
+        """What is recomputed of each layer; nothing where none or all of it is."""
+        assert isinstance(self.recompute, str)
+        named = self.recompute.split(",")
+        return tuple(module for module in MODULES if module in named)
 
     def num_micro_batches(self, dp: int) -> int:
         """Micro-batches that each data-parallel replica runs in one step, or InputError."""
@@ -79,6 +93,21 @@ class Training:
         rule = f"must be a multiple of micro_batch*dp = {self.micro_batch}*{dp} = {per_round}"
         check(self.global_batch % per_round == 0, "train", "global_batch", rule, self.global_batch)
         return self.global_batch // per_round
+
+
+def _recompute_text(asked: str | tuple[str, ...]) -> str:
+    """none, full, or the modules in the order of MODULES, joined by commas. Raises InputError."""
+    rule = f"must be none, full or modules among {', '.join(MODULES)}"
+    is_list = isinstance(asked, (list, tuple)) and all(isinstance(name, str) for name in asked)
+    check(isinstance(asked, str) or is_list, "train", "recompute", rule, asked)
+    names = asked.split(",") if isinstance(asked, str) else asked
+    named = {name.strip() for name in names} or {"none"}
+    if len(named) == 1 and named <= {"none", "full"}:
+        return named.pop()
+    for name in sorted(named - set(MODULES)):
+        hint = near_match(name, (*MODULES, "none", "full"))
+        raise InputError("train", "recompute", rule, name, hint if hint.startswith("Did you mean") else "")
+    return ",".join(module for module in MODULES if module in named)
 
 
 @dataclass(frozen=True, kw_only=True)

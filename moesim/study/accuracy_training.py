@@ -1,7 +1,7 @@
 """Whole training steps, predicted from a row of a measurement table.
 
 A row must name model, GPU, counts, parallel sizes, batch and a step time, or it is listed as not expressed. Where the
-run did something that moesim does not model (selective recomputation, overlapped all-to-alls, FP8 casts), the row is
+run did something that moesim does not model (overlapped all-to-alls, CUDA graphs, FP8 casts), the row is
 predicted without it and lies outside the envelope, with the reason.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from moesim.catalog.hardware import load_cluster
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model
+from moesim.describe.workload import MODULES
 from moesim.door.records import Record
 from moesim.errors import InputError, MoesimError
 from moesim.metrics.scored import step_likeness
@@ -78,7 +79,7 @@ def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
         "micro_batch": whole(row, "mbs", owner),
         "global_batch": whole(row, "gbs", owner),
         "precision": "fp8" if "fp8" in row.get("precision", "").lower() else "bf16",
-        "recompute": "full" if row.get("recompute") == "full" else "none",
+        "recompute": _recompute(row) or "none",
         "dispatcher": "deepep" if re.search("deepep|hybridep", row.get("dispatcher", "").lower()) else "alltoall",
     }
     if model.is_moe and not row.get("routing", "").startswith("natural"):
@@ -98,6 +99,15 @@ def _cluster(gpu: str, num_gpus: int) -> Cluster:
     if num_gpus <= rack or num_gpus % rack == 0 or num_gpus % RACK_SHARE:
         return load_cluster(name, num_gpus)
     return dataclasses.replace(load_cluster(name), num_gpus=num_gpus, ranks_per_node=RACK_SHARE)
+
+
+def _recompute(row: Record) -> str | None:
+    """none, full or Megatron's modules as the scenario takes them; None where the row says something else."""
+    told = row.get("recompute", "").split(" (")[0]
+    if told in NO_RECOMPUTE:
+        return "none"
+    names = [name.strip() for name in told.split(",")]
+    return ",".join(names) if names == ["full"] or set(names) <= set(MODULES) else None
 
 
 def _default_etp(num_gpus: int, tp: int, pp: int, ep: int) -> int:
@@ -123,9 +133,8 @@ def outside_envelope(row: Record, model: Model, leaves: dict[str, Any]) -> tuple
     reasons = []
     if leaves["precision"] == "fp8":
         reasons.append("FP8 casts are not modelled")
-    recompute = row.get("recompute", "").split(" (")[0]
-    if recompute not in (*NO_RECOMPUTE, "full"):
-        reasons.append(f"selective recomputation is not modelled: {recompute}")
+    if _recompute(row) is None:
+        reasons.append(f"recomputation is told in other words than Megatron's: {row['recompute']}")
     overlap = row.get("overlap_and_other", "") + row.get("extra_config", "")
     if re.search(r"A2A overlap ON", overlap):
         reasons.append("overlapped all-to-alls are not modelled")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from moesim.cost.recompute import useful_modules
 from moesim.describe.model import Ffn, Layer, Model, MoeFfn
 from moesim.describe.parameters import ffn_parameters, layer_parameters, total_parameters
 from moesim.errors import InputError, check
@@ -58,7 +59,13 @@ def dense_twins(scenario: Scenario) -> dict[TwinKind, Scenario]:
     False
     """
     kinds: tuple[TwinKind, ...] = ("active", "total")
-    return {kind: _cut_to_fit(scenario.with_(model=dense_twin(scenario, kind), ep=1, etp=1)) for kind in kinds}
+    twins = {}
+    for kind in kinds:
+        model = dense_twin(scenario, kind)
+        kept = [module for module in scenario.train.recomputed_modules if module in useful_modules(model)]
+        recompute = scenario.train.recompute if not scenario.train.recomputed_modules else ",".join(kept) or "none"
+        twins[kind] = _cut_to_fit(scenario.with_(model=model, ep=1, etp=1, recompute=recompute))
+    return twins
 
 
 def _cut_to_fit(twin: Scenario) -> Scenario:
@@ -121,7 +128,7 @@ def compare_twins(scenario: Scenario, moe: StepResult | None = None) -> Twins:
 def _notes(kind: str, result: StepResult, scenario: Scenario, twin: Scenario) -> list[str]:
     if result.fits:
         changed = [f"tp={twin.parallel.tp}"] if twin.parallel.tp != scenario.parallel.tp else []
-        changed += ["full recomputation"] if twin.train.recompute != scenario.train.recompute else []
+        changed += ["full recomputation"] if twin.train.recompute == "full" != scenario.train.recompute else []
         return (
             [f"The dense twin of equal {kind} size runs with {' and '.join(changed)}, so that it fits."]
             if changed

@@ -18,14 +18,17 @@ from moesim.cost.device import DeviceCost
 from moesim.cost.layer import (
     LayerCost,
     PassCost,
+    again_s,
     embedding_s,
+    expert_activation_s,
     experts_s,
     head_s,
     layer_cost,
     mtp_projection_s,
     permute_s,
 )
-from moesim.describe.model import Layer, MoeFfn
+from moesim.cost.recompute import ATTENTION_OPERATIONS, FFN_OPERATIONS, Operation, operations_again
+from moesim.describe.model import LatentAttention, Layer, MoeFfn
 from moesim.describe.pipeline import Placed
 from moesim.fabric.collectives import allgather_s
 from moesim.scenario import Scenario
@@ -111,13 +114,19 @@ class StagePlan:
 
     def _layer_backward(self, index: int, placed: Placed) -> list[Phase]:
         layer, cost = placed.layer, self._cost(placed.layer)
+        again = operations_again(layer, self.scenario.train)
         phases = []
+        for operation in again:
+            phases += self._again(index, placed, cost, operation) if operation in FFN_OPERATIONS else []
         if cost.backward.dense_ffn_s:
             phases.append(
                 _local("shared experts" if layer.is_moe else "dense ffn", "dense_ffn", index, cost.backward.dense_ffn_s)
             )
         if isinstance(layer.ffn, MoeFfn):
-            phases += self._moe_backward(index, placed.moe_index, layer.ffn, cost.backward)
+            activates = "expert activation" in again
+            phases += self._moe_backward(index, placed.moe_index, layer.ffn, cost.backward, activates=activates)
+        for operation in again:
+            phases += self._again(index, placed, cost, operation) if operation in ATTENTION_OPERATIONS else []
         return [*phases, *self._around(index, cost, cost.backward), *self._joining(index, placed, backward=True)]
 
     def _joining(self, index: int, placed: Placed, *, backward: bool) -> list[Phase]:
@@ -130,26 +139,52 @@ class StagePlan:
 
     def _around(self, index: int, cost: LayerCost, one_pass: PassCost) -> list[Phase]:
         """Attention with the collectives of its tensor- and context-parallel group, all of the layer's in one span."""
+        # Keys and values go round once forward; backward they and their gradients do.
+        rounds = 2 if one_pass is cost.backward else 1
+        return [
+            *self._in_step(index, cost, one_pass.num_tp_collectives, rounds),
+            _local("attention", "attention", index, one_pass.attention_s),
+        ]
+
+    def _in_step(self, index: int, cost: LayerCost, num_tp_collectives: int, cp_rounds: int) -> list[Phase]:
+        """Collectives of the tensor- and context-parallel group."""
         parallel = self.scenario.parallel
-        phases = []
         in_step = parallel.tp * parallel.cp
-        if in_step > 1:
-            seconds = one_pass.num_tp_collectives * _gather_s(parallel.tp, 1, cost.tp_bytes, self.scenario)
-            # Keys and values go round once forward; backward they and their gradients do.
-            rounds = 2 if one_pass is cost.backward else 1
-            seconds += (
-                rounds * _gather_s(parallel.cp, parallel.tp, cost.cp_bytes, self.scenario) if parallel.cp > 1 else 0.0
+        if in_step == 1:
+            return []
+        seconds = num_tp_collectives * _gather_s(parallel.tp, 1, cost.tp_bytes, self.scenario)
+        seconds += (
+            cp_rounds * _gather_s(parallel.cp, parallel.tp, cost.cp_bytes, self.scenario) if parallel.cp > 1 else 0.0
+        )
+        return [
+            Phase(
+                name="tensor parallel",
+                part="tensor_parallel_comm",
+                layer=index,
+                seconds=seconds,
+                ranks_in_step=in_step,
             )
-            phases.append(
-                Phase(
-                    name="tensor parallel",
-                    part="tensor_parallel_comm",
-                    layer=index,
-                    seconds=seconds,
-                    ranks_in_step=in_step,
-                )
-            )
-        return [*phases, _local("attention", "attention", index, one_pass.attention_s)]
+        ]
+
+    def _again(self, index: int, placed: Placed, cost: LayerCost, operation: Operation) -> list[Phase]:
+        """An operation of the forward done again, with its exchanges."""
+        layer, train, tp_collectives, cp_rounds = placed.layer, self.scenario.train, 0, 0
+        if operation == "routed experts":
+            assert isinstance(layer.ffn, MoeFfn)
+            phases = self._moe_forward(index, placed.moe_index, layer.ffn, cost.forward)
+        elif operation in ("shared experts", "dense ffn"):
+            tp_collectives = 2
+            phases = [_local(operation, "dense_ffn", index, cost.forward.dense_ffn_s)]
+        else:
+            direct = isinstance(layer.attention, LatentAttention) and layer.attention.q_lora_rank is None
+            tp_collectives = int(operation == "up projections" and direct)  # queries gather the hidden state
+            cp_rounds = int(operation == "core attention")
+            parallel, device = self.scenario.parallel, self.device
+            seconds = again_s(self.scenario.model, layer, operation, parallel=parallel, train=train, device=device)
+            phases = [_local(operation, "attention", index, seconds)]
+        if tp_collectives or cp_rounds:
+            phases = [*self._in_step(index, cost, tp_collectives, cp_rounds), *phases]
+        return [_as_recompute(phase) for phase in phases]
 
     def _moe_forward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost) -> list[Phase]:
         assert self.load is not None
@@ -169,18 +204,26 @@ class StagePlan:
             _local("unpermute", "permute", index, one_pass.unpermute_s),
         ]
 
-    def _moe_backward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost) -> list[Phase]:
-        """The forward's phases in reverse: gradients travel the combine's way back first."""
+    def _moe_backward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost, *, activates: bool) -> list[Phase]:
+        """The forward's phases in reverse: gradients travel the combine's way back first.
+
+        activates: the experts' activation is computed again before its gradient.
+        """
         assert self.load is not None
         rows_MRE = self.load.rows_MLRE[:, at]
         lay_out_s, sort_s = self._permute_s(rows_MRE)
         experts = experts_s(
             self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.device, backward=True
         )
+        again = []
+        if activates:
+            seconds = expert_activation_s(moe, rows_MRE, parallel=self.scenario.parallel, device=self.device)
+            again = [_local("expert activation again", "recompute", index, seconds)]
         return [
             _local("unpermute", "permute", index, one_pass.unpermute_s),
             *self._exchange("combine", index, self.load.combine_backward_s_MLR[:, at]),
             *self._sort("sort back", index, sort_s),
+            *again,
             _local("experts", "experts", index, experts),
             *self._sort("sort by expert", index, sort_s),
             *self._exchange("dispatch", index, self.load.dispatch_backward_s_MLR[:, at]),
