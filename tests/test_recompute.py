@@ -124,7 +124,7 @@ def test_modules_may_come_in_any_order_as_text_or_list() -> None:
         ("moe_akt", "Did you mean moe_act"),
         ("full,moe", "must be none, full or modules among core_attn, .*; got 'full'"),
         ("", "got ''"),
-        (3, "must be a text; got 3"),
+        (3, "must be a text or a list; got 3"),
         (["moe", 3], r"must be a text; got \['moe', 3\]"),
     ],
 )
