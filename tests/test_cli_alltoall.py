@@ -1,6 +1,7 @@
 """The verb alltoall: what it prints and writes, and what it refuses. Small on purpose."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,17 @@ def test_starts_come_in_and_finishes_go_out_with_nan_where_there_is_no_message(c
     assert finish_RR[0, 3] == pytest.approx(2e-6 + MB / 450e9)
     assert np.isnan(finish_RR).sum() == 16 * 16 - 2
     assert result["completion_s"] == finish_RR[0, 8]
+
+
+def test_what_late_starts_add_is_told_over_the_bound_and_never_negative(sizes: Path, tmp_path: Path) -> None:
+    starts_RR = np.zeros((16, 16))
+    starts_RR[5] = 1e-3
+    np.save(tmp_path / "starts.npy", starts_RR)
+    status, out, _ = moesim("--bytes", sizes, "--cluster", "h800-8x-ib400", "--starts", tmp_path / "starts.npy")
+    assert status == 0
+    told = re.search(r"this\s+takes\s+(-?[0-9.]+)%\s+longer", out)
+    assert told is not None
+    assert float(told[1]) >= 0
 
 
 def test_a_slow_rank_an_oversubscribed_spine_and_jitter_take_longer_and_seeds_repeat(

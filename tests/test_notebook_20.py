@@ -19,6 +19,7 @@ from moesim.report.parameters import ask, check_parameters, find_notebook, noteb
 from moesim.report.routing_export import routing_json, write_routing
 from moesim.report.runner import run_notebook
 from moesim.scenario import LEAVES
+from moesim.study.routed import routed_load
 from moesim.study.routing import RoutingStudy, routing_study
 
 NOTEBOOK = find_notebook("20_routing_and_drops")
@@ -119,6 +120,15 @@ def test_a_limit_costs_more_time_per_assignment_kept_or_says_otherwise(study: Ro
     change = first.step_s / (1 - first.drop_fraction) / free.step_s - 1
     text = routing_sentences.about_capacity(study).text
     assert f"{abs(change):.1%} {'more' if change > 0 else 'less'} time" in text
+
+
+def test_experts_used_by_over_half_of_all_tokens_are_no_good_news() -> None:
+    asked = {"model": "mixtral-8x7b", "cluster": "h100-8x-ib400", "num_gpus": 64, "pp": 4, "ep": 8, "global_batch": 64}
+    found = routed_load(Scenario.make(**asked, gini=0.4))[0].to_dict()
+    assert len(found["collapsed_experts"]) > 1
+    words = routing_sentences.collapse_in_words(len(found["collapsed_experts"]))
+    assert "are each used by over half of all tokens" in words
+    assert routing_sentences.collapse_in_words(1).startswith("One expert is used")
 
 
 def test_tables_name_the_busiest_expert_first(study: RoutingStudy) -> None:

@@ -130,6 +130,7 @@ def test_what_was_asked_names_placement_copies_dispatcher_and_slow_gpus() -> Non
     sizes = {"model": "olmoe-1b-7b", "cluster": "h100-8x-ib400", "num_gpus": 16, "ep": 8}
     usual = tables.question(Scenario.make(**sizes)).as_raw_html()
     assert "contiguous, one slot for each expert" in usual
+    assert "a token travels once for each of its experts" in usual
     assert "Unlike GPUs" not in usual
     changed = {"policy": "search", "num_slots": 80, "split": "nearest", "dispatcher": "deepep", "rank_speeds": "3=0.8"}
     page = tables.question(Scenario.make(**sizes, **changed)).as_raw_html()

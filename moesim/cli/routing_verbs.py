@@ -200,7 +200,9 @@ def warnings_of(result: dict[str, Any], load: RoutedLoad) -> list[str]:
     if result["dead_experts"]:
         found.append(f"{len(result['dead_experts'])} experts get under 1 % of their layer's mean")
     if result["collapsed_experts"]:
-        found.append(f"{len(result['collapsed_experts'])} experts serve over half of all tokens: routing collapses")
+        from moesim.report.routing_sentences import collapse_in_words
+
+        found.append(collapse_in_words(len(result["collapsed_experts"])))
     if load.drop_fraction > 0.05:
         found.append(f"{load.drop_fraction:.1%} of all assignments are dropped")
     return found

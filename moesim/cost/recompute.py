@@ -1,10 +1,10 @@
 """What is computed again in the backward pass: per module, the tensors that are not kept and the operations done twice.
 
-Modules are Megatron-LM's names for ``--recompute-modules``. What a module takes in is kept in any case, but for what
-tensor parallelism gathers (``Again.gathered``). Norms that are fused into the product behind them (before
-grouped-query attention and dense blocks) belong to that product: ``layernorm`` does not reach them, ``mlp`` computes
-one again. A module inside a recomputed one (``moe_act`` and ``shared_experts`` in ``moe``) is computed again with it,
-once. See docs/model.md#recomputation.
+Modules are Megatron-LM's names for ``--recompute-modules``. What a module takes in is kept in any case: by itself or as
+what the operation before keeps. Norms that are fused into the product behind them (before grouped-query attention and
+dense blocks) belong to that product: ``layernorm`` does not reach them, ``mlp`` computes one again. A module inside a
+recomputed one (``moe_act`` and ``shared_experts`` in ``moe``) is computed again with it, once. See
+docs/model.md#recomputation.
 """
 
 from __future__ import annotations

@@ -60,8 +60,10 @@ def about_size(study: ExchangeStudy) -> Sentence:
     told = ", ".join(f"{name.replace('_', ' ')} {format_seconds(seconds[name])}" for name in others)
     gain = 1 - seconds[fastest] / seconds[study.own]
     text = f"By bytes on the wire, {fastest.replace('_', ' ')}: {format_seconds(seconds[fastest])}, against {told}."
-    if fastest != study.own:
+    if gain >= 0.005:
         text += f" That is {gain:.0%} less than today's {study.own} dispatch."
+    elif fastest != study.own:
+        text += f" Today's {study.own} dispatch takes as long to within half a per cent."
     winners = dict.fromkeys(name for _, name in study.algorithm_of_size())
     text += (
         " So at every size tried."

@@ -131,7 +131,7 @@ def about_front(study: PlacementStudy) -> Sentence:
         )
     if study.scenario.routing.dispatcher == "alltoall":
         text += (
-            " The scenario's dispatcher (alltoall) sends a copy to each GPU, not to each node, so fewer nodes shorten "
+            " The scenario's dispatcher (alltoall) sends one for each expert, not each node, so fewer nodes shorten "
             "its step little; deepep sends one to each node."
         )
     return Sentence(text=text)

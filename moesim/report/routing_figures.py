@@ -237,13 +237,12 @@ def _capacity_line(axes: Axes, capacity_gib: float) -> None:
         f"a GPU holds {capacity_gib:.0f} GiB",
         (0.99, capacity_gib),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
+        xytext=(0, -3),  # below: the steps that do not fit are drawn above
         textcoords="offset points",
         ha="right",
-        va="bottom",
+        va="top",
         fontsize=9,
         color=COLOURS["alert"],
-        bbox=behind(),
     )
 
 

@@ -50,14 +50,21 @@ def about_load(study: RoutingStudy) -> Sentence:
     if found["dead_experts"]:
         text += f"{len(found['dead_experts'])} experts get under 1% of the mean and hardly learn. "
     if found["collapsed_experts"]:
-        text += f"{len(found['collapsed_experts'])} experts serve over half of all tokens each: routing collapses. "
+        text += f"{collapse_in_words(len(found['collapsed_experts']))}. "
     text += (
         f"Over the GPUs that share the experts it is milder: in each micro-batch the busiest receives "
         f"{found['busiest_rank_ratio']:.2f} times the mean."
         if load.kept_LR.shape[1] > 1
         else "One GPU holds all the experts, so no GPU waits for another."
     )
-    return Sentence(text=text, tone="bad" if alerts or found["dead_experts"] else "good")
+    worrying = alerts or found["dead_experts"] or found["collapsed_experts"]
+    return Sentence(text=text, tone="bad" if worrying else "good")
+
+
+def collapse_in_words(num_collapsed: int) -> str:
+    """That so many experts are each used by over half of all tokens (``COLLAPSE_SHARE``)."""
+    who = "One expert is" if num_collapsed == 1 else f"{num_collapsed} experts are each"
+    return f"{who} used by over half of all tokens, a sign of collapse"
 
 
 def about_recording(study: RoutingStudy) -> Sentence:
@@ -233,8 +240,9 @@ def about_balancing(study: RoutingStudy) -> Sentence:
         lost = format_seconds(curve.lost_s)
         fallen = ""
         if curve.first_collapse_step is not None:
-            fallen = f", and {curve.num_collapsed} experts die or take over, the first at step "
-            fallen += f"{curve.first_collapse_step:,}"
+            one = curve.num_collapsed == 1
+            many = f"{curve.num_collapsed} experts die or take over, the first"
+            fallen = f", and {'one expert dies or takes over' if one else many} at step {curve.first_collapse_step:,}"
         told.append(f"{POLICY_WORDS[curve.policy]} {until} and loses {lost} of training to waiting{fallen}")
     steps = study.balancing[0].first_hours_steps
     whole = steps == study.balancing[0].steps[-1] + 1

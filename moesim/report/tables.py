@@ -70,7 +70,7 @@ def question(scenario: Scenario) -> GT:
         rows.append(("Routing", skew))
         rows.append(("Expert capacity", _capacity_in_words(scenario)))
         rows.append(("Placement", _placement_in_words(scenario)))
-        travels = {"alltoall": "once to each GPU that needs it", "deepep": "once to each node, and on by NVLink"}
+        travels = {"alltoall": "once for each of its experts", "deepep": "once to each node, and on by NVLink"}
         dispatcher = scenario.routing.dispatcher
         rows.append(("Dispatcher", f"{dispatcher}: a token travels {travels[dispatcher]}"))
     if scenario.placement.rank_speeds:
@@ -210,7 +210,8 @@ def _number_in_words(part: str) -> str:
     if not part.startswith("derate "):
         return part
     link, _, collective = part.removeprefix("derate ").partition("_")
-    return f"share of the {link.upper().replace('NVLINK', 'NVLink')} rate reached, {collective.replace('_', ' ')}"
+    of = {"nvlink": "the NVLink rate", "nic": "the NIC rate", "spine": "the leaves' up-links"}[link]
+    return f"share of {of} reached, {collective.replace('_', ' ')}"
 
 
 def _two_columns(name: str, rows: Sequence[tuple[str, str]]) -> GT:

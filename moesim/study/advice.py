@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moesim.cost.recompute import useful_modules
-from moesim.describe.workload import Training
 from moesim.errors import MoesimError
 from moesim.metrics.memory import PLACED_BLINDLY
 from moesim.scenario import Scenario
@@ -15,8 +13,6 @@ from moesim.study.simulate import simulate
 from moesim.study.sizes import rank_memories
 
 MAX_SIMULATED = 8
-# Modules to recompute by the time that a byte saved costs, from streams to products to exchanges; core_attn saves none.
-CHEAPEST_FIRST = ("layernorm", "moe_act", "mla_up_proj", "mlp", "shared_experts", "moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,7 @@ def changes(scenario: Scenario, progress: Callable[[str], None] | None = None) -
     >>> changes(scenario)[0].name  # doctest: +SKIP
     'recompute=full'
     """
-    singles = [*_recompute_candidates(scenario), *_candidates(scenario)]
+    singles = _candidates(scenario)
     tried = _with_memory(scenario, singles)
     if not any(headroom >= 0 for _, _, headroom in tried) and scenario.train.recompute == "none":
         recompute = {"recompute": "full"}
@@ -80,6 +76,10 @@ def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
     """Settings worth trying, the likeliest to help first, with what each means."""
     p, train = scenario.parallel, scenario.train
     found: list[tuple[dict[str, Any], str]] = []
+    if train.recompute == "none":
+        found.append(({"recompute": "full"}, "activations are made again in the backward pass instead of kept"))
+    else:
+        found.append(({"recompute": "none"}, "activations are kept instead of made again"))
     if scenario.model.is_moe:
         if scenario.routing.dispatcher == "alltoall" and p.ep > scenario.cluster.ranks_per_node:
             found.append(({"dispatcher": "deepep"}, "a token crosses the network once for each node, not for each GPU"))
@@ -100,26 +100,6 @@ def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
     if train.overlap == "none":
         found.append(({"overlap": "grad_reduce"}, "gradients are reduced behind the last backward pass"))
     found.append(({"pp": p.pp * 2}, "more pipeline stages with fewer layers each, and a longer fill and drain"))
-    return found
-
-
-def _recompute_candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
-    """All or nothing made again; and where nothing is too little, the fewest modules that make it fit."""
-    words = {
-        "full": "activations are made again in the backward pass instead of kept",
-        "none": "activations are kept instead of made again",
-    }
-    asked = scenario.train.recompute
-    found: list[tuple[dict[str, Any], str]] = [({"recompute": how}, words[how]) for how in words if how != asked]
-    useful = [module for module in CHEAPEST_FIRST if module in useful_modules(scenario.model)]
-    sets = [useful[: i + 1] for i in range(len(useful))]
-    for modules in ([], *sets):
-        if "moe" in modules:  # which holds two of the others
-            modules = [module for module in modules if module not in ("moe_act", "shared_experts")]
-        leaves = {"recompute": Training(recompute=tuple(modules)).recompute}
-        if any(headroom >= 0 for _, _, headroom in _with_memory(scenario, [(leaves, "")])):
-            told = "some parts of a layer are made again instead of kept, the cheapest first, until the rest fits"
-            return [*found, (leaves, told)] if modules and leaves["recompute"] != asked else found
     return found
 
 

@@ -168,7 +168,7 @@ class StagePlan:
 
     def _again(self, index: int, placed: Placed, cost: LayerCost, operation: Operation) -> list[Phase]:
         """An operation of the forward done again, with its exchanges."""
-        layer, parallel, tp_collectives, cp_rounds = placed.layer, self.scenario.parallel, 0, 0
+        layer, train, tp_collectives, cp_rounds = placed.layer, self.scenario.train, 0, 0
         if operation == "routed experts":
             assert isinstance(layer.ffn, MoeFfn)
             phases = self._moe_forward(index, placed.moe_index, layer.ffn, cost.forward)
@@ -179,10 +179,10 @@ class StagePlan:
             direct = isinstance(layer.attention, LatentAttention) and layer.attention.q_lora_rank is None
             tp_collectives = int(operation == "up projections" and direct)  # queries gather the hidden state
             cp_rounds = int(operation == "core attention")
-            model, train = self.scenario.model, self.scenario.train
-            seconds = again_s(model, layer, operation, parallel=parallel, train=train, device=self.device)
+            parallel, device = self.scenario.parallel, self.device
+            seconds = again_s(self.scenario.model, layer, operation, parallel=parallel, train=train, device=device)
             phases = [_local(operation, "attention", index, seconds)]
-        if (tp_collectives and parallel.tp > 1) or (cp_rounds and parallel.cp > 1):
+        if tp_collectives or cp_rounds:
             phases = [*self._in_step(index, cost, tp_collectives, cp_rounds), *phases]
         return [_as_recompute(phase) for phase in phases]
 
