@@ -54,10 +54,8 @@ def work(
     if kind == "router":  # float32 inside; n experts
         times = 2 if backward else 1
         return 2 * times * m * k * n, times * (b * m * k + 4 * k * n + 12 * m * n)
-    if kind == "permute":  # n experts per token: a token is read (written, backward) once, n rows are written (read)
+    if kind in ("permute", "combine"):  # n experts per token: one pass over tokens and over n times as many rows
         return zero, b * m * k * (1 + n)
-    if kind == "combine":
-        return zero, b * m * k * (1 + 2 * n) if backward else b * m * k * (1 + n)
     if kind == "activation":
         return zero, b * m * k * (5 if backward else 3)
     assert kind == "copy", kind

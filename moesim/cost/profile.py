@@ -281,7 +281,7 @@ def work(
         return passes * 2 * m * k * n, passes * (element_bytes * m * k + 4 * k * n + 12 * m * n)
     if kind == "copy":
         return nothing, m
-    rows_touched = {"permute": 1 + n, "combine": 1 + passes * n, "activation": 1 + 2 * passes}[kind]
+    rows_touched = {"permute": 1 + n, "combine": 1 + n, "activation": 1 + 2 * passes}[kind]
     return nothing, element_bytes * m * k * rows_touched
 
 
