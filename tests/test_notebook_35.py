@@ -10,6 +10,7 @@ import pytest
 from moesim.door import read_yaml
 from moesim.errors import InputError, NotModelledError
 from moesim.report.alltoall_export import read_lists
+from moesim.report.alltoall_sentences import about_size
 from moesim.report.parameters import ask, check_parameters, find_notebook, notebooks_folder, parameters_of
 from moesim.report.runner import run_notebook
 from moesim.scenario import LEAVES, Scenario
@@ -51,6 +52,15 @@ def test_its_lists_are_read_strictly() -> None:
             read_lists({"tokens": tokens, "ginis": ""})
     with pytest.raises(InputError, match=r"ginis: must be numbers from 0 to 0\.95"):
         read_lists({"tokens": "", "ginis": "1"})
+
+
+def test_ways_that_take_alike_inside_a_node_are_not_told_as_a_gain() -> None:
+    study = exchange_study(
+        Scenario.make(**{**SMALL, "model": "mixtral-8x7b", "ep": 8}), tokens=(16, 512), ginis=(0.0, 0.4)
+    )
+    said = about_size(study).text
+    assert "0% less" not in said
+    assert study.fastest == study.own or "takes as long to within half a per cent" in said
 
 
 def test_the_study_counts_bytes_as_a_step_does_and_once_to_each_node_is_least() -> None:
