@@ -107,8 +107,8 @@ alltoall_sentences.about_finishes(study)
 # %% [markdown]
 # ## Three ways of sending, over message size
 #
-# *Direct*: a token once to each GPU that wants it. *Hierarchical*: once over the network to each node, from there by
-# NVLink. *Low latency*: once for each of its experts, straight from the sender's NIC; nobody forwards.
+# *Direct*: a token once for each of its experts. *Hierarchical*: once over the network to each node, from there by
+# NVLink. *Low latency*: as direct, but straight from the sender's NIC; nobody forwards.
 
 # %%
 start_s = load_library("deepep-v1-low-latency").value("dispatch_fp8", "nic", "h800", "latency")

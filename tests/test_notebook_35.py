@@ -68,7 +68,7 @@ def test_the_study_counts_bytes_as_a_step_does_and_once_to_each_node_is_least() 
     study = exchange_study(scenario, tokens=(16, 512), ginis=(0.0, 0.4))
     assert study.own == "hierarchical"
     bytes_of = {name: study.port_busy_s(name)["nic_in"].sum() for name in ALGORITHMS}
-    assert bytes_of["hierarchical"] < bytes_of["direct"] < bytes_of["low_latency"]
+    assert bytes_of["hierarchical"] < bytes_of["direct"] == pytest.approx(bytes_of["low_latency"])
     for name in ALGORITHMS:
         seconds = [point.completion_s for point in study.over_skew if point.algorithm == name]
         assert seconds[0] < seconds[1]

@@ -179,7 +179,9 @@ def _envelope(trace: Trace) -> list[str]:
     if scenario.parallel.pp > 1:
         reasons += ["Only 1F1B schedules run (interleaved with vpp > 1): no zero-bubble or DualPipe."]
     if scenario.parallel.ep > 1:
-        reasons += ["All-to-alls do not overlap with compute, and every rank's time is that of its busiest port."]
+        reasons += ["All-to-alls do not overlap with compute."]
+        if scenario.fidelity == "port":
+            reasons += ["In an all-to-all every rank's time is that of its busiest port."]
     if train.precision == "fp8":
         reasons += [
             "FP8: products run at FP8 rates, router and head in BF16, and dispatch sends FP8 rows; casts, scales in "

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ALGORITHM_WORDS: Mapping[str, str] = MappingProxyType(
     {
-        "direct": "direct (once to each GPU)",
+        "direct": "direct (once for each expert)",
         "hierarchical": "hierarchical (once to each node, on by NVLink)",
         "low_latency": "low latency (once for each expert, own NIC)",
     }
@@ -121,7 +121,7 @@ def finishes(study: ExchangeStudy) -> Picture:
 def over_size(study: ExchangeStudy, start_s: float) -> Picture:
     """Time of the three algorithms over tokens per GPU; below start_s kernels' own start counts, which is not shown."""
     ratio = _ratio(study.over_size)
-    title = f"Once to each node takes {ratio:.0%} of the time of once to each GPU with the most tokens"
+    title = f"With the most tokens, once to each node takes {ratio:.0%} of the time of once for each expert"
     with house_style():
         figure = new_figure(9.6, 3.8)
         headline(figure, title)

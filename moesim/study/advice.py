@@ -82,7 +82,9 @@ def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
         found.append(({"recompute": "none"}, "activations are kept instead of made again"))
     if scenario.model.is_moe:
         if scenario.routing.dispatcher == "alltoall" and p.ep > scenario.cluster.ranks_per_node:
-            found.append(({"dispatcher": "deepep"}, "a token crosses the network once for each node, not for each GPU"))
+            found.append(
+                ({"dispatcher": "deepep"}, "a token crosses the network once for each node, not for each expert")
+            )
         if p.ep > 1 and scenario.placement.policy in PLACED_BLINDLY and scenario.routing.popularity.kind != "balanced":
             placed = {"policy": "search", "map": None} if scenario.placement.map else {"policy": "search"}
             found.append((placed, "experts are placed by their expected load instead of in order, so GPUs wait less"))

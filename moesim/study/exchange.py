@@ -56,10 +56,10 @@ class DispatchTraffic:
         return float(received_R.max() / received_R.mean())
 
     def bytes_of(self, algorithm: str, scale: float = 1.0) -> tuple[Floats, Algorithm]:
-        """(bytes_RR, policy): direct sends a token once to each rank, hierarchical once to each node, low_latency
-        once for each of its experts.
+        """(bytes_RR, policy): direct and low_latency send a token once for each of its experts, hierarchical once
+        to each node and from there once to each rank.
         """
-        dedup = "none" if algorithm == "low_latency" else "rank"
+        dedup = "rank" if algorithm == "hierarchical" else "none"
         bytes_RR = pair_bytes(self.copies, token_bytes=self.token_bytes * scale, dedup=dedup)[0, 0, 0]  # type: ignore[arg-type]
         if algorithm == "direct":
             return bytes_RR.astype(np.float64), Direct()
