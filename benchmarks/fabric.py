@@ -84,6 +84,7 @@ OTHERS = [
     Case(num_ranks=64, skewed=True, cross_rail="spine", least_ratio=5.0),
     Case(num_ranks=128, skewed=True, cross_rail="direct"),
     Case(num_ranks=128, skewed=True, cross_rail="spine"),
+    Case(num_ranks=256, skewed=True, cross_rail="direct", num_runs=1),
 ]
 Simgrid = Callable[[Flows, Topology], tuple[int, float, Any]]
 
