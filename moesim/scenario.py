@@ -386,6 +386,43 @@ def _speeds_spelt_out(speeds: Any, owner: str) -> Any:
     return found
 
 
+def overruled(raw: Mapping[str, Any], leaves: Mapping[str, Any], settings: Iterable[str] = ()) -> dict[str, Any]:
+    """A scenario file's mapping with flat names and then ``a.b=c`` texts laid over it, the later overruling.
+
+    A popularity that is named anew forgets what the file said of the old one; so does a recording. Raises InputError.
+
+    >>> overruled({"parallel": {"ep": 4, "pp": 2}}, {"ep": 8}, ["seed=1"])
+    {'parallel': {'ep': 8, 'pp': 2}, 'seed': 1}
+    """
+    spelt = [_dotted(text) for text in settings]
+    asked = apply_overrides(nest(leaves), spelt)
+    kept = _without_replaced(raw, asked, anew="popularity" in leaves)
+    return apply_overrides(merge(kept, nest(leaves)), spelt)
+
+
+def _dotted(text: str) -> str:
+    """A --set text with a flat name (ep=32) spelt as the file nests it (parallel.ep=32)."""
+    name, equals, value = text.partition("=")
+    if "." in name or name.strip() not in LEAVES:
+        return text
+    return ".".join(LEAVES[name.strip()]) + equals + value
+
+
+def _without_replaced(raw: Mapping[str, Any], asked: Mapping[str, Any], *, anew: bool) -> Mapping[str, Any]:
+    """A scenario file's mapping without its popularity, or recording, where another is asked for.
+
+    anew: whether the kind of popularity itself is named, which forgets all that the file said of it.
+    """
+    there, named = raw.get("routing"), asked.get("routing")
+    if not isinstance(there, Mapping) or not isinstance(named, Mapping):
+        return raw
+    old, new = there.get("popularity"), named.get("popularity")
+    was_recorded = isinstance(old, Mapping) and old.get("kind") == "recorded"
+    is_replaced = anew or named.get("recording") is not None or (new is not None and was_recorded)
+    gone = ({"popularity"} if is_replaced else set()) | ({"recording"} if new is not None else set())
+    return {**raw, "routing": {name: value for name, value in there.items() if name not in gone}}
+
+
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """base with change laid over it, mapping by mapping."""
     merged = dict(base)

@@ -135,6 +135,21 @@ def load_cluster(name_or_path: str | Path, num_gpus: int | None = None, *, chang
     256
     """
     text = str(name_or_path)
+    if num_gpus is not None:
+        whole = isinstance(num_gpus, int) and not isinstance(num_gpus, bool)
+        check(
+            whole, f"cluster {text}" if text in CLUSTER_NAMES else text, "num_gpus", "must be a whole number", num_gpus
+        )
+    return _preset(text, num_gpus) if text in CLUSTER_NAMES and not changes else _from_file(text, num_gpus, changes)
+
+
+@cache
+def _preset(name: str, num_gpus: int | None) -> Cluster:
+    """A preset of the catalog; clusters are immutable, so one copy serves all."""
+    return _from_file(name, num_gpus, ())
+
+
+def _from_file(text: str, num_gpus: int | None, changes: Sequence[str]) -> Cluster:
     if text in CLUSTER_NAMES:
         path, owner, source = _CATALOG / "clusters" / f"{text}.yaml", f"cluster {text}", ""
     else:
@@ -147,9 +162,6 @@ def load_cluster(name_or_path: str | Path, num_gpus: int | None = None, *, chang
         check(isinstance(raw, dict), owner, "", "must be a mapping of the cluster's fields", type(raw).__name__)
         raw, source = apply_overrides(raw, changes), source or "--set"
     file = parse_as(_ClusterFile, raw, owner)
-    if num_gpus is not None:
-        whole = isinstance(num_gpus, int) and not isinstance(num_gpus, bool)
-        check(whole, owner, "num_gpus", "must be a whole number", num_gpus)
     return _cluster(file, owner, source, file.num_gpus if num_gpus is None else num_gpus, path.stem)
 
 

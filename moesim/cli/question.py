@@ -28,24 +28,26 @@ def scenario_of(call: Call, file: Path | None, parameters: Mapping[str, Any] | N
     where one of them is named, sizes that are not named are 1. Raises InputError and NotModelledError.
     """
     from moesim.door.files import read_yaml
-    from moesim.door.parse import apply_overrides
-    from moesim.scenario import DEFAULTS, LEAVES, Scenario, merge, nest
+    from moesim.scenario import DEFAULTS, Scenario
 
     raw: dict[str, Any] = {}
     if file is not None:
         raw = read_yaml(file)
         check(isinstance(raw, dict), str(file), "", "must be a mapping of scenario fields", type(raw).__name__)
     leaves = dict(typed_parameters(call) if parameters is None else parameters)
-    settings = [_dotted(text, LEAVES) for text in call.settings]
-    named = {text.partition("=")[0].strip() for text in settings} | set(leaves)
+    named = {text.partition("=")[0].strip() for text in call.settings} | set(leaves)
     if file is None and not named & {"model", "cluster", "num_gpus"}:
         leaves = dict(DEFAULTS) | leaves
-    asked = apply_overrides(nest(leaves), settings)
-    kept = _without_replaced(raw, asked, anew="popularity" in leaves)
-    raw = apply_overrides(merge(kept, nest(leaves)), settings)
-    if call.seed is not None:
-        raw["seed"] = call.seed
+    raw = mapping_of(call, raw, leaves)
     return Scenario.from_mapping(raw, owner=str(file or "scenario"), folder=file.parent if file else None)
+
+
+def mapping_of(call: Call, raw: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A scenario file's mapping with flat names and a call's --set and --seed laid over it."""
+    from moesim.scenario import overruled
+
+    seed = {} if call.seed is None else {"seed": call.seed}
+    return overruled(raw, leaves, call.settings) | seed
 
 
 def typed_parameters(call: Call) -> dict[str, Any]:
@@ -76,29 +78,6 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _dotted(text: str, leaves: Mapping[str, tuple[str, ...]]) -> str:
-    """A --set text with a flat name (ep=32) spelt as the file nests it (parallel.ep=32)."""
-    name, equals, value = text.partition("=")
-    if "." in name or name.strip() not in leaves:
-        return text
-    return ".".join(leaves[name.strip()]) + equals + value
-
-
-def _without_replaced(raw: dict[str, Any], asked: Mapping[str, Any], *, anew: bool) -> dict[str, Any]:
-    """A scenario file's mapping without its popularity, or recording, where the call names another.
-
-    anew: whether the call names the kind of popularity itself, which forgets all that the file said of it.
-    """
-    there, named = raw.get("routing"), asked.get("routing")
-    if not isinstance(there, dict) or not isinstance(named, dict):
-        return raw
-    old, new = there.get("popularity"), named.get("popularity")
-    was_recorded = isinstance(old, dict) and old.get("kind") == "recorded"
-    is_replaced = anew or named.get("recording") is not None or (new is not None and was_recorded)
-    gone = ({"popularity"} if is_replaced else set()) | ({"recording"} if new is not None else set())
-    return raw | {"routing": {name: value for name, value in there.items() if name not in gone}}
-
-
 def flat_settings(call: Call) -> dict[str, Any]:
     """The --set texts and the seed of a call as flat names, for a notebook; a field without a flat name is refused."""
     from moesim.door.parse import apply_overrides
@@ -107,7 +86,8 @@ def flat_settings(call: Call) -> dict[str, Any]:
     flat_of = {".".join(path): name for name, path in LEAVES.items()}
     found: dict[str, Any] = {} if call.seed is None else {"seed": call.seed}
     for text in call.settings:
-        path = _dotted(text, LEAVES).partition("=")[0].strip()
+        name = text.partition("=")[0].strip()
+        path = ".".join(LEAVES[name]) if name in LEAVES else name
         named = path in flat_of
         check(named, "--set", path, "has no parameter in the report", text, near_match(path, flat_of))
         found |= apply_overrides({}, [flat_of[path] + "=" + text.partition("=")[2]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -53,7 +54,7 @@ def _dataclass(kind: type, raw: object, owner: str) -> object:
         return raw
     check(isinstance(raw, Mapping), owner, "", "must be a mapping of names to values", raw)
     assert isinstance(raw, Mapping)
-    hints = typing.get_type_hints(kind)
+    hints = _type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     for key, value in raw.items():
         if key not in fields:
@@ -68,6 +69,12 @@ def _dataclass(kind: type, raw: object, owner: str) -> object:
             raise InputError(owner, name, "is required", sorted(map(str, raw)), "Only these keys stand there.")
     with refusals_of(owner):
         return kind(**values)
+
+
+@functools.cache
+def _type_hints(kind: type) -> Mapping[str, Any]:
+    """Once for each class: the texts of annotations are compiled, which takes longer than reading a description."""
+    return typing.get_type_hints(kind)
 
 
 def _convert(kind: Any, raw: object, owner: str, field: str) -> Any:
