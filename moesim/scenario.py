@@ -24,7 +24,7 @@ from moesim.cost.recompute import useful_modules
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism, RankLayout
-from moesim.describe.pipeline import stage_layers
+from moesim.describe.pipeline import held_by_stage
 from moesim.describe.workload import Recorded, Routing, Training
 from moesim.door.files import read_yaml
 from moesim.door.parse import apply_overrides, parse_as
@@ -60,7 +60,13 @@ MEASURES = ("gini", "cv", "max_mean")  # of a popularity
 # Flat names, as notebooks and --set use them, and where each lives in the scenario file.
 LEAVES: Mapping[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("model", "cluster", "num_gpus", "profile", "fidelity", "seed")},
-    **{name: ("parallel", name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "zero")},
+    **{
+        name: ("parallel", name)
+        for name in (
+            *("tp", "pp", "vpp", "cp", "ep", "etp", "zero"),
+            *("layout", "num_first_stage_layers", "num_last_stage_layers", "embedding_as_layer", "loss_as_layer"),
+        )
+    },
     **{
         name: ("train", name)
         for name in ("seq_len", "micro_batch", "global_batch", "precision", "recompute", "schedule", "overlap", "mtp")
@@ -140,7 +146,7 @@ class Scenario:
             useful = useful_modules(model)
             rule, hint = f"names what no layer of {model.name} has", f"It has {', '.join(useful)}."
             check(module in useful, "scenario.train", "recompute", rule, module, hint)
-        stage_layers(len(model.layers), p.pp, p.vpp)
+        held_by_stage(len(model.layers), p, len(model.mtp_layers) if self.train.mtp else 0)
         if p.vpp > 1 and self.train.num_micro_batches(layout.dp) % p.pp:
             rule = f"interleaving (vpp={p.vpp}) needs a multiple of pp={p.pp} micro-batches"
             raise InputError("scenario.parallel", "vpp", rule, self.train.num_micro_batches(layout.dp))
@@ -199,7 +205,7 @@ class Scenario:
 
     @property
     def layout(self) -> RankLayout:
-        return self.parallel.layout(self.cluster.num_gpus)
+        return self.parallel.rank_layout(self.cluster.num_gpus)
 
     @property
     def speed_of_rank(self) -> NDArray[np.float64]:

@@ -20,7 +20,6 @@ from moesim.describe.model import (
     Router,
 )
 from moesim.describe.parallel import Parallelism
-from moesim.describe.pipeline import stage_layers
 from moesim.describe.workload import Lognormal, Routing, Training
 from moesim.errors import InputError
 
@@ -33,7 +32,7 @@ def layouts(draw: st.DrawFn) -> Any:
     """A parallelism and a number of GPUs that it divides."""
     tp, cp, pp, ep, etp = (draw(small) for _ in range(5))
     per_stage = np.lcm.reduce([tp * cp, ep * etp]) * draw(small)
-    return Parallelism(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp).layout(int(per_stage) * pp)
+    return Parallelism(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp).rank_layout(int(per_stage) * pp)
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,13 +62,13 @@ def test_only_pipeline_groups_cross_stages_and_blocks_hold_whole_groups(layout: 
 
 
 def test_groups_follow_megatrons_order() -> None:
-    layout = Parallelism(tp=2, pp=2, ep=4).layout(16)
+    layout = Parallelism(tp=2, pp=2, ep=4).rank_layout(16)
     assert layout.groups("tp")[:2].tolist() == [[0, 1], [2, 3]]
     assert layout.groups("dp")[:2].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert layout.groups("ep")[:2].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert layout.groups("edp")[:2].tolist() == [[0, 4], [1, 5]]
     assert layout.groups("pp")[:2].tolist() == [[0, 8], [1, 9]]
-    with_context = Parallelism(tp=2, cp=2).layout(8)
+    with_context = Parallelism(tp=2, cp=2).rank_layout(8)
     assert with_context.groups("cp").tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert with_context.groups("dpcp").tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
@@ -87,7 +86,7 @@ def test_groups_follow_megatrons_order() -> None:
 )
 def test_sizes_that_do_not_fit_are_refused_word_for_word(sizes: Any, num_gpus: Any, message: str) -> None:
     with pytest.raises(InputError) as refusal:
-        Parallelism(**sizes).layout(num_gpus)
+        Parallelism(**sizes).rank_layout(num_gpus)
     assert str(refusal.value) == message
 
 
@@ -178,17 +177,4 @@ def test_descriptions_are_frozen_and_change_by_replace() -> None:
 
 
 def test_numpys_whole_numbers_are_whole_numbers() -> None:
-    assert Parallelism(ep=np.int64(8)).layout(np.int64(16)).edp == 2  # type: ignore[arg-type]
-
-
-@settings(max_examples=60, deadline=None)
-@given(num_layers=st.integers(1, 100), pp=st.integers(1, 16), vpp=st.integers(1, 4))
-def test_stages_hold_every_layer_once_and_differ_by_at_most_one_per_chunk(num_layers: int, pp: int, vpp: int) -> None:
-    if pp * vpp > num_layers:
-        with pytest.raises(InputError, match="must not exceed the model's"):
-            stage_layers(num_layers, pp, vpp)
-        return
-    stages = stage_layers(num_layers, pp, vpp)
-    assert sorted(i for stage in stages for chunk in stage for i in chunk) == list(range(num_layers))
-    sizes = [len(chunk) for stage in stages for chunk in stage]
-    assert min(sizes) >= 1
+    assert Parallelism(ep=np.int64(8)).rank_layout(np.int64(16)).edp == 2  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def peak(
     parallel: Parallelism, train: Training = TRAIN, *, num_gpus: int = 16, stage: int = 0, skew: float = 1.0
 ) -> RankMemory:
     """Memory of a stage with every rank receiving its balanced share, the last one ``skew`` times as much."""
-    layout = parallel.layout(num_gpus)
+    layout = parallel.rank_layout(num_gpus)
     tokens = train.micro_batch * train.seq_len / parallel.cp / parallel.tp * parallel.etp
     num_moe = sum(item.layer.is_moe for chunk in stage_chunks(MODEL, parallel, train, stage) for item in chunk)
     shape = (layout.edp * parallel.etp, train.num_micro_batches(layout.dp), num_moe, parallel.ep)
@@ -79,7 +79,8 @@ def test_all_ranks_of_a_replica_together_hold_every_parameter_once_but_the_embed
     parallel = Parallelism(pp=pp, zero=0)
     train = replace(TRAIN, mtp=mtp)
     held = sum(
-        static_memory(model, parallel, parallel.layout(pp), train, stage=stage).weights_bytes for stage in range(pp)
+        static_memory(model, parallel, parallel.rank_layout(pp), train, stage=stage).weights_bytes
+        for stage in range(pp)
     )
     copy = model.vocab * model.hidden if (tied or mtp) and pp > 1 else 0
     assert held == 2 * (total_parameters(model) + mtp * mtp_parameters(model) + copy)
@@ -144,7 +145,7 @@ def test_a_key_value_head_is_never_cut_by_tensor_parallelism() -> None:
 
 def test_static_bytes_per_parameter_are_2_of_weight_4_of_gradient_and_12_of_optimizer() -> None:
     parallel = Parallelism(ep=16, zero=0)
-    static = static_memory(MODEL, parallel, parallel.layout(16), TRAIN, stage=0)
+    static = static_memory(MODEL, parallel, parallel.rank_layout(16), TRAIN, stage=0)
     assert static.gradients_bytes == 2 * static.weights_bytes
     assert static.optimizer_bytes == 6 * static.weights_bytes
 
@@ -152,7 +153,7 @@ def test_static_bytes_per_parameter_are_2_of_weight_4_of_gradient_and_12_of_opti
 def test_zero_1_shards_dense_states_over_dp_and_those_of_experts_over_edp() -> None:
     def optimizer_bytes(zero: int) -> float:
         parallel = Parallelism(ep=4, zero=zero)
-        return static_memory(MODEL, parallel, parallel.layout(16), TRAIN, stage=0).optimizer_bytes
+        return static_memory(MODEL, parallel, parallel.rank_layout(16), TRAIN, stage=0).optimizer_bytes
 
     experts = 12 * 7 * 4 * 3 * 1024 * 512
     assert optimizer_bytes(1) == pytest.approx((optimizer_bytes(0) - experts) / 16 + experts / 4)
@@ -170,7 +171,7 @@ def test_memory_grows_with_micro_batch_and_sequence(
 ) -> None:
     parallel = Parallelism(pp=pp, ep=ep, tp=tp, vpp=vpp)
     num_micro_batches = 8
-    dp = parallel.layout(16).dp
+    dp = parallel.rank_layout(16).dp
 
     def at(batch: int, seq_len: int) -> float:
         train = Training(seq_len=seq_len, micro_batch=batch, global_batch=batch * dp * num_micro_batches)
@@ -207,7 +208,7 @@ def test_full_recomputation_lowers_activations_and_touches_nothing_else(
 
 def test_the_worst_window_of_micro_batches_in_flight_counts_not_the_mean() -> None:
     parallel, train = Parallelism(pp=4, ep=4), Training(seq_len=1024, global_batch=32)
-    layout = parallel.layout(16)
+    layout = parallel.rank_layout(16)
     calm = np.full((1, 8, 1, 4), 4096.0)
     burst = calm.copy()
     burst[0, 3:7, 0, 2] = 3 * 4096.0  # four micro-batches in a row: all in flight together on the first stage
@@ -223,7 +224,7 @@ def test_the_worst_window_of_micro_batches_in_flight_counts_not_the_mean() -> No
 
 def test_the_rank_named_is_that_of_the_hot_group_and_stage() -> None:
     parallel = Parallelism(pp=2, ep=4)
-    layout = parallel.layout(16)
+    layout = parallel.rank_layout(16)
     received = np.full((2, 8, 4, 4), 4096.0)
     received[1, :, :, 3] *= 2
     memory = stage_memory(MODEL, parallel, layout, Training(global_batch=64), stage=1, received_GMLR=received)
@@ -237,7 +238,7 @@ def test_zero_2_keeps_one_layers_gradients_whole_and_zero_3_two_layers_weights()
 
     def static(zero: int) -> StaticMemory:
         parallel = Parallelism(zero=zero)
-        return static_memory(dense, parallel, parallel.layout(8), TRAIN, stage=0)
+        return static_memory(dense, parallel, parallel.rank_layout(8), TRAIN, stage=0)
 
     assert static(2).gradients_bytes == pytest.approx(4 * ((outer + 4 * layer) / 8 + layer * 7 / 8))
     assert static(3).weights_bytes == pytest.approx(2 * ((outer + 4 * layer) / 8 + 2 * layer * 7 / 8))
@@ -258,7 +259,7 @@ def test_with_short_sequences_the_first_stage_peaks_at_the_gradient_of_the_embed
     model = replace(MODEL, layers=(DENSE,) * 2)
     parallel = Parallelism(pp=2)
     train = Training(seq_len=16, global_batch=1)
-    memory = stage_memory(model, parallel, parallel.layout(2), train, stage=0, received_GMLR=None)
+    memory = stage_memory(model, parallel, parallel.rank_layout(2), train, stage=0, received_GMLR=None)
     assert memory.moment == "gradient of the embedding"
     standing = placeholder_gradient_bytes(model, (DENSE,), parallel) + workspace_bytes((DENSE,))
     assert memory.activations_bytes == standing + 2 * 32000 * 1024
@@ -268,7 +269,7 @@ def test_a_layer_before_the_last_peaks_after_the_layers_behind_it_are_freed() ->
     wide = replace(DENSE, ffn=Ffn(width=65536))
     model = replace(MODEL, vocab=128, layers=(wide, DENSE, DENSE, DENSE))
     parallel = Parallelism(pp=2)
-    memory = stage_memory(model, parallel, parallel.layout(2), TRAIN, stage=0, received_GMLR=None)
+    memory = stage_memory(model, parallel, parallel.rank_layout(2), TRAIN, stage=0, received_GMLR=None)
     assert memory.moment == "backward of layer 1 of 2: activation"
 
     def layer_bytes(layer: Layer) -> float:

@@ -62,7 +62,7 @@ def kept_bytes(layer: Layer, recompute: str, parallel: Parallelism) -> float:
 
 
 def peak(parallel: Parallelism, recompute: str, *, stage: int, skew: float) -> RankMemory:
-    layout, train = parallel.layout(16), replace(TRAIN, recompute=recompute)
+    layout, train = parallel.rank_layout(16), replace(TRAIN, recompute=recompute)
     num_moe = sum(item.layer.is_moe for chunk in stage_chunks(MODEL, parallel, train, stage) for item in chunk)
     received = np.full((layout.edp, train.num_micro_batches(layout.dp), num_moe, parallel.ep), 4.0 * 1024 / parallel.tp)
     received[..., -1] *= skew

@@ -46,6 +46,11 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "ep": ("N", "Expert parallel."),
         "etp": ("N", "Tensor parallel inside an expert."),
         "zero": ("0..3", "ZeRO stage."),
+        "layout": ("TEXT|LIST", "What each virtual stage holds: Et*3|(tt|)*29m|L as Megatron writes it, or [3,4,4,3]."),
+        "num_first_stage_layers": ("N|null", "Layers of the first pipeline rank; the others share the rest."),
+        "num_last_stage_layers": ("N|null", "Layers of the last pipeline rank."),
+        "embedding_as_layer": ("true|false", "Count the embedding as a layer of the first stage."),
+        "loss_as_layer": ("true|false", "Count head and loss as a layer of the last stage."),
     },
     "Training step": {
         "seq_len": ("TOKENS", "Tokens per sequence."),

@@ -36,7 +36,7 @@ from moesim.cost.recompute import kept_tensors
 from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.parameters import layer_parameters
-from moesim.describe.pipeline import Placed, stage_chunks
+from moesim.describe.pipeline import Placed, mtp_stage, stage_chunks
 from moesim.describe.workload import Training
 
 Floats = NDArray[np.floating]
@@ -152,14 +152,14 @@ def _copied_kv_parameters(hidden: int, layer: Layer, tp: int) -> float:
 def outer_parameters(model: Model, parallel: Parallelism, train: Training, stage: int) -> float:
     """Parameters of a rank outside the layers: embedding (first stage), head, final norms (last stage).
 
-    Tied embeddings stand on the first and, with pp > 1, once more on the last stage. So does the embedding where
-    multi-token-prediction layers are trained, which look up their tokens there; a tied head is that copy.
+    Tied embeddings stand on the first and, with pp > 1, once more on the last stage. So does the embedding on the stage
+    where multi-token-prediction layers are trained, which look up their tokens there; a tied head is that copy.
     """
     is_first, is_last = stage == 0, stage == parallel.pp - 1
     table = model.vocab * model.hidden / parallel.tp
     num_tables = int(is_first) + int(is_last and not (model.tie_embeddings and is_first))
-    looks_up_again = train.mtp and bool(model.mtp_layers) and not model.tie_embeddings
-    num_tables += int(is_last and not is_first and looks_up_again)
+    looks_up_again = stage == mtp_stage(model, parallel, train) and not (model.tie_embeddings and is_last)
+    num_tables += int(not is_first and looks_up_again)
     norms = model.num_final_norms * model.hidden * (2 if model.has_norm_bias else 1)
     return num_tables * table + is_last * norms + is_first * model.num_extra_parameters
 
@@ -310,7 +310,7 @@ def _chunk_memory(
         kept_tensors(tensors, item.layer, train, parallel.tp) for tensors, item in zip(tensors_of, chunk, strict=True)
     ]
     kept = [saved_parts(left, item) for left, item in zip(left_of, chunk, strict=True)]
-    kept_GMRP = np.sum(kept, axis=0)
+    kept_GMRP = np.sum(kept, axis=0) if kept else np.zeros((*shape, 2))
 
     candidates: list[Floats] = []
     names: list[str] = []
@@ -341,6 +341,8 @@ def _chunk_memory(
         gradient = model.vocab * model.hidden / parallel.tp * BF16_BYTES
         candidates.append(np.array([gradient, 0.0]) - kept_GMRP)
         names.append("gradient of the embedding")
+    if not candidates:
+        candidates, names = [np.zeros_like(kept_GMRP)], ["a stage that holds nothing"]
     stacked = np.stack(candidates)
     choice_GMR = stacked.sum(axis=-1).argmax(axis=0)
     excess_GMRP = np.take_along_axis(stacked, choice_GMR[None, ..., None], axis=0)[0]

@@ -7,17 +7,26 @@ stage.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.describe.checks import check_whole
+from moesim.describe.stages import check_layout
 from moesim.errors import InputError, check
+
+CpKind = Literal["ring", "alltoall", "allgather"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """Parallel sizes. dp is derived from num_gpus."""
+    """Parallel sizes. dp is derived from num_gpus.
+
+    Where the layers lie: ``layout`` names them stage by stage, in Megatron's text (``Et*3|(tt|)*29m|L``) or as a list
+    of layer counts, pp*vpp of them in order of depth; or one of the rules below; or, with none of them, evenly. See
+    docs/model.md#stages.
+    """
 
     tp: int = 1  # tensor parallel (with sequence parallelism)
     pp: int = 1  # pipeline stages
@@ -26,14 +35,35 @@ class Parallelism:
     ep: int = 1  # expert parallel
     etp: int = 1  # tensor parallel inside an expert
     zero: int = 1  # ZeRO stage 0..3
+    layout: str | tuple[int, ...] | None = None
+    num_first_stage_layers: int | None = None  # of the first pipeline rank; the others share the rest
+    num_last_stage_layers: int | None = None
+    embedding_as_layer: bool = False  # takes a layer's place on its stage
+    loss_as_layer: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp"):
             check_whole("parallel", name, getattr(self, name))
         check_whole("parallel", "zero", self.zero, least=0)
         check(0 <= self.zero <= 3, "parallel", "zero", "must be 0, 1, 2 or 3", self.zero)
+        self._check_stages()
 
-    def layout(self, num_gpus: int) -> RankLayout:
+    def _check_stages(self) -> None:
+        """One rule at most says where layers lie, and it fits pp and vpp."""
+        ends = [name for name in ("num_first_stage_layers", "num_last_stage_layers") if getattr(self, name) is not None]
+        as_layers = [name for name in ("embedding_as_layer", "loss_as_layer") if getattr(self, name)]
+        for name in ends:
+            check_whole("parallel", name, getattr(self, name), least=0)
+            check(self.pp > 1, "parallel", name, "needs pp of at least 2", getattr(self, name))
+        given = [*ends[:1], *as_layers[:1], *(["layout"] if self.layout is not None else [])]
+        if len(given) > 1:
+            raise InputError("parallel", given[0], f"cannot stand beside {given[1]}: give one", getattr(self, given[0]))
+        if self.layout is not None:
+            if isinstance(self.layout, list):
+                object.__setattr__(self, "layout", tuple(self.layout))
+            check_layout(self.layout, self.pp, self.vpp)
+
+    def rank_layout(self, num_gpus: int) -> RankLayout:
         """The rank layout on num_gpus, or InputError naming the size that does not divide."""
         check_whole("parallel", "num_gpus", num_gpus)
         per_replica = self.tp * self.cp * self.pp

@@ -6,53 +6,77 @@ from dataclasses import dataclass
 
 from moesim.describe.model import Layer, Model
 from moesim.describe.parallel import Parallelism
+from moesim.describe.stages import Held, check_layout, held_counting_ends, held_evenly, held_with_ends
 from moesim.describe.workload import Training
 from moesim.errors import check
 
 
-def stage_layers(num_layers: int, pp: int, vpp: int = 1) -> tuple[tuple[range, ...], ...]:
-    """Layer ranges of each stage: result[stage] holds one range per virtual stage.
+def held_by_stage(num_layers: int, parallel: Parallelism, num_mtp: int = 0) -> tuple[Held, ...]:
+    """What each virtual stage holds, in order of depth: by the parallelism's layout or rule.
 
-    The stack is cut into pp*vpp consecutive chunks, chunk c going to stage c % pp. Where the layers do not divide,
-    chunks at the ends are the shorter ones (last, first, last but one, ...), since embedding and head already weigh
-    on those stages. Raises InputError when a chunk would be empty.
+    num_mtp: multi-token-prediction layers that are trained; only a layout's text says where they lie, else they end
+    the last stage. Raises InputError where a layout does not hold the layers that there are.
 
-    >>> stage_layers(5, 2)
-    ((range(0, 3),), (range(3, 5),))
+    >>> [held.num_layers for held in held_by_stage(5, Parallelism(pp=2))]
+    [3, 2]
     """
-    num_chunks = pp * vpp
-    rule = f"pp*vpp = {pp}*{vpp} = {num_chunks} must not exceed the model's {num_layers} layers"
-    check(num_chunks <= num_layers, "parallel", "pp", rule, pp)
-    full = -(-num_layers // num_chunks)
-    sizes = [full] * num_chunks
-    for i in range(full * num_chunks - num_layers):
-        sizes[i // 2 if i % 2 else num_chunks - 1 - i // 2] -= 1
-    starts = [sum(sizes[:c]) for c in range(num_chunks)]
-    chunks = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    return tuple(tuple(chunks[v * pp + stage] for v in range(vpp)) for stage in range(pp))
+    p = parallel
+    if p.layout is not None:
+        held = check_layout(p.layout, p.pp, p.vpp)
+        count = sum(stage.num_layers for stage in held)
+        check(count == num_layers, "parallel", "layout", f"must hold the model's {num_layers} layers", count)
+        if isinstance(p.layout, str):
+            mtp = sum(stage.num_mtp for stage in held)
+            rule = f"must hold the {num_mtp} multi-token-prediction layers that are trained (train.mtp)"
+            check(mtp == num_mtp, "parallel", "layout", rule, mtp)
+            return held
+    elif p.num_first_stage_layers is not None or p.num_last_stage_layers is not None:
+        first, last = p.num_first_stage_layers, p.num_last_stage_layers
+        held = held_with_ends(num_layers, p.pp, p.vpp, first=first, last=last)
+    elif p.embedding_as_layer or p.loss_as_layer:
+        held = held_counting_ends(num_layers, p.pp, p.vpp, embedding=p.embedding_as_layer, loss=p.loss_as_layer)
+    else:
+        held = held_evenly(num_layers, p.pp, p.vpp)
+    return (*held[:-1], held[-1]._replace(num_mtp=num_mtp))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A layer on a stage: ``moe_index`` counts the stage's MoE layers (-1: dense)."""
+    """A layer on a stage: ``moe_index`` counts the stage's MoE layers (-1: dense); ``number`` is the layer's in the
+    model, multi-token-prediction layers following the stack.
+    """
 
     layer: Layer
     moe_index: int
+    number: int = 0
     is_mtp: bool = False
 
 
 def stage_chunks(model: Model, parallel: Parallelism, train: Training, stage: int) -> tuple[tuple[Placed, ...], ...]:
-    """The layers of each virtual stage of a stage; trained multi-token-prediction layers end the last one."""
+    """The layers of each virtual stage of a stage, trained multi-token-prediction layers included; some may be empty.
+
+    Raises InputError as ``held_by_stage`` does.
+    """
+    stack = model.layers + (model.mtp_layers if train.mtp else ())
+    start, start_mtp = 0, len(model.layers)
     chunks: list[tuple[Placed, ...]] = []
     num_moe = 0
-    ranges = stage_layers(len(model.layers), parallel.pp, parallel.vpp)[stage]
-    for v, positions in enumerate(ranges):
-        layers = [(model.layers[i], False) for i in positions]
-        if train.mtp and stage == parallel.pp - 1 and v == parallel.vpp - 1:
-            layers += [(layer, True) for layer in model.mtp_layers]
+    for c, held in enumerate(held_by_stage(len(model.layers), parallel, len(stack) - len(model.layers))):
+        numbers = (*range(start, start + held.num_layers), *range(start_mtp, start_mtp + held.num_mtp))
+        start, start_mtp = start + held.num_layers, start_mtp + held.num_mtp
+        if c % parallel.pp != stage:
+            continue
         placed = []
-        for layer, is_mtp in layers:
-            placed.append(Placed(layer=layer, moe_index=num_moe if layer.is_moe else -1, is_mtp=is_mtp))
-            num_moe += layer.is_moe
+        for i in numbers:
+            moe_index = num_moe if stack[i].is_moe else -1
+            placed.append(Placed(layer=stack[i], moe_index=moe_index, number=i, is_mtp=i >= len(model.layers)))
+            num_moe += stack[i].is_moe
         chunks.append(tuple(placed))
     return tuple(chunks)
+
+
+def mtp_stage(model: Model, parallel: Parallelism, train: Training) -> int | None:
+    """The stage of the trained multi-token-prediction layers; None where none are trained."""
+    num_mtp = len(model.mtp_layers) if train.mtp else 0
+    stages = enumerate(held_by_stage(len(model.layers), parallel, num_mtp))
+    return next((c % parallel.pp for c, held in stages if held.num_mtp), None)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
 from moesim.describe.capacity import Megablocks, RankBuffer
 from moesim.describe.model import Layer, MoeFfn, Router
-from moesim.describe.pipeline import stage_layers
+from moesim.describe.pipeline import stage_chunks
 from moesim.describe.workload import Balanced, Multinomial, Popularity, Recorded
 from moesim.errors import NotModelledError
 from moesim.fabric.collectives import allgather_s, alltoall_finish_s
@@ -213,12 +213,15 @@ def moe_layers(scenario: Scenario) -> tuple[int, ...]:
 
 
 def positions_by_stage(scenario: Scenario) -> tuple[tuple[int, ...], ...]:
-    """Positions in ``moe_layers`` of the MoE layers of each stage; those after the stack lie on the last one."""
-    num_layers, pp, layers = len(scenario.model.layers), scenario.parallel.pp, moe_layers(scenario)
-    position = {number: at for at, number in enumerate(layers)}
-    stages = [[i for chunk in stage for i in chunk] for stage in stage_layers(num_layers, pp, scenario.parallel.vpp)]
-    stages[-1] += [number for number in layers if number >= num_layers]
-    return tuple(tuple(position[i] for i in held if i in position) for held in stages)
+    """Positions in ``moe_layers`` of the MoE layers of each stage, chunk by chunk."""
+    position = {number: at for at, number in enumerate(moe_layers(scenario))}
+    stages = (
+        stage_chunks(scenario.model, scenario.parallel, scenario.train, stage) for stage in range(scenario.parallel.pp)
+    )
+    return tuple(
+        tuple(position[placed.number] for chunk in chunks for placed in chunk if placed.layer.is_moe)
+        for chunks in stages
+    )
 
 
 def _nodes_of_groups(scenario: Scenario, stage: int) -> Nodes:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.memory import outer_parameters, rank_parameters
-from moesim.describe.pipeline import Placed, stage_chunks, stage_layers
+from moesim.describe.pipeline import Placed, stage_chunks
 from moesim.errors import check
 from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s, send_s
 from moesim.scenario import Scenario
@@ -80,7 +80,6 @@ def _lay_out_stage(
 ) -> _Stage:
     parallel, layout, model = scenario.parallel, scenario.layout, scenario.model
     chunks = stage_chunks(model, parallel, scenario.train, stage)
-    ranges = stage_layers(len(model.layers), parallel.pp, parallel.vpp)[stage]
     here = load.of_stage(stage) if load is not None else None
     parameters = [
         [rank_parameters(model, placed, parallel, scenario.expert_copies) for placed in chunk] for chunk in chunks
@@ -99,7 +98,7 @@ def _lay_out_stage(
         device=device,
         stage=stage,
         chunks=chunks,
-        first_layers=tuple(r.start for r in ranges),
+        first_layers=tuple(chunk[0].number if chunk else 0 for chunk in chunks),
         load=here,
         weight_gather_C=gathers,
         gradient_scatter_C=scatters,
@@ -277,13 +276,13 @@ def _hidden_reduction_s(
 
     Contention of the buckets with the backward's own all-to-alls is not modelled. See docs/model.md#gradient-reduction.
     """
-    num_layers = sum(len(chunk) for chunk in chunks)
+    num_buckets = sum(max(len(chunk), 1) for chunk in chunks)  # what holds no layer may hold embedding or head
     if scenario.train.overlap == "none" or not reduce_s:
         return 0.0
     last_s = float(backward[0].duration_MB[-1].min()) / max(len(chunks[0]), 1)
-    bucket_s = reduce_s / num_layers
+    bucket_s = reduce_s / num_buckets
     # Chunks that ended earlier reduced while later ones ran; the buckets of the last chunk follow one another.
-    in_last = len(chunks[0])
+    in_last = max(len(chunks[0]), 1)
     done_s = 0.0
     for i in range(in_last):
         done_s = max(done_s, (i + 1) * last_s) + bucket_s
