@@ -25,6 +25,7 @@ from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.pipeline import held_by_stage
+from moesim.describe.schedules import check_schedule
 from moesim.describe.workload import Recorded, Routing, Training
 from moesim.door.files import read_yaml
 from moesim.door.parse import apply_overrides, parse_as
@@ -147,6 +148,7 @@ class Scenario:
             rule, hint = f"names what no layer of {model.name} has", f"It has {', '.join(useful)}."
             check(module in useful, "scenario.train", "recompute", rule, module, hint)
         held_by_stage(len(model.layers), p, len(model.mtp_layers) if self.train.mtp else 0)
+        check_schedule(self.train.schedule, pp=p.pp, vpp=p.vpp, num_micro_batches=self.num_micro_batches)
         if p.vpp > 1 and self.train.num_micro_batches(layout.dp) % p.pp:
             rule = f"interleaving (vpp={p.vpp}) needs a multiple of pp={p.pp} micro-batches"
             raise InputError("scenario.parallel", "vpp", rule, self.train.num_micro_batches(layout.dp))

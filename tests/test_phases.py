@@ -13,7 +13,7 @@ from moesim.timeline.phases import Phase, lay_out
 def lay(phases, num_micro_batches=1, num_ranks=4, block_size=4):
     return lay_out(
         phases,
-        num_micro_batches=num_micro_batches,
+        num_runs=num_micro_batches,
         num_ranks=num_ranks,
         block_size=block_size,
         traced=np.arange(num_ranks),

@@ -61,7 +61,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
             "none|full|MODULES",
             "Recompute activations in the backward pass: all, or modules such as moe_act,layernorm.",
         ),
-        "schedule": ("1f1b", "Pipeline schedule."),
+        "schedule": ("1f1b|gpipe|zb-h1", "Pipeline schedule."),
         "overlap": ("none|grad_reduce", "Communication hidden behind compute."),
         "mtp": ("true|false", "Train the multi-token-prediction layers too."),
     },

@@ -82,11 +82,13 @@ class DeviceCost:
         results = rows.sum(axis=-1) * columns * BYTES_PER_ELEMENT["bf16"]
         return self._kernel_s(flops, operands + results, (rows > 0).any(axis=-1))
 
-    def _weight_gradient_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
-        """Seconds of one kernel that makes E weight gradients (reduced, columns), each summed over rows_E[..., e]
-        rows.
+    def weight_gradient_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
+        """Seconds of one kernel that makes E weight gradients (reduced, columns), each summed over rows_E[..., e] rows:
+        a part of backward_s. A profile times both gradients together; half is taken for this one.
         """
         rows = np.asarray(rows_E, dtype=np.float64)
+        if self.profile is not None:
+            return self._profiled_s(self.profile, rows, reduced, columns, backward=True) / 2
         padded_reduced = np.ceil(reduced / self.tile_rows) * self.tile_rows
         flops = 2.0 * ((rows + self.reduce_overhead) * (rows > 0)).sum(axis=-1) * padded_reduced * columns
         operands = rows.sum(axis=-1) * (reduced + columns) * self.input_bytes
@@ -98,7 +100,7 @@ class DeviceCost:
         if self.profile is not None:
             rows = np.asarray(rows_E, dtype=np.float64)
             return self._profiled_s(self.profile, rows, reduced, columns, backward=True)
-        return self.grouped_s(rows_E, columns, reduced) + self._weight_gradient_s(rows_E, reduced, columns)
+        return self.grouped_s(rows_E, columns, reduced) + self.weight_gradient_s(rows_E, reduced, columns)
 
     def stream_s(self, num_bytes: ArrayLike) -> Floats:
         """Seconds of a memory-bound kernel that reads and writes num_bytes in all. See docs/model.md#stream."""

@@ -116,6 +116,38 @@ def again_s(
     return products_s + float(device.stream_s(2 * rows * sum(columns for _, columns in ups) * ACTIVATION_BYTES))
 
 
+def weight_gradients_s(
+    model: Model, layer: Layer, *, parallel: Parallelism, train: Training, device: DeviceCost
+) -> tuple[float, float]:
+    """Seconds of a layer's backward that make weight gradients, for which nobody waits: of its attention, and of its
+    dense or shared feed-forward block. Those of the router are not told apart.
+    """
+    rows = np.array([rank_tokens(parallel, train) * parallel.tp])
+    ffn = layer.ffn.shared if isinstance(layer.ffn, MoeFfn) else layer.ffn
+    blocks = (layer.attention, layer.cross_attention)
+    of_attention = [shape for block in blocks if block is not None for shape in _projections(model, block, parallel.tp)]
+    of_ffn = [] if ffn is None else _ffn_products(model, ffn, parallel.tp)
+    attention_s, ffn_s = (
+        sum(float(device.weight_gradient_s(rows, reduced, columns)) for reduced, columns in shapes)
+        for shapes in (of_attention, of_ffn)
+    )
+    return attention_s, ffn_s
+
+
+def expert_weight_gradients_s(
+    model: Model, moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, device: DeviceCost
+) -> Floats:
+    """Seconds of a rank's experts' backward that make weight gradients; the result drops the last axis."""
+    shapes = _ffn_products(model, moe.expert, parallel.etp)
+    return sum((device.weight_gradient_s(rows_E, *shape) for shape in shapes), np.zeros(rows_E.shape[:-1]))
+
+
+def head_weight_gradient_s(model: Model, *, parallel: Parallelism, train: Training, device: DeviceCost) -> float:
+    """Seconds of the head's backward that make its weight gradient."""
+    rows = np.array([rank_tokens(parallel, train) * parallel.tp])
+    return float(device.wide.weight_gradient_s(rows, model.hidden, model.vocab / parallel.tp))
+
+
 def experts_s(
     model: Model, moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, device: DeviceCost, backward: bool
 ) -> Floats:
@@ -262,6 +294,12 @@ def _ffn_s(model: Model, ffn: Ffn, tokens: float, tp: int, device: DeviceCost) -
     forward = device.grouped_s(rows, model.hidden, inner) + device.grouped_s(rows, width, model.hidden)
     backward = device.backward_s(rows, model.hidden, inner) + device.backward_s(rows, width, model.hidden)
     return float(forward + device.stream_s(act)), float(backward + device.stream_s(2 * act))
+
+
+def _ffn_products(model: Model, ffn: Ffn, tp: int) -> list[tuple[float, float]]:
+    """(reduced, columns) of a feed-forward block's products on one tensor-parallel rank."""
+    width = ffn.width / tp
+    return [(model.hidden, width * (2 if ffn.gated else 1)), (width, model.hidden)]
 
 
 def _norms_and_residuals_bytes(model: Model, layer: Layer, own: float) -> float:

@@ -12,6 +12,7 @@ that stand all along. See docs/model.md#memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer,
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.parameters import layer_parameters
 from moesim.describe.pipeline import Placed, mtp_stage, stage_chunks
+from moesim.describe.schedules import ScheduleName, in_flight, make_schedule
 from moesim.describe.workload import Training
 
 Floats = NDArray[np.floating]
@@ -194,7 +196,7 @@ def stage_memory(
         embedding = stage == 0 and v == 0
         memories.append(_chunk_memory(model, parallel, train, software, chunk, received, tokens, head, embedding))
     forwards, backwards = chunk_order(parallel.pp, parallel.vpp, num_micro_batches)
-    live_KGRP = _live(memories, forwards, backwards, num_in_flight(parallel, stage, num_micro_batches))
+    live_KGRP = _live(memories, forwards, backwards, num_in_flight(parallel, stage, num_micro_batches, train.schedule))
     peak_KGRP = live_KGRP + np.stack([memories[v].excess_GMRP[:, m] for v, m in backwards])
     total_KGR = peak_KGRP.sum(axis=-1)
     event, group, rank = (int(i) for i in np.unravel_index(int(total_KGR.argmax()), total_KGR.shape))
@@ -226,16 +228,16 @@ def stage_memory(
     )
 
 
-def num_in_flight(parallel: Parallelism, stage: int, num_micro_batches: int) -> int:
-    """Chunks whose activations a stage holds at most.
+@lru_cache(maxsize=4096)
+def num_in_flight(parallel: Parallelism, stage: int, num_micro_batches: int, schedule: ScheduleName = "1f1b") -> int:
+    """Chunks whose activations a stage holds at most, by the schedule's order of operations.
 
     1F1B: min(M, pp - stage). Interleaved: (pp - stage - 1)*2 + (vpp - 1)*pp + 1, at most M*vpp (Megatron-LM,
     core/pipeline_parallel/schedules.py, warm-up plus the forward of the first steady step).
+    ZB-H1: min(M, pp). GPipe: M.
     """
-    if parallel.vpp == 1:
-        return min(num_micro_batches, parallel.pp - stage)
-    ahead = (parallel.pp - stage - 1) * 2 + (parallel.vpp - 1) * parallel.pp + 1
-    return min(num_micro_batches * parallel.vpp, ahead)
+    order = make_schedule(schedule, pp=parallel.pp, vpp=parallel.vpp)
+    return max(in_flight(order(stage, num_micro_batches)))
 
 
 def chunk_order(pp: int, vpp: int, num_micro_batches: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -21,6 +21,7 @@ from moesim.describe.popularity import (
     Recorded,
     Zipf,
 )
+from moesim.describe.schedules import ScheduleName
 from moesim.errors import InputError, check, near_match
 
 __all__ = [
@@ -68,7 +69,7 @@ class Training:
     global_batch: int = 1024
     precision: Precision = "bf16"
     recompute: str | tuple[str, ...] = "none"  # a text once it is born
-    schedule: Literal["1f1b"] = "1f1b"
+    schedule: ScheduleName = "1f1b"
     overlap: Overlap = "none"
     mtp: bool = False  # train the model's multi-token-prediction layers as well
 
@@ -77,7 +78,7 @@ class Training:
             check_whole("train", name, getattr(self, name))
         check_choice("train", "precision", self.precision, get_args(Precision))
         object.__setattr__(self, "recompute", _recompute_text(self.recompute))
-        check_choice("train", "schedule", self.schedule, ("1f1b",))
+        check_choice("train", "schedule", self.schedule, ("gpipe", "1f1b", "zb-h1"))
         check_choice("train", "overlap", self.overlap, get_args(Overlap))
 
     @property

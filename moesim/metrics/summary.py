@@ -176,8 +176,6 @@ def _envelope(trace: Trace) -> list[str]:
         f"Step times are not fitted to any measured step. {accuracy_statement(scenario)} All scores: docs/accuracy.md."
     ]
     reasons += ["Host launch overhead beyond a kernel's start, and CUDA graphs, are not modelled."]
-    if scenario.parallel.pp > 1:
-        reasons += ["Only 1F1B schedules run (interleaved with vpp > 1): no zero-bubble or DualPipe."]
     if scenario.parallel.ep > 1:
         reasons += ["All-to-alls do not overlap with compute."]
         if scenario.fidelity == "port":

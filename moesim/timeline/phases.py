@@ -1,18 +1,19 @@
 """A stage's operations laid out rank by rank: who computes how long, who waits for whom, before any clock runs.
 
-All micro-batches are computed at once. Within one operation the ranks of a block start together: each operation ends
-with the slowest rank of its block. Where one of tp*cp and ep*etp divides the other, nothing is lost by it: until the
-first collective that joins the whole block its ranks have the same work. Otherwise no collective joins the block at
-once, ranks are held back too early, and the times are an upper bound (docs/decisions/one-process-per-block.md).
+All runs of an operation (one for each micro-batch that takes this way) are computed at once. Within one operation the
+ranks of a block start together: each operation ends with the slowest rank of its block. Where one of tp*cp and ep*etp
+divides the other, nothing is lost by it: until the first collective that joins the whole block its ranks have the same
+work. Otherwise no collective joins the block at once, ranks are held back too early, and the times are an upper bound
+(docs/decisions/one-process-per-block.md).
 
-Legend: P phases of an operation, M micro-batches, R ranks of one stage in rank order (expert-tensor fastest, then
+Legend: P phases of an operation, M its runs, R ranks of one stage in rank order (expert-tensor fastest, then
 expert-parallel, then expert-data-parallel), B blocks of R (ranks that must synchronise), V traced ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ Floats = NDArray[np.floating]
 class Phase:
     """One step of an operation. seconds broadcasts to (M, R); ranks_in_step > 1: that many consecutive ranks wait for
     each other first.
+
+    weights_s: those of its seconds that make weight gradients, for which no later phase waits.
     """
 
     name: str
@@ -31,31 +34,36 @@ class Phase:
     layer: int
     seconds: Floats | float
     ranks_in_step: int = 1
+    is_backward: bool = False
+    weights_s: Floats | float = 0.0
+
+    def of_runs(self, micro_batches: NDArray[np.int64]) -> Phase:
+        """The phase of some of the micro-batches that it was written for."""
+        return replace(self, seconds=_rows(self.seconds, micro_batches), weights_s=_rows(self.weights_s, micro_batches))
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperationTimes:
-    """An operation's times on one stage, for every micro-batch."""
+    """An operation's times on one stage, run by run."""
 
     names: tuple[str, ...]
     parts: tuple[str, ...]
     layers: tuple[int, ...]
+    is_backward_P: NDArray[np.bool_]
     duration_MB: Floats  # how long the block is busy
-    part_R: Mapping[
-        str, Floats
-    ]  # seconds by part and rank, summed over micro-batches; with wait_for_slowest sums to duration
+    part_R: Mapping[str, Floats]  # seconds by part and rank, summed over runs; with wait_for_slowest sums to duration
     start_PMV: Floats  # of the traced ranks, from the start of the operation
     seconds_PMV: Floats
 
 
 def lay_out(
-    phases: Sequence[Phase], *, num_micro_batches: int, num_ranks: int, block_size: int, traced: NDArray[np.int64]
+    phases: Sequence[Phase], *, num_runs: int, num_ranks: int, block_size: int, traced: NDArray[np.int64]
 ) -> OperationTimes:
     """Run the phases on every rank's own clock and meet where collectives demand it.
 
     traced: (V,) ranks of the stage whose spans are kept. See docs/model.md#barriers.
     """
-    clock: Floats = np.zeros((num_micro_batches, num_ranks))
+    clock: Floats = np.zeros((num_runs, num_ranks))
     part_R: dict[str, Floats] = {"wait_for_slowest": np.zeros(num_ranks)}
     starts, lengths = [], []
     for phase in phases:
@@ -70,11 +78,12 @@ def lay_out(
         part_R[phase.part] = part_R.get(phase.part, 0.0) + seconds.sum(axis=0)
     end = _slowest_of(clock, block_size)
     part_R["wait_for_slowest"] += (end - clock).sum(axis=0)
-    shape = (len(phases), num_micro_batches, len(traced))
+    shape = (len(phases), num_runs, len(traced))
     return OperationTimes(
         names=tuple(phase.name for phase in phases),
         parts=tuple(phase.part for phase in phases),
         layers=tuple(phase.layer for phase in phases),
+        is_backward_P=np.array([phase.is_backward for phase in phases], dtype=bool),
         duration_MB=end[:, ::block_size].copy(),
         part_R=part_R,
         start_PMV=np.array(starts).reshape(shape),
@@ -84,6 +93,13 @@ def lay_out(
 
 def _slowest_of(clock_MR: Floats, group_size: int) -> Floats:
     """Every rank's clock set to the latest of its group of consecutive ranks."""
-    num_micro_batches, num_ranks = clock_MR.shape
-    groups = clock_MR.reshape(num_micro_batches, num_ranks // group_size, group_size)
+    num_runs, num_ranks = clock_MR.shape
+    groups = clock_MR.reshape(num_runs, num_ranks // group_size, group_size)
     return np.repeat(groups.max(axis=-1), group_size, axis=-1).reshape(clock_MR.shape)
+
+
+def _rows(seconds: Floats | float, micro_batches: NDArray[np.int64]) -> Floats | float:
+    """Seconds of some micro-batches; what does not depend on them stays."""
+    if isinstance(seconds, np.ndarray) and seconds.ndim == 2 and seconds.shape[0] > 1:
+        return seconds[micro_batches]
+    return seconds

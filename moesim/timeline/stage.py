@@ -21,20 +21,25 @@ from moesim.cost.layer import (
     again_s,
     embedding_s,
     expert_activation_s,
+    expert_weight_gradients_s,
     experts_s,
     head_s,
+    head_weight_gradient_s,
     layer_cost,
     mtp_projection_s,
     permute_s,
+    weight_gradients_s,
 )
 from moesim.cost.recompute import ATTENTION_OPERATIONS, FFN_OPERATIONS, Operation, operations_again
 from moesim.describe.model import LatentAttention, Layer, MoeFfn
 from moesim.describe.pipeline import Placed
+from moesim.describe.schedules import Way
 from moesim.fabric.collectives import allgather_s
 from moesim.scenario import Scenario
 from moesim.timeline.phases import Phase
 
 Floats = NDArray[np.floating]
+SCATTER = "scatter gradients"
 COMM_PARTS = ("tensor_parallel_comm", "dispatch", "combine", "gradient_reduction")  # of a phase, on wires
 
 
@@ -67,17 +72,28 @@ class StagePlan:
         float, ...
     ]  # seconds to reduce-scatter a chunk's gradients after each backward (ZeRO-2, 3), else 0
 
-    def forward(self, chunk: int) -> list[Phase]:
-        """Phases of the forward of one chunk."""
+    def phases(self, way: Way, chunk: int) -> list[Phase]:
+        """Phases of one pass through a chunk; recomputation belongs to the backward, or to the input gradient."""
+        if way == "forward":
+            return self._at_own_speed(self._forward(chunk))
+        backward = [replace(phase, is_backward=True) for phase in self._at_own_speed(self._backward(chunk))]
+        scatter = [phase for phase in backward if phase.name == SCATTER]
+        passes = [phase for phase in backward if phase.name != SCATTER]
+        match way:
+            case "input_gradient":
+                return [without_weights(phase) for phase in passes]
+            case "weight_gradient":
+                return [weights_alone(phase) for phase in passes if np.any(phase.weights_s)] + scatter
+        return backward
+
+    def _forward(self, chunk: int) -> list[Phase]:
         phases = self._weights("gather weights", self.weight_gather_C[chunk])
         phases += self._embedding(backward=False) if self._is_first(chunk) else []
         for index, placed in enumerate(self.chunks[chunk], self.first_layers[chunk]):
             phases += self._layer_forward(index, placed)
-        phases += self._head(backward=False) if self._is_last(chunk) else []
-        return self._at_own_speed(phases)
+        return phases + (self._head(backward=False) if self._is_last(chunk) else [])
 
-    def backward(self, chunk: int) -> list[Phase]:
-        """Phases of the backward of one chunk, recomputation included."""
+    def _backward(self, chunk: int) -> list[Phase]:
         phases = self._weights("gather weights", self.weight_gather_C[chunk])
         phases += self._head(backward=True) if self._is_last(chunk) else []
         for index, placed in reversed(list(enumerate(self.chunks[chunk], self.first_layers[chunk]))):
@@ -85,15 +101,21 @@ class StagePlan:
                 phases += [_as_recompute(phase) for phase in self._layer_forward(index, placed)]
             phases += self._layer_backward(index, placed)
         phases += self._embedding(backward=True) if self._is_first(chunk) else []
-        phases += self._weights("scatter gradients", self.gradient_scatter_C[chunk])
-        return self._at_own_speed(phases)
+        return phases + self._weights(SCATTER, self.gradient_scatter_C[chunk])
 
     def _at_own_speed(self, phases: list[Phase]) -> list[Phase]:
         """The phases with each rank computing at its own speed; what crosses wires takes the same."""
         speed_R = self.scenario.speed_of_rank[self.scenario.layout.stage_ranks(self.stage)]
         if (speed_R == 1.0).all():
             return phases
-        return [p if p.part in COMM_PARTS else replace(p, seconds=np.asarray(p.seconds) / speed_R) for p in phases]
+        return [
+            phase
+            if phase.part in COMM_PARTS
+            else replace(
+                phase, seconds=np.asarray(phase.seconds) / speed_R, weights_s=np.asarray(phase.weights_s) / speed_R
+            )
+            for phase in phases
+        ]
 
     def _is_first(self, chunk: int) -> bool:
         return self.stage == 0 and chunk == 0
@@ -115,19 +137,22 @@ class StagePlan:
     def _layer_backward(self, index: int, placed: Placed) -> list[Phase]:
         layer, cost = placed.layer, self._cost(placed.layer)
         again = operations_again(layer, self.scenario.train)
+        attention_weights_s, ffn_weights_s = weight_gradients_s(
+            self.scenario.model, layer, parallel=self.scenario.parallel, train=self.scenario.train, device=self.device
+        )
         phases = []
         for operation in again:
             phases += self._again(index, placed, cost, operation) if operation in FFN_OPERATIONS else []
         if cost.backward.dense_ffn_s:
-            phases.append(
-                _local("shared experts" if layer.is_moe else "dense ffn", "dense_ffn", index, cost.backward.dense_ffn_s)
-            )
+            name = "shared experts" if layer.is_moe else "dense ffn"
+            phases.append(_local(name, "dense_ffn", index, cost.backward.dense_ffn_s, ffn_weights_s))
         if isinstance(layer.ffn, MoeFfn):
             activates = "expert activation" in again
             phases += self._moe_backward(index, placed.moe_index, layer.ffn, cost.backward, activates=activates)
         for operation in again:
             phases += self._again(index, placed, cost, operation) if operation in ATTENTION_OPERATIONS else []
-        return [*phases, *self._around(index, cost, cost.backward), *self._joining(index, placed, backward=True)]
+        around = self._around(index, cost, cost.backward, attention_weights_s)
+        return [*phases, *around, *self._joining(index, placed, backward=True)]
 
     def _joining(self, index: int, placed: Placed, *, backward: bool) -> list[Phase]:
         """What a multi-token-prediction layer does before its block."""
@@ -137,13 +162,13 @@ class StagePlan:
         seconds = mtp_projection_s(model, parallel=parallel, train=train, device=self.device, backward=backward)
         return [_local("join next token", "embedding_head", index, seconds)]
 
-    def _around(self, index: int, cost: LayerCost, one_pass: PassCost) -> list[Phase]:
+    def _around(self, index: int, cost: LayerCost, one_pass: PassCost, weights_s: float = 0.0) -> list[Phase]:
         """Attention with the collectives of its tensor- and context-parallel group, all of the layer's in one span."""
         # Keys and values go round once forward; backward they and their gradients do.
         rounds = 2 if one_pass is cost.backward else 1
         return [
             *self._in_step(index, cost, one_pass.num_tp_collectives, rounds),
-            _local("attention", "attention", index, one_pass.attention_s),
+            _local("attention", "attention", index, one_pass.attention_s, weights_s),
         ]
 
     def _in_step(self, index: int, cost: LayerCost, num_tp_collectives: int, cp_rounds: int) -> list[Phase]:
@@ -212,19 +237,19 @@ class StagePlan:
         assert self.load is not None
         rows_MRE = self.load.rows_MLRE[:, at]
         lay_out_s, sort_s = self._permute_s(rows_MRE)
-        experts = experts_s(
-            self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.device, backward=True
-        )
+        model, parallel = self.scenario.model, self.scenario.parallel
+        experts = experts_s(model, moe, rows_MRE, parallel=parallel, device=self.device, backward=True)
+        weights = expert_weight_gradients_s(model, moe, rows_MRE, parallel=parallel, device=self.device)
         again = []
         if activates:
-            seconds = expert_activation_s(moe, rows_MRE, parallel=self.scenario.parallel, device=self.device)
+            seconds = expert_activation_s(moe, rows_MRE, parallel=parallel, device=self.device)
             again = [_local("expert activation again", "recompute", index, seconds)]
         return [
             _local("unpermute", "permute", index, one_pass.unpermute_s),
             *self._exchange("combine", index, self.load.combine_backward_s_MLR[:, at]),
             *self._sort("sort back", index, sort_s),
             *again,
-            _local("experts", "experts", index, experts),
+            _local("experts", "experts", index, experts, weights),
             *self._sort("sort by expert", index, sort_s),
             *self._exchange("dispatch", index, self.load.dispatch_backward_s_MLR[:, at]),
             _local("permute", "permute", index, lay_out_s),
@@ -254,8 +279,11 @@ class StagePlan:
     def _head(self, *, backward: bool) -> list[Phase]:
         model, train = self.scenario.model, self.scenario.train
         seconds = head_s(model, parallel=self.scenario.parallel, train=train, device=self.device, backward=backward)
+        weights_s = 0.0
+        if backward:
+            weights_s = head_weight_gradient_s(model, parallel=self.scenario.parallel, train=train, device=self.device)
         num_heads = 1 + (len(model.mtp_layers) if train.mtp else 0)
-        return [_local("head and loss", "embedding_head", -1, seconds * num_heads)]
+        return [_local("head and loss", "embedding_head", -1, seconds * num_heads, weights_s * num_heads)]
 
     def _weights(self, name: str, seconds: float) -> list[Phase]:
         return [Phase(name=name, part="gradient_reduction", layer=-1, seconds=seconds)] if seconds else []
@@ -266,20 +294,24 @@ class StagePlan:
         )
 
 
-def _local(name: str, part: str, layer: int, seconds: Floats | float) -> Phase:
-    return Phase(name=name, part=part, layer=layer, seconds=seconds)
+def without_weights(phase: Phase) -> Phase:
+    """A phase of the backward that leaves its weight gradients for later."""
+    return replace(phase, seconds=phase.seconds - phase.weights_s, weights_s=0.0)
+
+
+def weights_alone(phase: Phase) -> Phase:
+    """What it left."""
+    return replace(phase, name=f"{phase.name} weights", seconds=phase.weights_s, weights_s=0.0, ranks_in_step=1)
+
+
+def _local(name: str, part: str, layer: int, seconds: Floats | float, weights_s: Floats | float = 0.0) -> Phase:
+    return Phase(name=name, part=part, layer=layer, seconds=seconds, weights_s=weights_s)
 
 
 def _as_recompute(phase: Phase) -> Phase:
     """A forward phase done again: its compute counts as recomputation, its communication as communication."""
     is_comm = phase.part in COMM_PARTS
-    return Phase(
-        name=f"{phase.name} again",
-        part=phase.part if is_comm else "recompute",
-        layer=phase.layer,
-        seconds=phase.seconds,
-        ranks_in_step=phase.ranks_in_step,
-    )
+    return replace(phase, name=f"{phase.name} again", part=phase.part if is_comm else "recompute")
 
 
 def _gather_s(group_size: int, stride: int, num_bytes: float, scenario: Scenario) -> float:

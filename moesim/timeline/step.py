@@ -14,27 +14,34 @@ from numpy.typing import NDArray
 from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.memory import outer_parameters, rank_parameters
-from moesim.describe.pipeline import Placed, stage_chunks
+from moesim.describe.pipeline import stage_chunks
+from moesim.describe.schedules import Operation, Schedule, Way, make_schedule
 from moesim.errors import check
-from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s, send_s
+from moesim.fabric.collectives import send_s
 from moesim.scenario import Scenario
 from moesim.timeline.load import StepLoad, step_load
-from moesim.timeline.phases import Floats, OperationTimes, lay_out
+from moesim.timeline.phases import Floats, OperationTimes, Phase, lay_out
 from moesim.timeline.pipeline import StageClock, StageWork, run_pipeline
-from moesim.timeline.schedule import OneForwardOneBackward
+from moesim.timeline.reduction import gradient_reduction_s, hidden_reduction_s, sharded_weights_s
 from moesim.timeline.stage import StageLoad, StagePlan
 from moesim.timeline.trace import OperationRun, StageRun, Trace
-from moesim.units import BYTES_PER_ELEMENT
 
-GRADIENT_BYTES = BYTES_PER_ELEMENT["float32"]  # Megatron reduces float32 main gradients
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """All operations of one kind on a stage: a way through a chunk, one run for each micro-batch of its line."""
+
+    way: Way
+    chunk: int
+    micro_batches_N: NDArray[np.int64]
+    times: OperationTimes
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
     """A stage laid out, before the clock runs."""
 
-    forward: tuple[OperationTimes, ...]  # by chunk
-    backward: tuple[OperationTimes, ...]
+    kinds: tuple[_Kind, ...]
     traced_R: NDArray[np.int64]
     reduce_s: float
     hidden_s: float  # of the reduction, behind the last backward
@@ -56,12 +63,13 @@ def run_step(scenario: Scenario, trace_ranks: Sequence[int] = ()) -> Trace:
     )
     device = device_cost(scenario.cluster.gpu, scenario.train.precision, scenario.profile)
     load = step_load(scenario)
-    stages = [_lay_out_stage(scenario, device, load, stage, trace_ranks) for stage in range(parallel.pp)]
-    times = [op for stage in stages for op in (*stage.forward, *stage.backward)]
+    schedule = make_schedule(scenario.train.schedule, pp=parallel.pp, vpp=parallel.vpp)
+    stages = [_lay_out_stage(scenario, device, load, schedule, stage, trace_ranks) for stage in range(parallel.pp)]
+    times = [kind.times for stage in stages for kind in stage.kinds]
     num_blocks = 1 if _all_blocks_same(times) else layout.num_blocks
     send = _send_s(scenario)
-    work = [_work(stage, num_blocks, send, s, parallel.pp) for s, stage in enumerate(stages)]
-    step_s, clocks = run_pipeline(work, OneForwardOneBackward(pp=parallel.pp, vpp=parallel.vpp))
+    work = [_work(scenario, schedule, s, stages[s], num_blocks, send) for s in range(parallel.pp)]
+    step_s, clocks = run_pipeline(work, schedule)
     runs = [_stage_run(scenario, s, stages[s], work[s], clocks[s]) for s in range(parallel.pp)]
     return Trace(
         scenario=scenario,
@@ -76,7 +84,12 @@ def run_step(scenario: Scenario, trace_ranks: Sequence[int] = ()) -> Trace:
 
 
 def _lay_out_stage(
-    scenario: Scenario, device: DeviceCost, load: StepLoad | None, stage: int, trace_ranks: Sequence[int]
+    scenario: Scenario,
+    device: DeviceCost,
+    load: StepLoad | None,
+    schedule: Schedule,
+    stage: int,
+    trace_ranks: Sequence[int],
 ) -> _Stage:
     parallel, layout, model = scenario.parallel, scenario.layout, scenario.model
     chunks = stage_chunks(model, parallel, scenario.train, stage)
@@ -88,7 +101,7 @@ def _lay_out_stage(
     with_outer = 0 if stage == 0 else len(chunks) - 1  # the chunk that needs the embedding, or the head
     gathers, scatters = zip(
         *(
-            _sharded_weights_s(scenario, sum(d for d, _ in chunk) + outer * (c == with_outer), sum(e for _, e in chunk))
+            sharded_weights_s(scenario, sum(d for d, _ in chunk) + outer * (c == with_outer), sum(e for _, e in chunk))
             for c, chunk in enumerate(parameters)
         ),
         strict=True,
@@ -106,31 +119,57 @@ def _lay_out_stage(
     asked = [rank - int(layout.stage_ranks(stage)[0]) for rank in trace_ranks if rank in layout.stage_ranks(stage)]
     traced_R = _traced_ranks(here, layout.ranks_per_stage, asked)
 
-    def times(phases: list) -> OperationTimes:
-        return lay_out(
-            phases,
-            num_micro_batches=scenario.num_micro_batches,
-            num_ranks=layout.ranks_per_stage,
-            block_size=layout.block_size,
-            traced=traced_R,
-        )
-
+    operations = schedule(stage, scenario.num_micro_batches)
+    kinds = _kinds(plan, schedule, operations, traced_R)
     dense = sum(d for chunk in parameters for d, _ in chunk) + outer
     expert = sum(e for chunk in parameters for _, e in chunk)
-    reduce_s, gather_s = _gradient_reduction_s(scenario, dense, expert)
-    backward = tuple(times(plan.backward(c)) for c in range(parallel.vpp))
-    hidden_s = _hidden_reduction_s(scenario, reduce_s, chunks, backward)
+    reduce_s, gather_s = gradient_reduction_s(scenario, dense, expert)
+    last = next(kind for kind in kinds if (kind.way, kind.chunk) == operations[-1][:2])
+    hidden_s = hidden_reduction_s(
+        scenario,
+        reduce_s,
+        last_s=float(last.times.duration_MB[-1].min()),
+        num_buckets=sum(max(len(chunk), 1) for chunk in chunks),  # what holds no layer may hold embedding or head
+        in_last=max(len(chunks[last.chunk]), 1),
+    )
     split = (layout.dp * parallel.cp, layout.edp) if parallel.zero >= 1 else (1, 1)
     slowest = float(scenario.speed_of_rank[layout.stage_ranks(stage)].min())
     return _Stage(
-        forward=tuple(times(plan.forward(c)) for c in range(parallel.vpp)),
-        backward=backward,
+        kinds=kinds,
         traced_R=traced_R,
         reduce_s=reduce_s,
         hidden_s=hidden_s,
         optimizer_s=optimizer_s(dense / split[0] + expert / split[1], device) / slowest,
         gather_s=gather_s,
     )
+
+
+def _kinds(
+    plan: StagePlan, schedule: Schedule, operations: Sequence[Operation], traced_R: NDArray[np.int64]
+) -> tuple[_Kind, ...]:
+    """A stage's operations by kind, laid out."""
+    layout = plan.scenario.layout
+    by_kind: dict[tuple[Way, int], list[int]] = {}
+    for op in operations:
+        by_kind.setdefault((op.way, op.chunk), []).append(op.micro_batch)
+
+    def laid_out(phases: Sequence[Phase], num_runs: int) -> OperationTimes:
+        return lay_out(
+            phases,
+            num_runs=num_runs,
+            num_ranks=layout.ranks_per_stage,
+            block_size=layout.block_size,
+            traced=traced_R,
+        )
+
+    kinds = []
+    for (way, chunk), micro_batches in by_kind.items():
+        line, _ = schedule.place(plan.stage, chunk)
+        of_load = np.array(micro_batches) + line * (plan.scenario.num_micro_batches // schedule.num_lines)
+        phases = [phase.of_runs(of_load) for phase in plan.phases(way, chunk)]
+        times = laid_out(phases, len(of_load))
+        kinds.append(_Kind(way=way, chunk=chunk, micro_batches_N=np.array(micro_batches), times=times))
+    return tuple(kinds)
 
 
 def _all_blocks_same(times: Sequence[OperationTimes]) -> bool:
@@ -147,18 +186,25 @@ def _traced_ranks(load: StageLoad | None, num_ranks: int, asked: Sequence[int]) 
     return np.array(list(dict.fromkeys((*chosen, *asked))), dtype=np.int64)
 
 
-def _work(stage: _Stage, num_blocks: int, send: tuple[float, float], s: int, pp: int) -> StageWork:
-    """What the clock needs of a stage. A chunk's output goes to the next stage, or from the last to the first one's
-    next chunk.
+def _work(
+    scenario: Scenario, schedule: Schedule, s: int, stage: _Stage, num_blocks: int, send: tuple[float, float]
+) -> StageWork:
+    """What the clock needs of a stage. A chunk's output goes to the neighbouring stage, or from the last stage round to
+    the first one's next chunk.
     """
-    vpp = len(stage.forward)
-    forward_send = [0.0 if pp == 1 or (s == pp - 1 and c == vpp - 1) else send[s == pp - 1] for c in range(vpp)]
-    backward_send = [0.0 if pp == 1 or (s == 0 and c == 0) else send[s == 0] for c in range(vpp)]
+    pp, num_chunks = scenario.parallel.pp, schedule.num_chunks
+    num_micro_batches = scenario.num_micro_batches // schedule.num_lines
+    seconds: dict[Way, NDArray[np.float64]] = {}
+    for kind in stage.kinds:
+        own = seconds.setdefault(kind.way, np.zeros((num_chunks, num_blocks, num_micro_batches)))
+        own[kind.chunk][:, kind.micro_batches_N] = kind.times.duration_MB[:, :num_blocks].T
+    last = pp * num_chunks // schedule.num_lines - 1
+    depths = [schedule.place(s, c)[1] for c in range(num_chunks)]
+    wraps = schedule.num_lines == 1  # to the first stage again
     return StageWork(
-        forward_CBM=np.array([op.duration_MB[:, :num_blocks].T for op in stage.forward]),
-        backward_CBM=np.array([op.duration_MB[:, :num_blocks].T for op in stage.backward]),
-        forward_send_C=np.array(forward_send),
-        backward_send_C=np.array(backward_send),
+        seconds_CBM=seconds,
+        forward_send_C=np.array([0.0 if d == last else send[wraps and s == pp - 1] for d in depths]),
+        backward_send_C=np.array([0.0 if d == 0 else send[wraps and s == 0] for d in depths]),
         reduce_s=stage.reduce_s - stage.hidden_s,
         optimizer_s=stage.optimizer_s,
         gather_s=stage.gather_s,
@@ -170,12 +216,10 @@ def _stage_run(scenario: Scenario, s: int, stage: _Stage, work: StageWork, clock
     num_simulated = clock.bubble_B.size
     block_R = np.minimum(np.arange(num_ranks) // block_size, num_simulated - 1)
     part_R: dict[str, Floats] = {}
-    for op in (*stage.forward, *stage.backward):
-        for part, seconds_R in op.part_R.items():
+    for kind in stage.kinds:
+        for part, seconds_R in kind.times.part_R.items():
             part_R[part] = part_R.get(part, 0.0) + seconds_R
-    num_micro_batches = scenario.num_micro_batches
-    sends = float(num_micro_batches * (work.forward_send_C.sum() + work.backward_send_C.sum()))
-    part_R["pipeline_send"] = np.full(num_ranks, sends)
+    part_R["pipeline_send"] = np.full(num_ranks, clock.send_s)
     part_R["wait_for_slowest"] = part_R["wait_for_slowest"] + clock.block_wait_B[block_R]
     part_R["pipeline_bubble"] = clock.bubble_B[block_R]
     part_R["gradient_reduction"] = part_R.get("gradient_reduction", 0.0) + np.full(
@@ -187,16 +231,17 @@ def _stage_run(scenario: Scenario, s: int, stage: _Stage, work: StageWork, clock
         ("optimizer", "optimizer", clock.optimizer_start_s, work.optimizer_s),
         ("gather updated weights", "gradient_reduction", clock.optimizer_start_s + work.optimizer_s, work.gather_s),
     )
-    runs = []
-    for is_backward, kinds, starts in (
-        (False, stage.forward, clock.forward_start_CBM),
-        (True, stage.backward, clock.backward_start_CBM),
-    ):
-        sent = work.backward_send_C if is_backward else work.forward_send_C
-        runs += [
-            OperationRun(chunk=c, is_backward=is_backward, times=kinds[c], start_BM=starts[c], send_s=float(sent[c]))
-            for c in range(len(kinds))
-        ]
+    runs = [
+        OperationRun(
+            way=kind.way,
+            chunk=kind.chunk,
+            micro_batches_N=kind.micro_batches_N,
+            times=kind.times,
+            start_BN=clock.start_CBM[kind.way][kind.chunk][:, kind.micro_batches_N],
+            send_s=work.send_s(Operation(kind.way, kind.chunk, 0)),
+        )
+        for kind in stage.kinds
+    ]
     return StageRun(
         stage=s,
         traced_R=stage.traced_R,
@@ -220,71 +265,3 @@ def _send_s(scenario: Scenario) -> tuple[float, float]:
         float(send_s(num_bytes, next_near, scenario.cluster)),
         float(send_s(num_bytes, round_near, scenario.cluster)),
     )
-
-
-def _group_shape(scenario: Scenario, kind: str) -> tuple[int, int]:
-    """Ranks of a reduction group, and how many of them share a node: of the group that has the fewest together."""
-    nodes = np.sort(scenario.layout.groups(kind) // scenario.cluster.ranks_per_node, axis=1)
-    together = [int(np.unique(own, return_counts=True)[1].max()) for own in np.unique(nodes, axis=0)]
-    return nodes.shape[1], min(together)
-
-
-def _gradient_reduction_s(scenario: Scenario, dense: float, expert: float) -> tuple[float, float]:
-    """Seconds after the last backward to reduce gradients, and after the optimizer to gather weights. Both are booked
-    as the part gradient_reduction, as are ZeRO-3's gathers in every pass. See docs/model.md#gradient-reduction.
-    """
-    zero, cluster = scenario.parallel.zero, scenario.cluster
-    reduce_s = gather_s = 0.0
-    for kind, count in (("dpcp", dense), ("edp", expert)):
-        size, in_node = _group_shape(scenario, kind)
-        if size == 1 or not count:
-            continue
-        if zero == 0:
-            reduce_s += float(allreduce_s(size, in_node, count * GRADIENT_BYTES, cluster))
-        elif zero == 1:
-            reduce_s += float(reduce_scatter_s(size, in_node, count * GRADIENT_BYTES, cluster))
-        if zero in (1, 2):
-            gather_s += float(allgather_s(size, in_node, count * ACTIVATION_BYTES, cluster))
-    # A replica's gradient travels to its expert's first slot, the updated weights travel back.
-    replicas = expert * (1.0 - 1.0 / scenario.expert_copies)
-    near = scenario.parallel.ep * scenario.parallel.etp <= cluster.ranks_per_node
-    reduce_s += float(send_s(replicas * GRADIENT_BYTES, near, cluster))
-    gather_s += float(send_s(replicas * ACTIVATION_BYTES, near, cluster))
-    return reduce_s, gather_s
-
-
-def _sharded_weights_s(scenario: Scenario, dense: float, expert: float) -> tuple[float, float]:
-    """Seconds of each pass of a chunk to gather its weights (ZeRO-3), of each backward to scatter its gradients
-    (ZeRO-2, 3).
-    """
-    gather_s = scatter_s = 0.0
-    for kind, count in (("dpcp", dense), ("edp", expert)):
-        size, in_node = _group_shape(scenario, kind)
-        if size == 1 or not count:
-            continue
-        if scenario.parallel.zero >= 3:
-            gather_s += float(allgather_s(size, in_node, count * ACTIVATION_BYTES, scenario.cluster))
-        if scenario.parallel.zero >= 2:
-            scatter_s += float(reduce_scatter_s(size, in_node, count * GRADIENT_BYTES, scenario.cluster))
-    return gather_s, scatter_s
-
-
-def _hidden_reduction_s(
-    scenario: Scenario, reduce_s: float, chunks: tuple[tuple[Placed, ...], ...], backward: tuple[OperationTimes, ...]
-) -> float:
-    """How much of the reduction hides behind the last backward: one bucket a layer, sent as soon as its layer is done.
-
-    Contention of the buckets with the backward's own all-to-alls is not modelled. See docs/model.md#gradient-reduction.
-    """
-    num_buckets = sum(max(len(chunk), 1) for chunk in chunks)  # what holds no layer may hold embedding or head
-    if scenario.train.overlap == "none" or not reduce_s:
-        return 0.0
-    last_s = float(backward[0].duration_MB[-1].min()) / max(len(chunks[0]), 1)
-    bucket_s = reduce_s / num_buckets
-    # Chunks that ended earlier reduced while later ones ran; the buckets of the last chunk follow one another.
-    in_last = max(len(chunks[0]), 1)
-    done_s = 0.0
-    for i in range(in_last):
-        done_s = max(done_s, (i + 1) * last_s) + bucket_s
-    exposed_s = done_s - in_last * last_s
-    return max(reduce_s - exposed_s, 0.0)

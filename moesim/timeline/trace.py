@@ -3,7 +3,7 @@
 Spans are columns (arrays); they are expanded only for the traced ranks and only when asked for. ``write_chrome``
 writes the JSON that Perfetto and chrome://tracing open. Times are seconds from the start of the step.
 
-Legend: P phases, M micro-batches, V traced ranks of a stage, R ranks of a stage, S spans.
+Legend: P phases, M or N runs of an operation, V traced ranks of a stage, R ranks of a stage, S spans.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.device import DeviceCost
+from moesim.describe.schedules import Way
 from moesim.errors import InputError
 from moesim.scenario import Scenario
 from moesim.timeline.load import StepLoad
@@ -28,15 +29,18 @@ MAX_BYTES = int(50 * MEGA)
 
 @dataclass(frozen=True, kw_only=True)
 class OperationRun:
-    """All runs of one kind of operation (a chunk, a direction) on one stage: times by simulated block and micro-
-    batch.
-    """
+    """All runs of one kind of operation (a way through a chunk) on one stage: when each simulated block began each."""
 
+    way: Way
     chunk: int
-    is_backward: bool
+    micro_batches_N: NDArray[np.int64]
     times: OperationTimes
-    start_BM: Floats
+    start_BN: Floats
     send_s: float
+
+    @property
+    def is_backward(self) -> bool:
+        return self.way != "forward"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +141,15 @@ def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[st
     columns: list[list[NDArray[np.generic]]] = [[] for _ in range(7)]
     for op in run.operations:
         times = op.times
-        num_phases, num_micro_batches = times.start_PMV.shape[:2]
-        shape = (num_phases, num_micro_batches, len(ranks_V))
-        began_MV = op.start_BM[np.minimum(run.block_of_traced[keep_V], op.start_BM.shape[0] - 1)].T
+        shape = (*times.start_PMV.shape[:2], len(ranks_V))
+        began_MV = op.start_BN[np.minimum(run.block_of_traced[keep_V], op.start_BN.shape[0] - 1)].T
         name_P = np.array([names.setdefault(name, len(names)) for name in times.names], dtype=np.int64)
         values = (
             np.broadcast_to(ranks_V, shape),
             np.broadcast_to(name_P[:, None, None], shape),
             np.broadcast_to(np.array(times.layers, dtype=np.int64)[:, None, None], shape),
-            np.broadcast_to(np.arange(num_micro_batches)[:, None], shape),
-            np.full(shape, op.is_backward),
+            np.broadcast_to(op.micro_batches_N[:, None], shape),
+            np.broadcast_to(times.is_backward_P[:, None, None], shape),
             began_MV + times.start_PMV[:, :, keep_V],
             times.seconds_PMV[:, :, keep_V],
         )
@@ -184,7 +187,7 @@ def _append_sends(
         np.broadcast_to(ranks_V, shape),
         np.full(shape, names.setdefault("send to next stage", len(names))),
         np.full(shape, -1),
-        np.broadcast_to(np.arange(shape[0])[:, None], shape),
+        np.broadcast_to(op.micro_batches_N[:, None], shape),
         np.full(shape, op.is_backward),
         ended_MV,
         np.full(shape, op.send_s),
