@@ -73,7 +73,7 @@ UNIFORM = [
     Case(num_ranks=1024, skewed=False, least_ratio=10.0),
 ]
 SKEWED = [
-    Case(num_ranks=16, skewed=True, least_ratio=2.0, num_runs=20),  # half of it is set-up
+    Case(num_ranks=16, skewed=True, least_ratio=5.0, num_runs=20),
     Case(num_ranks=32, skewed=True, least_ratio=5.0, num_runs=20),
     Case(num_ranks=64, skewed=True, least_ratio=10.0, num_runs=5),
     Case(num_ranks=128, skewed=True, limit_s=1.0),
@@ -82,9 +82,10 @@ SKEWED = [
 OTHERS = [
     Case(num_ranks=64, skewed=True, cross_rail="direct", least_ratio=5.0),
     Case(num_ranks=64, skewed=True, cross_rail="spine", least_ratio=5.0),
-    Case(num_ranks=128, skewed=True, cross_rail="direct"),
-    Case(num_ranks=128, skewed=True, cross_rail="spine"),
-    Case(num_ranks=256, skewed=True, cross_rail="direct", num_runs=1),
+    Case(num_ranks=128, skewed=True, cross_rail="direct", limit_s=1.0),
+    Case(num_ranks=128, skewed=True, cross_rail="spine", limit_s=1.0),
+    Case(num_ranks=256, skewed=True, cross_rail="direct", limit_s=8.0, num_runs=1),
+    Case(num_ranks=256, skewed=True, cross_rail="spine", limit_s=8.0, num_runs=1),
 ]
 Simgrid = Callable[[Flows, Topology], tuple[int, float, Any]]
 

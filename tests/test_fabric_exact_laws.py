@@ -18,6 +18,7 @@ from moesim.describe.hardware import CrossRail
 from moesim.fabric import fold_kernels
 from moesim.fabric.exact import _fold, finish_s, shared_finish_s
 from moesim.fabric.flows import Flows, flows_of
+from moesim.fabric.sharing_kernels import finish_shared
 from moesim.fabric.topology import Topology
 
 Floats = NDArray[np.float64]
@@ -89,6 +90,32 @@ def exchanges(draw: st.DrawFn) -> tuple[Flows, Topology]:
 @given(systems())
 def test_the_solver_equals_plain_filling_on_any_links(system: System) -> None:
     np.testing.assert_allclose(shared_finish_s(*system), filled_finish_s(*system), rtol=1e-9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(systems())
+def test_ranked_links_give_the_finishes_of_filling_anew_on_any_links(system: System) -> None:
+    by_way = []
+    for most_pairs in (0, 10**9):  # no set counts as dense, every set does
+        finish_F = np.empty(system.bytes_F.size)
+        finish_shared(*system[:3], np.empty((0, 0)), system.rate_J, finish_F, most_pairs)
+        by_way.append(finish_F)
+    np.testing.assert_allclose(*by_way, rtol=1e-9)
+
+
+@pytest.mark.parametrize("cross_rail", get_args(CrossRail))
+def test_ranked_links_give_the_finishes_of_filling_anew_between_many_ranks(cross_rail: CrossRail) -> None:
+    topology = fabric(48, 8, cross_rail, 2.0)
+    rng = np.random.default_rng(5)
+    flows = flows_of(rng.lognormal(14.0, 1.0, (48, 48)), rng.random((48, 48)) * 1e-4)
+    routes = topology.routes(flows.source_F, flows.target_F)
+    by_way = []
+    for most_pairs in (0, 10**9):
+        finish_F = np.empty(flows.num_flows)
+        begin_F, rate_J = flows.start_F + routes.latency_F, topology.rate_bytes_per_s_J
+        finish_shared(flows.bytes_F, begin_F, routes.link_FP, np.empty((0, 0)), rate_J, finish_F, most_pairs)
+        by_way.append(finish_F)
+    np.testing.assert_allclose(*by_way, rtol=1e-10)
 
 
 @settings(max_examples=150, deadline=None)

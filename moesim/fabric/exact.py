@@ -80,17 +80,16 @@ def _packed(link_FP: Ints, kept_FP: NDArray[np.bool_]) -> Ints:
 
 def _finish_of_moving(bytes_F: Floats, begin_F: Floats, link_FP: Ints, rate_J: Floats) -> Floats:
     """As shared_finish_s, for messages with bytes over finite links only: folded where symmetry allows."""
-    from moesim.fabric.sharing_kernels import finish_shared
+    from moesim.fabric.sharing_kernels import MOST_PAIRS, finish_shared
 
     fold = _fold(bytes_F, begin_F, link_FP, rate_J) if bytes_F.size >= _FOLD_FROM else None
     if fold is not None:
         finish_I = np.empty(fold.first_I.size)
-        finish_shared(
-            bytes_F[fold.first_I], begin_F[fold.first_I], fold.link_IP, fold.weight_IP, rate_J[fold.first_K], finish_I
-        )
+        begin_I, rate_K = begin_F[fold.first_I], rate_J[fold.first_K]
+        finish_shared(bytes_F[fold.first_I], begin_I, fold.link_IP, fold.weight_IP, rate_K, finish_I, MOST_PAIRS)
         return finish_I[fold.colour_F]
     finish_F = np.empty(bytes_F.size)
-    finish_shared(bytes_F, begin_F, link_FP, np.empty((0, 0)), rate_J, finish_F)
+    finish_shared(bytes_F, begin_F, link_FP, np.empty((0, 0)), rate_J, finish_F, MOST_PAIRS)
     return finish_F
 
 

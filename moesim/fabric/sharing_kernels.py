@@ -14,12 +14,13 @@ import numpy as np
 from numba import njit
 
 from moesim.fabric.filling_kernels import FREE, fill, forget, links_of, push, scratch, sift_down
+from moesim.fabric.ranking_kernels import SAME_TIME, run_ranked
 from moesim.fabric.shrink_kernels import classes_of, components_of, links_that_can_fill, local_links
 
-_SAME_TIME = 1e-12  # ends that differ by this share of the clock are one event: rounding, not waiting
-_SMALL = 48  # sets of so few messages run to their end
-_PATIENCE = 48.0  # events, per message of a class, until a larger set is shrunk anew; doubled while that does not help
+_SMALL = 64  # sets of so few messages run to their end
+_PATIENCE = 96.0  # events, per message of a class, until a larger set is shrunk anew; doubled while that does not help
 _MOST_DONE = 8  # but never more events than an eighth of the messages
+MOST_PAIRS = 64  # of links per class in a dense set; at more, ranking and filling take alike
 _WORTH = 0.8  # a shrink helps if so few of the classes stay
 
 
@@ -95,12 +96,8 @@ def _padded(link_CP, num_links):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _run(component, messages, now, patience):  # type: ignore[no-untyped-def]
-    """Move one component from ``now`` on until it is done or, if it is large, for ``patience`` events.
-
-    component: (its messages, class by class; first_C1; link_CP; weight_CP; rate_L), messages: (begin_I, left_I,
-    finish_I). Returns (time, messages left, classes left); the messages stand first, their bytes in left_I.
-    """
+def _run_filling(component, class_n, messages, now, patience):  # type: ignore[no-untyped-def]
+    """As ``run_ranked``, for a sparse component: rates are found anew at each event, by filling."""
     items, first_C1, link_CP, weight_CP, rate_L = component
     begin_I, left_I, finish_I = messages
     num_classes, num_items, num_links = first_C1.size - 1, items.size, rate_L.size
@@ -116,9 +113,6 @@ def _run(component, messages, now, patience):  # type: ignore[no-untyped-def]
     moved_C, speed_C, wait_C = np.zeros(num_classes), np.zeros(num_classes), np.empty(num_classes)
     head_C = np.full(num_classes, np.inf)
     progress = mark, held, moved_C, head_C
-    class_n = np.empty(num_items, np.int64)
-    for c in range(num_classes):
-        class_n[first_C1[c] : first_C1[c + 1]] = c
     begin_n = begin_I[items]
     coming = np.argsort(begin_n, kind="mergesort")
     come = num_moving = 0
@@ -135,7 +129,7 @@ def _run(component, messages, now, patience):  # type: ignore[no-untyped-def]
                 break
             now = begin_n[coming[come]]
             continue
-        if patience <= 0.0 and num_items > _SMALL:
+        if patience <= 0.0:
             break
         patience -= 1.0
         fill(system, now_moving, speed_C, level_L1[:-1], work)
@@ -145,12 +139,12 @@ def _run(component, messages, now, patience):  # type: ignore[no-untyped-def]
             until = begin_n[coming[come]]
             step = until - now
         now = until
-        soon = step + _SAME_TIME * now
+        soon = step + SAME_TIME * now
         for c in range(num_classes):
             moved_C[c] += speed_C[c] * step
         for c in range(num_classes):
             if wait_C[c] <= soon:
-                while size_C[c] > 0.0 and head_C[c] - moved_C[c] <= speed_C[c] * _SAME_TIME * now:
+                while size_C[c] > 0.0 and head_C[c] - moved_C[c] <= speed_C[c] * SAME_TIME * now:
                     forget(work[-1], speed_C[c], link_CP[c], weight_CP[c] if weight_CP.size else moved_C[:0])
                     item = _leave(c, first_C1, system, now_moving, progress)
                     finish_I[item], left_I[item] = now, -1.0
@@ -158,21 +152,43 @@ def _run(component, messages, now, patience):  # type: ignore[no-untyped-def]
     for c in range(num_classes):
         for slot in range(first_C1[c], first_C1[c] + np.int64(size_C[c])):
             left_I[held[slot]] = mark[slot] - moved_C[c]
-    num_left = 0
-    for n in range(num_items):
-        if left_I[items[n]] >= 0.0:
-            items[num_left] = items[n]
-            num_left += 1
-    return now, num_left, (size_C > 0.0).sum() + num_items - come
+    return now, (size_C > 0.0).sum() + num_items - come
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def finish_shared(bytes_I, begin_I, link_IP, weight_IP, rate_J, finish_I):  # type: ignore[no-untyped-def]
+def _run(component, messages, now, patience, most_pairs):  # type: ignore[no-untyped-def]
+    """Move one component on until it is done or, if it is large, for ``patience`` events.
+
+    Returns (time, messages left, classes left); the messages stand first.
+    """
+    items, first_C1, _, _, rate_L = component
+    left_I = messages[1]
+    num_classes = first_C1.size - 1
+    class_n = np.empty(items.size, np.int64)
+    for c in range(num_classes):
+        class_n[first_C1[c] : first_C1[c + 1]] = c
+    if items.size <= _SMALL:
+        patience = np.inf
+    if rate_L.size**2 <= most_pairs * num_classes:
+        now, classes_left = run_ranked(component, class_n, messages, now, patience)
+    else:
+        now, classes_left = _run_filling(component, class_n, messages, now, patience)
+    num_left = 0
+    for item in items:
+        if left_I[item] >= 0.0:
+            items[num_left] = item
+            num_left += 1
+    return now, num_left, classes_left
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def finish_shared(bytes_I, begin_I, link_IP, weight_IP, rate_J, finish_I, most_pairs):  # type: ignore[no-untyped-def]
     """finish_I [s] of messages that begin at begin_I with bytes_I > 0 to move over links of positive, finite rates.
 
     weight_IP: how many messages such as this a link carries (folded systems); empty where each stands for itself.
     A stack of independent sets of messages; each is shrunk (links that cannot fill, equal routes, components), its
-    components are run for a while, and what is left of them goes back on the stack.
+    components are run for a while, and what is left of them goes back on the stack. most_pairs: up to so many pairs of
+    links per class a component is dense, and its links are ranked; 0 fills them all.
     """
     num_items = bytes_I.size
     left_I = bytes_I.copy()
@@ -205,7 +221,7 @@ def finish_shared(bytes_I, begin_I, link_IP, weight_IP, rate_J, finish_I):  # ty
             if num_classes < _WORTH * expected:
                 patience = _PATIENCE * part.size / num_classes
             component = part, first_C - first_C[0], part_link_CP, weight_CP, part_rate_L
-            now_after, kept, kept_classes = _run(component, (begin_I, left_I, finish_I), now, patience)
+            now_after, kept, kept_classes = _run(component, (begin_I, left_I, finish_I), now, patience, most_pairs)
             if kept > 0:
                 todo[first : first + kept] = part[:kept]
                 low_S[depth], high_S[depth], time_S[depth] = first, first + kept, now_after

@@ -19,7 +19,7 @@ _MOST_LINKS = 1 << 15  # four link numbers fit one integer key
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def local_links(rows, link_XP, rate_J, local_J):  # type: ignore[no-untyped-def]
-    """(routes of some rows in numbers 0..L-1, rate_L). local_J: all -1, before and after."""
+    """(routes of some rows in numbers 0..L-1, in the links' order; rate_L). local_J: all -1, before and after."""
     num_hops = link_XP.shape[1]
     link_nP = np.full((rows.size, num_hops), -1, np.int32)
     used = np.empty(min(rate_J.size, rows.size * num_hops), np.int64)
@@ -30,14 +30,19 @@ def local_links(rows, link_XP, rate_J, local_J):  # type: ignore[no-untyped-def]
             if link < 0:
                 break
             if local_J[link] < 0:
-                local_J[link] = num_links
+                local_J[link] = 0
                 used[num_links] = link
                 num_links += 1
-            link_nP[n, hop] = local_J[link]
-    rate_L = np.empty(num_links)
+    used = np.sort(used[:num_links])
     for link in range(num_links):
-        rate_L[link] = rate_J[used[link]]
-        local_J[used[link]] = -1
+        local_J[used[link]] = link
+    for n in range(rows.size):
+        for hop in range(num_hops):
+            if link_XP[rows[n], hop] < 0:
+                break
+            link_nP[n, hop] = local_J[link_XP[rows[n], hop]]
+    rate_L = rate_J[used]
+    local_J[used] = -1
     return link_nP, rate_L
 
 
