@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from moesim.catalog.hardware import CLUSTER_NAMES, load_cluster
 from moesim.catalog.models import MODEL_NAMES, load_model
+from moesim.cost.context import check_context
 from moesim.cost.recompute import useful_modules
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model, MoeFfn
@@ -64,7 +65,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     **{
         name: ("parallel", name)
         for name in (
-            *("tp", "pp", "vpp", "cp", "ep", "etp", "zero"),
+            *("tp", "pp", "vpp", "cp", "cp_kind", "ep", "etp", "zero"),
             *("layout", "num_first_stage_layers", "num_last_stage_layers", "embedding_as_layer", "loss_as_layer"),
         )
     },
@@ -159,6 +160,7 @@ class Scenario:
             f"must be a multiple of tp*cp = {p.tp * p.cp}",
             self.train.seq_len,
         )
+        check_context(model, p, self.train)
         for i in (*range(len(model.layers)),):
             attention = model.layers[i].attention
             check(

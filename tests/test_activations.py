@@ -65,8 +65,9 @@ def test_cross_attention_adds_its_own_norm_tensors_queries_keys_values_and_outpu
 
 
 def test_context_parallelism_by_all_to_all_keeps_the_attention_output_twice() -> None:
-    extra = per("token", LLAMA, Parallelism(cp=2)) - per("token", LLAMA)
+    extra = per("token", LLAMA, Parallelism(cp=2, cp_kind="alltoall")) - per("token", LLAMA)
     assert extra == 2 * H
+    assert per("token", LLAMA, Parallelism(cp=2)) == per("token", LLAMA)
 
 
 def test_the_unfused_loss_holds_fp32_logits_beside_their_bf16_gradient() -> None:

@@ -68,7 +68,7 @@ def dense_errors() -> list[float]:
     """Predicted over measured - 1, one per stage of each run."""
     errors = []
     for size, tp, pp, cp, seq_len, measured_mib in DENSE_RUNS:
-        parallel = Parallelism(tp=tp, pp=pp, cp=cp, zero=1)
+        parallel = Parallelism(tp=tp, pp=pp, cp=cp, cp_kind="alltoall", zero=1)
         layout = parallel.rank_layout(8)
         train = Training(seq_len=seq_len, global_batch=4 * layout.dp)
         model = llama(size, tp)

@@ -58,7 +58,9 @@ def layer_errors(sizes: tuple[int, int, int, int], measured_ms: tuple[float, flo
 def b200_error(model: Model, tp: int, pp: int, cp: int, seq_len: int, global_batch: int, measured_ms: float) -> float:
     base = Scenario.make(model="llama-3-8b", cluster="b200-8x-ib400", num_gpus=8, popularity="balanced")
     ep = 8 if model.is_moe else 1
-    asked = base.with_(model=model, tp=tp, pp=pp, cp=cp, ep=ep, seq_len=seq_len, global_batch=global_batch)
+    asked = base.with_(
+        model=model, tp=tp, pp=pp, cp=cp, cp_kind="alltoall", ep=ep, seq_len=seq_len, global_batch=global_batch
+    )
     return summarise(run_step(asked)).step_s / (measured_ms * MILLI) - 1
 
 

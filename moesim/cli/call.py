@@ -43,6 +43,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "pp": ("N", "Pipeline stages."),
         "vpp": ("N", "Virtual stages per pipeline rank."),
         "cp": ("N", "Context parallel."),
+        "cp_kind": ("KIND", "How ranks of a sequence reach its keys and values: ring, alltoall (heads) or allgather."),
         "ep": ("N", "Expert parallel."),
         "etp": ("N", "Tensor parallel inside an expert."),
         "zero": ("0..3", "ZeRO stage."),

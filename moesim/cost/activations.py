@@ -167,7 +167,7 @@ def layer_tensors(
     >>> sum(tensor.bytes for tensor in layer_tensors(model, layer, Parallelism())) / 8192
     33.53125
     """
-    keeps_twice = parallel.cp > 1 and software.cp_keeps_output_twice
+    keeps_twice = parallel.cp > 1 and parallel.cp_kind == "alltoall" and software.cp_keeps_output_twice
     tensors = [layer_input(model, parallel)]
     tensors += _attention_tensors(model.hidden, layer.attention, parallel.tp, keeps_twice)
     if layer.cross_attention is not None:

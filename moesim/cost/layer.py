@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.activations import rank_kv_heads
+from moesim.cost.context import key_value_bytes, output_bytes, query_bytes
 from moesim.cost.device import DeviceCost
 from moesim.cost.recompute import Operation
 from moesim.describe.flops import layer_flops
@@ -39,6 +40,7 @@ class PassCost:
     router_s: float = 0.0
     unpermute_s: float = 0.0
     dense_ffn_s: float = 0.0  # the dense block, or the shared experts
+    core_attention_s: float = 0.0  # of attention_s: scores and weighted values, behind which a ring of cp hides
     num_tp_collectives: int = 0  # all-gathers plus reduce-scatters of tp_bytes around attention and the dense block
 
 
@@ -49,7 +51,8 @@ class LayerCost:
     forward: PassCost
     backward: PassCost
     tp_bytes: float  # of the gathered (T, hidden) tensor
-    cp_bytes: float  # of the keys and values that a context-parallel group gathers for attention; 0 without one
+    cp_bytes: float  # of the keys and values of all ranks of a context-parallel group; 0 without one
+    cp_exchange_bytes: tuple[float, float] = (0.0, 0.0)  # a rank's queries, keys and values; its attention's output
 
 
 def rank_tokens(parallel: Parallelism, train: Training) -> float:
@@ -59,7 +62,8 @@ def rank_tokens(parallel: Parallelism, train: Training) -> float:
 
 def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Training, device: DeviceCost) -> LayerCost:
     """Every phase of one layer that does not depend on routing. See docs/model.md#layer."""
-    own, group = rank_tokens(parallel, train), rank_tokens(parallel, train) * parallel.tp
+    tp, own = parallel.tp, rank_tokens(parallel, train)
+    group = own * tp
     elementwise = _norms_and_residuals_bytes(model, layer, own)
     forward = _attention_s(model, layer, parallel=parallel, train=train, device=device, backward=False)
     backward = _attention_s(model, layer, parallel=parallel, train=train, device=device, backward=True)
@@ -82,6 +86,7 @@ def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Trai
             router_s=router[0],
             unpermute_s=unpermute[0],
             dense_ffn_s=dense[0],
+            core_attention_s=_core_attention_s(model, layer, parallel, train, device, backward=False),
             num_tp_collectives=num_collectives,
         ),
         backward=PassCost(
@@ -89,12 +94,15 @@ def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Trai
             router_s=router[1],
             unpermute_s=unpermute[1],
             dense_ffn_s=dense[1],
+            core_attention_s=_core_attention_s(model, layer, parallel, train, device, backward=True),
             num_tp_collectives=num_collectives,
         ),
         tp_bytes=group * model.hidden * ACTIVATION_BYTES,
-        cp_bytes=group * parallel.cp * _key_value_dims(layer.attention, parallel.tp) * ACTIVATION_BYTES
-        if parallel.cp > 1
-        else 0.0,
+        cp_bytes=group * parallel.cp * key_value_bytes(layer.attention, tp) if parallel.cp > 1 else 0.0,
+        cp_exchange_bytes=(
+            group * (query_bytes(layer.attention, tp) + key_value_bytes(layer.attention, tp)),
+            group * output_bytes(layer.attention, tp),
+        ),
     )
 
 
@@ -228,9 +236,7 @@ def _attention_s(
 ) -> float:
     rows = np.array([rank_tokens(parallel, train) * parallel.tp])
     product = device.backward_s if backward else device.grouped_s
-    flops = _core_attention_flops(model, layer, parallel, train)
-    # The backward of a flash kernel does 2.5 times the forward's products (five to two). arXiv 2205.14135.
-    seconds = device.attention_s(2.5 * flops if backward else flops, backward=backward)
+    seconds = _core_attention_s(model, layer, parallel, train, device, backward=backward)
     for attention in (layer.attention, layer.cross_attention):
         if attention is None:
             continue
@@ -239,6 +245,16 @@ def _attention_s(
         rotated = 2 * float(rows[0]) * sum(columns for _, columns in projections[:-1])
         seconds += float(device.stream_s(rotated * ACTIVATION_BYTES))
     return seconds
+
+
+def _core_attention_s(
+    model: Model, layer: Layer, parallel: Parallelism, train: Training, device: DeviceCost, *, backward: bool
+) -> float:
+    """Seconds of scores and weighted values. A flash kernel's backward does 2.5 times the forward's products (five to
+    two). arXiv 2205.14135.
+    """
+    flops = _core_attention_flops(model, layer, parallel, train)
+    return device.attention_s(2.5 * flops if backward else flops, backward=backward)
 
 
 def _core_attention_flops(model: Model, layer: Layer, parallel: Parallelism, train: Training) -> float:
@@ -269,13 +285,6 @@ def _up_projections(hidden: int, attention: LatentAttention, tp: int) -> list[tu
         (attention.q_lora_rank or hidden, heads * query_dim),
         (attention.kv_lora_rank, heads * (attention.qk_nope_head_dim + attention.v_head_dim)),
     ]
-
-
-def _key_value_dims(attention: Attention, tp: int) -> float:
-    """Elements of one token's keys and values on one tensor-parallel rank."""
-    if isinstance(attention, GroupedQueryAttention):
-        return 2 * rank_kv_heads(attention, tp) * attention.head_dim
-    return attention.num_heads / tp * (attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim)
 
 
 def _router_s(model: Model, moe: MoeFfn, own: float, device: DeviceCost) -> tuple[float, float]:

@@ -33,6 +33,7 @@ from moesim.cost.activations import (
     rank_kv_heads,
     workspace_bytes,
 )
+from moesim.cost.context import buffer_bytes
 from moesim.cost.recompute import kept_tensors
 from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
@@ -321,16 +322,21 @@ def _chunk_memory(
         where = f"backward of layer {i + 1} of {len(chunk)}"
         again = [tensor for tensor in tensors_of[i] if tensor not in left_of[i]]
         # Of a whole layer all is made again at once; modules of the attention follow the feed-forward's backward.
-        later = tuple(tensor for tensor in again if tensor.part == "attention" and train.recompute != "full")
+        of_attention = tuple(tensor for tensor in again if tensor.part == "attention")
+        later = of_attention if train.recompute != "full" else ()
         first = tuple(tensor for tensor in again if tensor not in later)
         for moment in layer_moments(model, item.layer, parallel):
             working = parts(moment.per_token, moment.per_assignment, item)
             candidates.append(saved_parts(first, item) + working - freed)
             names.append(f"{where}: {moment.name}")
-        if later:  # beside the gradient of the layer's output; what the feed-forward kept is gone by then
+        if (
+            later or parallel.cp > 1
+        ):  # beside the gradient of the layer's output; what the feed-forward kept is gone by then
             gone = saved_parts(tuple(tensor for tensor in left_of[i] if tensor.part != "attention"), item)
-            candidates.append(saved_parts((*later, layer_input(model, parallel)), item) - gone - freed)
-            names.append(f"{where}: attention again")
+            exchanged = parts((buffer_bytes(item.layer.attention, parallel), 0.0), (0.0, 0.0), None)
+            held = saved_parts((*of_attention, layer_input(model, parallel)), item)
+            candidates.append(held + exchanged - gone - freed)
+            names.append(f"{where}: attention{' again' if later else ''}")
         freed = freed + kept[i]
     if has_head:
         per_token, fixed = head_moment(model, parallel, software)

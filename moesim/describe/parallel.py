@@ -7,12 +7,12 @@ stage.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.describe.checks import check_whole
+from moesim.describe.checks import check_choice, check_whole
 from moesim.describe.stages import check_layout
 from moesim.errors import InputError, check
 
@@ -32,6 +32,7 @@ class Parallelism:
     pp: int = 1  # pipeline stages
     vpp: int = 1  # virtual stages per pipeline rank
     cp: int = 1  # context parallel
+    cp_kind: CpKind = "ring"  # how the ranks of a sequence reach each other's keys and values
     ep: int = 1  # expert parallel
     etp: int = 1  # tensor parallel inside an expert
     zero: int = 1  # ZeRO stage 0..3
@@ -44,6 +45,7 @@ class Parallelism:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp"):
             check_whole("parallel", name, getattr(self, name))
+        check_choice("parallel", "cp_kind", self.cp_kind, get_args(CpKind))
         check_whole("parallel", "zero", self.zero, least=0)
         check(0 <= self.zero <= 3, "parallel", "zero", "must be 0, 1, 2 or 3", self.zero)
         self._check_stages()

@@ -46,6 +46,19 @@ def alltoall_s(port_bytes: PortBytes, ports: Ports) -> Floats:
     return alltoall_finish_s(port_bytes, ports).max(axis=-1)
 
 
+def even_alltoall_s(group_size: int, ranks_per_node_in_group: int, num_bytes: ArrayLike, cluster: Cluster) -> Floats:
+    """All-to-all in which each rank hands 1/n of its num_bytes to each of n ranks, itself included [s].
+
+    NVLink and NIC run side by side, as in ``alltoall_finish_s``. docs/model.md#context-parallelism.
+    """
+    whole_bytes, in_node = np.asarray(num_bytes, dtype=np.float64), ranks_per_node_in_group
+    near_s = (in_node - 1) / group_size * whole_bytes / rate(cluster, "nvlink", "alltoall")
+    far_s = (group_size - in_node) / group_size * whole_bytes / rate(cluster, "nic", "alltoall")
+    near_s = near_s + float(cluster.latency_intra_s) * (in_node > 1)
+    far_s = far_s + float(cluster.latency_inter_s) * (group_size > in_node)
+    return np.where(whole_bytes > 0, np.maximum(near_s, far_s), 0.0)
+
+
 def allgather_s(group_size: int, ranks_per_node_in_group: int, num_bytes: ArrayLike, cluster: Cluster) -> Floats:
     """All-gather of num_bytes in total (each rank brings 1/n of it) [s].
 

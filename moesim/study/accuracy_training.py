@@ -72,6 +72,8 @@ def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
         "pp": pp,
         "vpp": whole(row, "vp", owner, default=1),
         "cp": whole(row, "cp", owner, default=1),
+        # SimuMax's launcher exchanges heads (--cp-comm-type a2a); Megatron's own default is the ring.
+        "cp_kind": "alltoall" if "SimuMax" in row.get("source", "") else "ring",
         "ep": ep,
         "etp": whole(row, "etp", owner, default=_default_etp(num_gpus, tp, pp, ep)) if model.is_moe else 1,
         "zero": 1,

@@ -34,7 +34,7 @@ from moesim.cost.recompute import ATTENTION_OPERATIONS, FFN_OPERATIONS, Operatio
 from moesim.describe.model import LatentAttention, Layer, MoeFfn
 from moesim.describe.pipeline import Placed
 from moesim.describe.schedules import Way
-from moesim.fabric.collectives import allgather_s
+from moesim.fabric.collectives import allgather_s, even_alltoall_s, send_s
 from moesim.scenario import Scenario
 from moesim.timeline.phases import Phase
 
@@ -164,23 +164,20 @@ class StagePlan:
 
     def _around(self, index: int, cost: LayerCost, one_pass: PassCost, weights_s: float = 0.0) -> list[Phase]:
         """Attention with the collectives of its tensor- and context-parallel group, all of the layer's in one span."""
-        # Keys and values go round once forward; backward they and their gradients do.
-        rounds = 2 if one_pass is cost.backward else 1
         return [
-            *self._in_step(index, cost, one_pass.num_tp_collectives, rounds),
+            *self._in_step(index, cost, one_pass.num_tp_collectives, one_pass),
             _local("attention", "attention", index, one_pass.attention_s, weights_s),
         ]
 
-    def _in_step(self, index: int, cost: LayerCost, num_tp_collectives: int, cp_rounds: int) -> list[Phase]:
-        """Collectives of the tensor- and context-parallel group."""
+    def _in_step(self, index: int, cost: LayerCost, num_tp_collectives: int, attention: PassCost | None) -> list[Phase]:
+        """Collectives of the tensor- and context-parallel group; attention: the pass whose exchange is among them."""
         parallel = self.scenario.parallel
         in_step = parallel.tp * parallel.cp
         if in_step == 1:
             return []
         seconds = num_tp_collectives * _gather_s(parallel.tp, 1, cost.tp_bytes, self.scenario)
-        seconds += (
-            cp_rounds * _gather_s(parallel.cp, parallel.tp, cost.cp_bytes, self.scenario) if parallel.cp > 1 else 0.0
-        )
+        if attention is not None and parallel.cp > 1:
+            seconds += context_s(self.scenario, cost, attention)
         return [
             Phase(
                 name="tensor parallel",
@@ -193,7 +190,7 @@ class StagePlan:
 
     def _again(self, index: int, placed: Placed, cost: LayerCost, operation: Operation) -> list[Phase]:
         """An operation of the forward done again, with its exchanges."""
-        layer, train, tp_collectives, cp_rounds = placed.layer, self.scenario.train, 0, 0
+        layer, train, tp_collectives, attention = placed.layer, self.scenario.train, 0, None
         if operation == "routed experts":
             assert isinstance(layer.ffn, MoeFfn)
             phases = self._moe_forward(index, placed.moe_index, layer.ffn, cost.forward)
@@ -203,12 +200,12 @@ class StagePlan:
         else:
             direct = isinstance(layer.attention, LatentAttention) and layer.attention.q_lora_rank is None
             tp_collectives = int(operation == "up projections" and direct)  # queries gather the hidden state
-            cp_rounds = int(operation == "core attention")
+            attention = cost.forward if operation == "core attention" else None
             parallel, device = self.scenario.parallel, self.device
             seconds = again_s(self.scenario.model, layer, operation, parallel=parallel, train=train, device=device)
             phases = [_local(operation, "attention", index, seconds)]
-        if tp_collectives or cp_rounds:
-            phases = [*self._in_step(index, cost, tp_collectives, cp_rounds), *phases]
+        if tp_collectives or attention is not None:
+            phases = [*self._in_step(index, cost, tp_collectives, attention), *phases]
         return [_as_recompute(phase) for phase in phases]
 
     def _moe_forward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost) -> list[Phase]:
@@ -312,6 +309,25 @@ def _as_recompute(phase: Phase) -> Phase:
     """A forward phase done again: its compute counts as recomputation, its communication as communication."""
     is_comm = phase.part in COMM_PARTS
     return replace(phase, name=f"{phase.name} again", part=phase.part if is_comm else "recompute")
+
+
+def context_s(scenario: Scenario, cost: LayerCost, one_pass: PassCost) -> float:
+    """Seconds by which one pass of attention is longer for its context-parallel exchange.
+
+    See docs/model.md#context-parallelism.
+    """
+    parallel, cluster = scenario.parallel, scenario.cluster
+    # Keys and values travel once forward; backward they and their gradients do.
+    rounds = 2 if one_pass is cost.backward else 1
+    if parallel.cp_kind == "allgather":
+        return rounds * _gather_s(parallel.cp, parallel.tp, cost.cp_bytes, scenario)
+    in_node = max(min(parallel.cp, cluster.ranks_per_node // parallel.tp), 1)
+    if parallel.cp_kind == "alltoall":
+        return sum(
+            float(even_alltoall_s(parallel.cp, in_node, num_bytes, cluster)) for num_bytes in cost.cp_exchange_bytes
+        )
+    hop_s = float(send_s(rounds * cost.cp_bytes / parallel.cp, in_node == parallel.cp, cluster))
+    return (parallel.cp - 1) * max(hop_s - one_pass.core_attention_s / parallel.cp, 0.0)
 
 
 def _gather_s(group_size: int, stride: int, num_bytes: float, scenario: Scenario) -> float:
