@@ -9,38 +9,30 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from reference_model.cases import Case, all_cases, prepare_case
+from reference_model.cases import Case, all_cases
+from reference_model.exchange import exchange_cases
 from reference_model.fit import fit_points, repeat_noise_fraction, score
+from reference_model.measure import HOST_KEY, PointLog, Progress, measure, measure_on_ranks
 from reference_model.profile_schema import SCHEMA, SCHEMA_VERSION, write_profile
 from reference_model.shapes import CPU_SMALL, NAMED_SHAPES, LayerShapes, shapes_of
-from reference_model.timing import (
-    Arena,
-    Effort,
-    arena_bytes,
-    calls_ahead,
-    device_description,
-    host_overhead_s,
-    sample_times_s,
-)
+from reference_model.timing import Effort, arena_bytes, device_description
 
-Progress = Callable[[int, int, str], None]  # done, total, what comes next
-
-FULL = Effort(num_passes=3, min_samples=5, max_samples=100, budget_s=0.05)
-QUICK = Effort(num_passes=2, min_samples=3, max_samples=50, budget_s=0.015, num_extra_passes=1)
+FULL = Effort(num_passes=3, min_samples=5, max_samples=60, budget_s=0.05)
+QUICK = Effort(num_passes=2, min_samples=3, max_samples=30, budget_s=0.015, num_extra_passes=1, limit_s=40.0)
 FULL_GPU = Effort(num_passes=3, min_samples=10, max_samples=30, budget_s=0.01)
 _LAUNCH = Case(kind="launch", direction="forward", size=1)
-_HOST_KEY = "host"
 _BUSY_FRACTION = 0.2  # disagreement of passes at the 90th percentile, above which a profile says so
 _MOST_CPU_FLOPS = 1e11  # a second per product on two slow cores; a whole calibration would take hours beyond
-_AGREEMENT_FRACTION = 0.05  # between the two least disturbed passes over a case
+_CPU_RANKS = 2  # processes that exchange on a CPU of as many cores
 
 
 def calibrate(
@@ -52,36 +44,51 @@ def calibrate(
     *,
     name: str = "",
     effort: Effort | None = None,
+    num_ranks: int = 1,
 ) -> dict[str, Any]:
     """Time this device, write the profile to out_path, and return it as plain values.
 
     device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``; shapes: the models whose sizes to time; None takes
-    the small named one on a CPU (in float32) and the published ones of NAMED_SHAPES on a GPU (in bf16).
-    Raises ValueError for a device that is not there, and for a large model's sizes on a CPU.
+    the small named one on a CPU (in float32) and the published ones of NAMED_SHAPES on a GPU (in bf16). num_ranks:
+    processes that time every case at the same time, on a CPU with one thread each; with 1 only the exchanges are timed
+    by several, as many as are at hand.
+    Raises ValueError for a device that is not there or too few of them, and for a large model's sizes on a CPU.
 
     >>> calibrate("cpu", quick=True, out_path="cpu.json")["named_model"]  # doctest: +SKIP
     ['cpu-small']
     """
     place = find_device(device)
+    at_hand = ranks_at_hand(place)
+    if not 1 <= num_ranks <= at_hand:
+        raise ValueError(f"ranks: this device has cores or GPUs for 1 to {at_hand}; got {num_ranks}")
     chosen = _chosen_shapes(shapes, place)
     effort = effort or (FULL_GPU if place.type == "cuda" and not quick else QUICK if quick else FULL)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    cases = [_LAUNCH, *all_cases(chosen, quick=quick)]
-    largest = max(case.num_bytes(dtype.itemsize) for case in cases if case.kind != "launch")
+    alone = [_LAUNCH, *all_cases(chosen, quick=quick)]
+    together = exchange_cases(chosen, at_hand, dtype.itemsize, quick=quick) if at_hand > 1 else []
+    largest = max(case.num_bytes(dtype.itemsize) for case in [*alone, *together] if case.kind != "launch")
     settings = {
         "quick": quick,
         "num_passes": effort.num_passes,
         "min_samples": effort.min_samples,
         "arena_bytes": arena_bytes(place, largest),
+        "num_ranks": num_ranks,
     }
     about = device_description(place)
+    if num_ranks > 1 and place.type == "cpu":
+        about["num_threads"] = 1
     header: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "device": about, "settings": settings}
     header["shapes"] = [dataclasses.asdict(shape) for shape in chosen]
     out = Path(out_path)
     log = PointLog(out.with_name(out.name + ".points.jsonl"), header)
-    _measure(cases, log, place, dtype, effort, settings["arena_bytes"], progress or print_progress)
+    how = (place, dtype, effort, settings["arena_bytes"], progress or print_progress)
+    if num_ranks == 1:
+        measure([None, *alone], log, *how)
+        log = measure_on_ranks(at_hand, together, log, *how) if together else log
+    else:
+        log = measure_on_ranks(num_ranks, [None, *alone, *together], log, *how)
 
-    points = [_point(case, log.samples[case.key]) for case in cases]
+    points = [_point(case, log.samples[case.key]) for case in [*alone, *together]]
     fit = fit_points(points, element_bytes=dtype.itemsize)
     profile: dict[str, Any] = {
         "schema": SCHEMA,
@@ -93,7 +100,7 @@ def calibrate(
         "named_model": [shape.name for shape in chosen],
         "dtype": str(dtype).removeprefix("torch."),
         "settings": settings,
-        "host_per_op_s": float(np.median(np.concatenate(log.samples[_HOST_KEY]))),
+        "host_per_op_s": float(np.median(np.concatenate(log.samples[HOST_KEY]))),
         "fit": fit,
         "errors": score(fit, points),
         "points": points,
@@ -102,85 +109,6 @@ def calibrate(
     write_profile(json.loads(json.dumps(profile)), out)
     log.delete()
     return profile
-
-
-class PointLog:
-    """The samples taken so far, one JSON line per case and pass behind a header; survives a kill at any moment.
-
-    A file of another device, software or set of shapes is begun anew; a line cut short is dropped.
-    """
-
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path = path
-        self.samples: dict[str, list[list[float]]] = {}
-        first = json.dumps({"header": header}, sort_keys=True)
-        kept = self._kept_lines(first)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([first, *kept]) + "\n", encoding="utf-8")
-
-    def _kept_lines(self, first: str) -> list[str]:
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else []
-        if not lines or lines[0] != first:
-            return []
-        kept = []
-        for line in lines[1:-1]:  # what follows the last line end was cut short
-            try:
-                entry = json.loads(line)
-                self.samples.setdefault(entry["key"], []).append([float(s) for s in entry["samples_s"]])
-            except (ValueError, KeyError, TypeError):
-                continue
-            kept.append(line)
-        return kept
-
-    def add(self, key: str, samples_s: Sequence[float]) -> None:
-        """Append one case's samples of one pass."""
-        self.samples.setdefault(key, []).append(list(samples_s))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "samples_s": list(samples_s)}) + "\n")
-
-    def delete(self) -> None:
-        """The profile now holds it all."""
-        self.path.unlink()
-
-
-def _measure(
-    cases: Sequence[Case],
-    log: PointLog,
-    device: torch.device,
-    dtype: torch.dtype,
-    effort: Effort,
-    num_arena_bytes: int,
-    progress: Progress,
-) -> None:
-    """Fill the log. Each pass visits all cases in another (fixed) order, so drift turns into spread, not into bias.
-
-    After the planned passes come further ones over the cases whose two least disturbed passes still disagree.
-    """
-    everything: list[Case | None] = [None, *cases]  # None: the host's overhead
-    arena = Arena(device, dtype, num_arena_bytes)
-    for number in range(effort.num_passes + effort.num_extra_passes):
-        order = np.random.default_rng(number).permutation(len(everything))
-        todo = [case for case in (everything[i] for i in order) if len(log.samples.get(_key(case), ())) <= number]
-        if number >= effort.num_passes:
-            todo = [case for case in todo if case and not _agree(log.samples[case.key])]
-        for done, case in enumerate(todo):
-            progress(done, len(todo), f"pass {number + 1}: {_key(case)}")
-            if case is None:
-                log.add(_HOST_KEY, [host_overhead_s(device)])
-            else:
-                backward = case.direction == "backward"
-                ahead = calls_ahead(device, case.num_bytes(dtype.itemsize)) if backward else 1
-                log.add(case.key, sample_times_s(prepare_case(case, arena), device, effort, ahead))
-        progress(len(todo), len(todo), f"pass {number + 1}: done")
-
-
-def _agree(samples_by_pass: Sequence[Sequence[float]]) -> bool:
-    least, second = sorted(float(np.median(samples)) for samples in samples_by_pass)[:2]
-    return second <= (1.0 + _AGREEMENT_FRACTION) * least
-
-
-def _key(case: Case | None) -> str:
-    return case.key if case else _HOST_KEY
 
 
 def _point(case: Case, samples_by_pass: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -208,6 +136,11 @@ def find_device(device: str) -> torch.device:
     return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
+def ranks_at_hand(device: torch.device) -> int:
+    """How many ranks can work at the same time: one for each GPU; on a CPU two, where it has as many cores."""
+    return torch.cuda.device_count() if device.type == "cuda" else min(_CPU_RANKS, os.cpu_count() or 1)
+
+
 def _chosen_shapes(shapes: Sequence[LayerShapes] | LayerShapes | None, device: torch.device) -> tuple[LayerShapes, ...]:
     if shapes:
         chosen = (shapes,) if isinstance(shapes, LayerShapes) else tuple(shapes)
@@ -220,7 +153,7 @@ def _chosen_shapes(shapes: Sequence[LayerShapes] | LayerShapes | None, device: t
     return (CPU_SMALL,) if device.type == "cpu" else tuple(s for s in NAMED_SHAPES.values() if s is not CPU_SMALL)
 
 
-def _notes(device: torch.device, shapes: Iterable[LayerShapes], points: Iterable[Mapping[str, Any]]) -> list[str]:
+def _notes(device: torch.device, shapes: Iterable[LayerShapes], points: Sequence[Mapping[str, Any]]) -> list[str]:
     names = ", ".join(shape.name for shape in shapes)
     noise = [repeat_noise_fraction(point) for point in points]
     spread = f"{np.median(noise):.1%} for the median case, {np.quantile(noise, 0.9):.1%} at the 90th percentile"
@@ -229,7 +162,10 @@ def _notes(device: torch.device, shapes: Iterable[LayerShapes], points: Iterable
         f"The two best passes over a case disagree by {spread}.",
         "Held-out points and whole layers were never part of the fit.",
     ]
-    if np.quantile(noise, 0.9) > _BUSY_FRACTION:
+    once = sum(len(point["pass_medians_s"]) == 1 for point in points)
+    if once:
+        notes.append(f"Time ran out: {once} of {len(points)} cases were timed in one pass, and stand with no noise.")
+    if once or np.quantile(noise, 0.9) > _BUSY_FRACTION:
         notes.append("The machine was busy with other work: calibrate again when it is idle.")
     if device.type == "cpu":
         notes.append("Measured on a CPU: it says nothing about any GPU, and moesim refuses to use it for one.")
@@ -263,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="under a minute on two CPU cores; fewer columns and samples"
     )
     parser.add_argument("--out", type=Path, required=True, help="the profile to write (JSON)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that time every case at the same time")
     parser.add_argument("--name", default="", help="the profile's name; default: the file's")
     parser.add_argument("--model", action="append", choices=sorted(NAMED_SHAPES), help="repeatable; default by device")
     sizes = ("hidden", "width", "experts", "top-k")
@@ -277,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hidden, width, experts, top_k = numbers
         shapes.append(shapes_of(name="own", hidden=hidden, expert_width=width, num_experts=experts, top_k=top_k))
     try:
-        profile = calibrate(given.device, shapes, given.quick, given.out, name=given.name)
+        profile = calibrate(given.device, shapes, given.quick, given.out, name=given.name, num_ranks=given.ranks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -73,7 +73,7 @@ def all_cases(shapes: tuple[LayerShapes, ...], *, quick: bool = False) -> list[C
 
 def _cases_of(shape: LayerShapes, quick: bool) -> Iterator[Case]:
     columns = sorted(set(shape.active_experts if not quick else (shape.active_experts[0], shape.active_experts[-1])))
-    ladder = _powers if quick else _half_steps
+    ladder = powers if quick else half_steps
     for width_in, width_out in shape.products:
         grouped = Case(kind="grouped", width_in=width_in, width_out=width_out)
         for column, num_active in enumerate(columns):
@@ -86,26 +86,27 @@ def _cases_of(shape: LayerShapes, quick: bool) -> Iterator[Case]:
     router = Case(kind="router", width_in=shape.hidden, top_k=shape.top_k)
     for width in {shape.num_experts: None, shape.layer_experts: None}:  # the model's, and that of the layer timed below
         yield from _grid(replace(router, width_out=width), tokens, 0)
-    for kind in ("permute", "combine"):
-        yield from _grid(replace(router, kind=kind, width_out=shape.top_k), tokens, 1)
+    for top_k in {shape.top_k: None, 1: None}:  # of a rank's own tokens; of rows that it received, one expert each
+        for kind in ("permute", "combine"):
+            yield from _grid(replace(router, kind=kind, width_out=top_k, top_k=top_k), tokens, 1)
     yield from _grid(Case(kind="activation", width_in=shape.expert_width), ladder(16, shape.max_rows), 2)
     most_bytes = min(_COPY_BYTES[1], max(_COPY_BYTES[0], 32 * shape.max_rows * shape.hidden))
     yield from _grid(Case(kind="copy"), ladder(_COPY_BYTES[0], most_bytes), 0, directions=("forward",))
     layer = Case(kind="layer", width_in=shape.hidden, width_out=shape.expert_width, num_active=shape.layer_experts)
-    for size in _powers(tokens[0], tokens[-1])[:: -3 if quick else -1]:
+    for size in powers(tokens[0], tokens[-1])[:: -3 if quick else -1]:
         for direction in DIRECTIONS:
             yield replace(layer, direction=direction, size=size, top_k=shape.top_k, held_out=True)
 
 
-def _powers(first: int, last: int) -> list[int]:
+def powers(first: int, last: int) -> list[int]:
     """first, 2*first, 4*first, ... up to last."""
     return [first << i for i in range(64) if first << i <= last]
 
 
-def _half_steps(first: int, last: int) -> list[int]:
+def half_steps(first: int, last: int) -> list[int]:
     """The powers, and between two of them the middle: first, 2, 3, 4, 6, 8, 12, ... times first, up to last."""
-    powers = _powers(first, last)
-    return sorted(powers + [size + size // 2 for size in powers[1:] if size + size // 2 <= last])
+    whole = powers(first, last)
+    return sorted(whole + [size + size // 2 for size in whole[1:] if size + size // 2 <= last])
 
 
 def _grid(case: Case, sizes: list[int], column: int, directions: tuple[str, ...] = DIRECTIONS) -> Iterator[Case]:
@@ -229,8 +230,8 @@ def _combine(case: Case, arena: Arena) -> Setup:
 
 def _activation(case: Case, arena: Arena) -> Setup:
     def setup() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
-        inner = arena.take(case.size, 2 * case.width_in)
-        return lambda: activate(inner), (inner,)
+        inner, weight = arena.take(case.size, 2 * case.width_in), torch.ones(case.size, device=arena.device)
+        return lambda: activate(inner, "swiglu", weight), (inner, weight)  # with the router's weights, as in the layer
 
     return setup
 

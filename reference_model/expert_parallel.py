@@ -86,15 +86,16 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Any, send_R: list[int], receive_R: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.send_R, ctx.receive_R = group, send_R, receive_R
-        return tuple(_exchange(tensor, send_R, receive_R, group) for tensor in tensors)
+        return tuple(exchange(tensor, send_R, receive_R, group) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        back = (_exchange(grad.contiguous(), ctx.receive_R, ctx.send_R, ctx.group) for grad in grads)
+        back = (exchange(grad.contiguous(), ctx.receive_R, ctx.send_R, ctx.group) for grad in grads)
         return (None, None, None, *back)
 
 
-def _exchange(tensor: Tensor, send_R: list[int], receive_R: list[int], group: Any) -> Tensor:
+def exchange(tensor: Tensor, send_R: list[int], receive_R: list[int], group: Any) -> Tensor:
+    """The rows received, by source rank: send_R[i] rows of the tensor go to rank i, receive_R[i] come from it."""
     received = tensor.new_empty(sum(receive_R), *tensor.shape[1:])
     # As bytes: not every backend knows every precision, and none has to.
     to, out = (part.reshape(len(part), math.prod(part.shape[1:])).view(torch.uint8) for part in (received, tensor))

@@ -1,9 +1,10 @@
 """From timed points to seconds for shapes between them: interpolated *utilisation*, scored on held-out points.
 
 utilisation = ideal time / (measured time - floor), ideal = max(flops / best rate, bytes / best bandwidth), both of
-them the best that this run itself measured; floor is what an empty call takes. Utilisation is smooth where time is not,
-and a wrong ideal cancels: only its ratio between neighbouring points matters. A product's time is the sum over its
-experts, so it is linear in experts of equal load; over tokens per expert, utilisation is piecewise linear in the log.
+them the best that this run itself measured; floor is what an empty call takes. A product's time is the sum over its
+experts, so it is linear in experts of equal load. Between two timed sizes an expert's time is linear in its tokens,
+beyond the last one its utilisation stays; between counts of experts and between widths it is utilisation that is
+interpolated, so a wrong ideal cancels: only its ratio between neighbours matters.
 
 NumPy only, plain dictionaries in and out. ``moesim.cost.profile`` evaluates the same curves; a test compares both.
 
@@ -41,8 +42,8 @@ def work(
 ) -> tuple[Floats, Floats]:
     """(FLOPs, bytes) of the ideal: each operand read once, each result written once.
 
-    size: tokens per expert (grouped), tokens (dense, router, permute, combine), rows (activation), bytes moved (copy);
-    any shape. A grouped product of size 0 does nothing.
+    size: tokens per expert (grouped), tokens (dense, router, permute, combine), rows (activation), bytes moved (copy),
+    bytes that the busiest rank sends and receives (all_to_all); any shape. A grouped product of size 0 does nothing.
     """
     m = np.asarray(size, dtype=np.float64)
     k, n, b, zero = float(width_in), float(width_out), float(element_bytes), np.zeros_like(m)
@@ -58,7 +59,7 @@ def work(
         return zero, b * m * k * (1 + n)
     if kind == "activation":
         return zero, b * m * k * (5 if backward else 3)
-    assert kind == "copy", kind
+    assert kind in ("copy", "all_to_all", "all_to_all_skewed"), kind
     return zero, m
 
 
@@ -116,12 +117,16 @@ def predict(
     utilisation = np.zeros_like(size)
     for weight, curves in zip(weights, groups.values(), strict=True):
         if weight > 0:
-            own, own_tag = _utilisation(curves, size)
+            own, own_tag = _utilisation(fit, curves, size)
             utilisation += weight * own
             tag = _worst(tag, own_tag)
-    flops, moved = work(kind, direction, size, width_in, width_out, fit["element_bytes"])
-    ideal_s = np.maximum(flops / fit["flops_per_s"], moved / fit["bytes_per_s"])
+    ideal_s = _ideal_s(fit, kind, direction, size, width_in, width_out)
     return float(fit["floor_s"] + (ideal_s / utilisation).sum()), tag
+
+
+def _ideal_s(fit: Fit, kind: str, direction: str, size: ArrayLike, width_in: int, width_out: int) -> Floats:
+    flops, moved = work(kind, direction, size, width_in, width_out, fit["element_bytes"])
+    return np.maximum(flops / fit["flops_per_s"], moved / fit["bytes_per_s"])
 
 
 def predict_layer(fit: Fit, direction: str, point: Point, num_experts: int) -> tuple[float, str]:
@@ -146,8 +151,9 @@ def predict_point(fit: Fit, point: Point) -> tuple[float, str]:
     """(seconds, tag) for a timed point's own shape."""
     if point["kind"] == "layer":
         return predict_layer(fit, point["direction"], point, point["num_active"])
-    size = point["tokens_per_expert"] or [point["size"]] * point["num_active"]
-    kind = "grouped" if point["kind"] == "grouped_skewed" else point["kind"]
+    kind = point["kind"].removesuffix("_skewed")
+    uneven = point["tokens_per_expert"] if kind == "grouped" else None  # an exchange is as long as its busiest rank
+    size = uneven or [point["size"]] * point["num_active"]
     return predict(fit, kind, point["direction"], size, width_in=point["width_in"], width_out=point["width_out"])
 
 
@@ -201,15 +207,25 @@ def _width_weights(known: Sequence[tuple[int, int]], wanted: tuple[int, int]) ->
     return list(inverse / inverse.sum()), INTERPOLATED if inside else EXTRAPOLATED
 
 
-def _utilisation(curves: list[Mapping[str, Any]], size_E: Floats) -> tuple[Floats, str]:
+def _of_curve(fit: Fit, curve: Mapping[str, Any], size_E: Floats) -> Floats:
+    """Utilisation along a curve: time linear in size between two timed sizes, beyond them the nearest utilisation."""
+    sizes = np.asarray(curve["sizes"], dtype=np.float64)
+    within_E = np.clip(size_E, sizes[0], sizes[-1])
+    ideal_s, ideal_E_s = (
+        _ideal_s(fit, curve["kind"], curve["direction"], at, curve["width_in"], curve["width_out"])
+        for at in (sizes, within_E)
+    )
+    return ideal_E_s / np.interp(within_E, sizes, ideal_s / np.asarray(curve["utilisations"]))
+
+
+def _utilisation(fit: Fit, curves: list[Mapping[str, Any]], size_E: Floats) -> tuple[Floats, str]:
     """Utilisation per expert from one pair of widths' columns, linear between columns in the log of active experts."""
     columns = np.array([curve["num_active"] for curve in curves], dtype=np.float64)
     column = np.interp(np.log2(size_E.size), np.log2(columns), np.arange(columns.size))
     low = int(np.floor(column))
     high, share = min(low + 1, columns.size - 1), column - low
     used = [curves[low]] if share == 0 else [curves[low], curves[high]]
-    log_size = np.log2(size_E)
-    values = [np.interp(log_size, np.log2(curve["sizes"]), curve["utilisations"]) for curve in used]
+    values = [_of_curve(fit, curve, size_E) for curve in used]
     utilisation = values[0] if share == 0 else (1 - share) * values[0] + share * values[1]
     outside = not columns[0] <= size_E.size <= columns[-1]
     outside |= any(size_E.min() < curve["sizes"][0] or size_E.max() > curve["sizes"][-1] for curve in used)

@@ -25,7 +25,7 @@ TOP_FIELDS: Mapping[str, str] = {
     "shapes": "list of the models timed, with their sizes",
     "named_model": "names of those models; a CPU profile times a small one, never a GPU's",
     "dtype": "float32 or bfloat16",
-    "settings": "mapping: quick, num_passes, min_samples, arena_bytes",
+    "settings": "mapping: quick, num_passes, min_samples, arena_bytes, num_ranks (that timed every case at once)",
     "host_per_op_s": "what the host spends per operation when it does nothing else",
     "fit": "mapping: element_bytes, flops_per_s, bytes_per_s, floor_s, curves (see reference_model.fit.fit_points)",
     "errors": "list of ERROR_FIELDS, on held-out points only",
@@ -43,14 +43,15 @@ DEVICE_FIELDS: Mapping[str, str] = {
     "memory_bytes": "0 unknown",
 }
 POINT_FIELDS: Mapping[str, str] = {
-    "kind": "grouped, grouped_skewed, dense, router, permute, combine, activation, copy, launch, layer",
+    "kind": "grouped, grouped_skewed, dense, router, permute, combine, activation, copy, launch, layer, all_to_all, "
+    "all_to_all_skewed",
     "direction": "forward or backward (all gradients of the operation)",
-    "size": "tokens per expert, tokens, rows or bytes: see reference_model.fit.work",
+    "size": "tokens per expert, tokens, rows or bytes (all_to_all: of the busiest rank): see reference_model.fit.work",
     "width_in": "inputs of the product, or hidden",
-    "width_out": "outputs of the product, experts (router), experts per token (permute, combine)",
+    "width_out": "outputs of the product, experts (router), experts per token (permute, combine), ranks (all_to_all)",
     "num_active": "experts with tokens",
     "top_k": "0 where it plays no role",
-    "tokens_per_expert": "list, only where the load is uneven; else null",
+    "tokens_per_expert": "list, only where the load is uneven (all_to_all: bytes of each pair of ranks); else null",
     "held_out": "true: never part of the fit",
     "median_s": "median of the least disturbed pass: other work on the machine only ever adds time",
     "p10_s": "over the samples of all passes",

@@ -46,14 +46,25 @@ def time_shares(
     largest = max(len(received) * expert_bytes + (sum(sent) + sum(received)) * row_bytes for sent, received in shares)
     arena = Arena(device, dtype, arena_bytes(device, largest))
     runs = [RankShare(share, shape, arena) for share in shares]
-    medians: list[list[float]] = [[] for _ in shares]
+
+    def sampler(run: RankShare) -> Callable[[], list[float]]:
+        return lambda: sample_times_s(run.prepare, device, effort)
+
+    return passes_over([sampler(run) for run in runs], effort, progress)
+
+
+def passes_over(
+    samplers: Sequence[Callable[[], Sequence[float]]], effort: Effort, progress: Progress
+) -> list[list[float]]:
+    """Median of what each sampler gives in every pass over them, in the order of the samplers."""
+    medians: list[list[float]] = [[] for _ in samplers]
     for number in range(effort.num_passes + effort.num_extra_passes):
-        order = np.random.default_rng(number).permutation(len(shares))
+        order = np.random.default_rng(number).permutation(len(samplers))
         if number >= effort.num_passes:
             order = order[[repeat_noise_fraction({"pass_medians_s": medians[i]}) > _AGREEMENT_FRACTION for i in order]]
         for done, i in enumerate(order):
-            progress(done, len(order), f"pass {number + 1}: share {i}")
-            medians[i].append(float(np.median(sample_times_s(runs[i].prepare, device, effort))))
+            progress(done, len(order), f"pass {number + 1}: load {i}")
+            medians[i].append(float(np.median(samplers[i]())))
         progress(len(order), len(order), f"pass {number + 1}: done")
     return medians
 
@@ -75,8 +86,7 @@ class RankShare:
         # Width 1, for the experts' weights give way to views of the arena, of as many experts as this rank holds.
         self.layer = MoeLayer(hidden=shape.hidden, width=1, num_experts=len(sent_E), router=router, **place)
         self.shape, self.num_local = shape, len(received_L)
-        with torch.no_grad():  # a token's first E numbers are its logits
-            self.layer.router_weight.copy_(torch.eye(len(sent_E), shape.hidden))
+        steer(self.layer)
         align = self.layer.experts.alignment()
         padded_L = -(-torch.tensor(received_L) // align) * align
         self.ends_L = padded_L.cumsum(0).to(torch.int32).to(arena.device)
@@ -87,7 +97,8 @@ class RankShare:
         hidden, width, experts = self.shape.hidden, self.shape.expert_width, self.layer.experts
         w_in = nn.Parameter(self.arena.take(self.num_local, 2 * width, hidden))
         w_out = nn.Parameter(self.arena.take(self.num_local, hidden, width))
-        x_TH, received_QH = self.tokens(), self.arena.take(self.num_received, hidden)
+        x_TH = steered_tokens(self.chosen_TE, hidden, self.arena)
+        received_QH = self.arena.take(self.num_received, hidden)
         weight_Q = torch.full((self.num_received,), 1.0 / self.shape.top_k, device=self.arena.device)
 
         @torch.no_grad()
@@ -100,11 +111,18 @@ class RankShare:
 
         return forward
 
-    def tokens(self) -> Tensor:
-        """x_TH: this rank's tokens, cold but for the numbers that the router looks at."""
-        x_TH = self.arena.take(len(self.chosen_TE), self.shape.hidden)
-        x_TH[:, : self.chosen_TE.shape[1]] = _WANTED * self.chosen_TE
-        return x_TH
+
+def steer(layer: MoeLayer) -> None:
+    """From now on a token's first E numbers are its logits."""
+    with torch.no_grad():
+        layer.router_weight.copy_(torch.eye(*layer.router_weight.shape))
+
+
+def steered_tokens(chosen_TE: Tensor, hidden: int, arena: Arena) -> Tensor:
+    """x_TH: tokens that take these experts of a steered layer, cold but for the numbers that its router looks at."""
+    x_TH = arena.take(len(chosen_TE), hidden)
+    x_TH[:, : chosen_TE.shape[1]] = _WANTED * chosen_TE
+    return x_TH
 
 
 def chosen_experts(sent_E: Sequence[int], top_k: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
+Backend = Literal["gloo", "nccl"]
 LIMIT_S = 300.0
 
 
@@ -22,13 +23,15 @@ def run_on_ranks(
     work: Callable[..., Any],
     num_ranks: int,
     *arguments: Any,
-    backend: Literal["gloo", "nccl"] = "gloo",
+    backend: Backend = "gloo",
     limit_s: float = LIMIT_S,
+    meanwhile: Callable[[], object] | None = None,
 ) -> list[Any]:
     """work(*arguments) on each of num_ranks new processes in one group; what each returned, by rank.
 
     work and its arguments must be importable and picklable. A rank that raises ends them all: RuntimeError
-    with its traceback; a collective that waits longer than limit_s [s] is an error too.
+    with its traceback; a collective that waits longer than limit_s [s] is an error too. meanwhile: called about once a
+    second while they work.
 
     >>> run_on_ranks(torch.distributed.get_rank, 2)  # doctest: +SKIP
     [0, 1]
@@ -37,17 +40,27 @@ def run_on_ranks(
     multiprocessing.set_forkserver_preload(["reference_model.expert_parallel"])
     with tempfile.TemporaryDirectory() as folder:
         try:
-            start_processes(
+            ranks = start_processes(
                 _rank,
                 (work, num_ranks, arguments, backend, folder, limit_s),
                 nprocs=num_ranks,
+                join=False,
                 start_method="forkserver",
             )
+            assert ranks is not None
+            while not ranks.join(timeout=1.0):
+                if meanwhile is not None:
+                    meanwhile()
         except ProcessException as error:
             # The first to fail says why; the others only that their peer is gone.
             notes = sorted(Path(folder).glob("error*"), key=lambda path: path.stat().st_mtime_ns)
             raise RuntimeError(notes[0].read_text() if notes else str(error)) from error
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(num_ranks)]
+
+
+def backend_of(device_type: str) -> Backend:
+    """What joins ranks on such devices."""
+    return "nccl" if device_type == "cuda" else "gloo"
 
 
 def _rank(

@@ -23,14 +23,15 @@ _MIB = 2**20
 _CPU_ARENA_BYTES = (64 * _MIB, 1024 * _MIB)  # at least, and at most: a virtual machine reports its host's whole cache
 _GPU_SLEEP_CYCLES = 1_500_000  # about 0.8 ms of the GPU, so that the host is ahead when the timed kernels start
 _MOST_CALLS_AHEAD = 16
+_STIRRED_BYTES = 4 * _MIB  # read, and as many written, before each sample on a CPU
 _MOST_BUDGETS = 5  # a case may take this many times its budget where the machine is disturbed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How long to measure: passes over all cases (so that a slow minute of the machine spoils one pass, not one case),
-    samples per case and pass, seconds after which a case has enough of them, and further passes over those cases whose
-    two best passes still disagree."""
+    samples per case and pass, seconds after which a case has enough of them, further passes over those cases whose two
+    best passes still disagree, and seconds after which nothing is timed a second time."""
 
     num_passes: int
     min_samples: int
@@ -38,6 +39,7 @@ class Effort:
     budget_s: float
     num_warmups: int = 2
     num_extra_passes: int = 4
+    limit_s: float = math.inf
 
 
 class Arena:
@@ -85,7 +87,7 @@ def calls_ahead(device: torch.device, case_bytes: int) -> int:
 
 def sample_times_s(prepare: Callable[[], Call], device: torch.device, effort: Effort, ahead: int = 1) -> list[float]:
     """Seconds of each of several calls. ``prepare`` (not timed) gives the next on cold data, ``ahead`` at a time."""
-    sample = _gpu_sample_s if device.type == "cuda" else _cpu_sample_s
+    stir = stirrer(device)
     for _ in range(effort.num_warmups):
         prepare()()
     samples: list[float] = []
@@ -94,12 +96,28 @@ def sample_times_s(prepare: Callable[[], Call], device: torch.device, effort: Ef
         if not ready:
             ready = [prepare() for _ in range(ahead)]
             ready.reverse()  # the first prepared is the coldest, and the first to go
-        samples.append(sample(ready.pop()))
+        call = ready.pop()
+        stir()
+        samples.append(sample_call_s(call, device))
+        del call
         # By the fastest sample: a disturbed stretch must not end with few samples, all of them disturbed.
         enough = len(samples) * min(samples) >= effort.budget_s or sum(samples) >= _MOST_BUDGETS * effort.budget_s
         if enough and len(samples) >= effort.min_samples:
             break
     return samples
+
+
+def stirrer(device: torch.device) -> Callable[[], object]:
+    """What runs before each sample: on a CPU a copy, which leaves little of the sample's own code in its caches."""
+    if device.type == "cuda":
+        return lambda: None  # its kernels wait behind the sleep
+    source, target = torch.zeros(2, _STIRRED_BYTES // 4)
+    return lambda: target.copy_(source)
+
+
+def sample_call_s(call: Call, device: torch.device) -> float:
+    """Seconds of one call, once."""
+    return _gpu_sample_s(call) if device.type == "cuda" else _cpu_sample_s(call)
 
 
 def _cpu_sample_s(call: Call) -> float:

@@ -61,8 +61,8 @@ def test_fit_recovers_a_known_utilisation_curve_between_its_points():
     fit = fit_points(_points(), element_bytes=ELEMENT_BYTES)
     rows = {(row["kind"], row["direction"]): row for row in score(fit, _points())}
     for direction in ("forward", "backward"):
-        # Linear pieces of a curve that bends only where the ideal turns from bytes to FLOPs: a few percent there.
-        assert rows["grouped", direction]["median_fraction"] < 0.01
+        # Linear in the log is not linear in tokens; and the ideal turns from bytes to FLOPs: a few percent there.
+        assert rows["grouped", direction]["median_fraction"] < 0.015
         assert rows["grouped", direction]["p90_fraction"] < 0.03
         assert rows["grouped", direction]["num_points"] == sum(
             is_held_out(i, len(SIZES), column) for column in range(3) for i in range(len(SIZES))

@@ -20,20 +20,19 @@ from moesim.routing.suite import BURST_STEPS, SKEWS
 from moesim.study.selfcheck import (
     NUM_RANKS,
     CheckedCase,
-    RankWork,
     check_cases,
-    predict_work,
     score_cases,
     suite_cases,
     whole_counts,
 )
+from moesim.study.selfcheck_work import RankWork, predict_work
 
 torch = pytest.importorskip("torch")
 
 from reference_model import timing  # noqa: E402
 from reference_model.calibrate import calibrate  # noqa: E402
 from reference_model.fit import predict_layer  # noqa: E402
-from reference_model.rank_share import RankShare, chosen_experts, time_shares  # noqa: E402
+from reference_model.rank_share import RankShare, chosen_experts, steered_tokens, time_shares  # noqa: E402
 from reference_model.shapes import LayerShapes  # noqa: E402
 from reference_model.timing import Arena, Effort  # noqa: E402
 
@@ -133,7 +132,7 @@ def test_cases_as_fast_as_the_balanced_one_are_not_scored():
 def test_the_layers_own_router_picks_the_experts_that_the_load_asks_for():
     sent_E = (6, 1, 3, 0, 2, 0, 0, 0)
     share = RankShare((sent_E, (5, 0)), TINY, Arena(CPU, torch.float32, 2**20))
-    choice, _ = share.layer.choose(share.tokens())
+    choice, _ = share.layer.choose(steered_tokens(share.chosen_TE, TINY.hidden, share.arena))
     assert tuple(share.layer.plan(choice).load_E.tolist()) == sent_E
     rows_QH, output_TH = share.prepare()()
     assert (rows_QH.shape, output_TH.shape) == ((5, 16), (6, 16))

@@ -74,7 +74,7 @@ def _page_first(path: Path) -> tuple[int, str]:
     return (FILES.index(path.name) if path.name in FILES else len(FILES), path.name)
 
 
-def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> Answer:
+def run_calibration(call: Call, device: str, model: str | None, quick: bool, ranks: int = 1) -> Answer:
     """Time a real layer with the reference model, which is the one place where torch is loaded."""
     check(device in DEVICES, "--device", "", "must be auto, cuda or cpu", device)
     shapes = _shapes(model) if model is not None else None
@@ -84,7 +84,7 @@ def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> 
 
     with timing_progress(call) as progress:
         try:
-            profile = calibrate(device, shapes, quick, path, progress)
+            profile = calibrate(device, shapes, quick, path, progress, num_ranks=ranks)
         except ValueError as error:  # the reference model knows no moesim errors
             raise MoesimError(f"calibrate: {error}") from None
     about = profile["device"]
@@ -105,7 +105,7 @@ def run_calibration(call: Call, device: str, model: str | None, quick: bool) -> 
         for row in profile["errors"]
     ]
     return Answer(
-        inputs={"device": device, "model": model, "quick": quick},
+        inputs={"device": device, "model": model, "quick": quick, "ranks": ranks},
         result={name: profile[name] for name in profile if name != "points"} | {"file": str(path)},
         tables=[
             fields_table("Calibration", headline),

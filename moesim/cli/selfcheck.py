@@ -26,8 +26,10 @@ EXAMPLES = (
     "Examples:",
     "moesim selfcheck --device cpu --quick",
     "moesim selfcheck --profile profile.json --json --out out/selfcheck",
+    "moesim selfcheck --ranks 2",
     "Forward pass of a layer on 4 ranks, run one after the other on this device; a case takes as long as its slowest "
-    "rank. Exchanges between ranks are not part of it. Without --profile the layer is calibrated first.",
+    "rank. Exchanges between ranks are not part of it. With --ranks as many processes run at once and exchange rows, "
+    "and so must the profile's have done. Without --profile the layer is calibrated first.",
 )
 
 
@@ -43,6 +45,10 @@ def selfcheck(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One size of the suite, fewer repetitions.")] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Processes that run at once and exchange rows.", min=2, show_default=False),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -53,7 +59,8 @@ def selfcheck(
     """Run a real MoE layer under the skew suite here: predicted beside measured, case by case."""
     check(device in DEVICES, "--device", "", "must be auto, cuda or cpu", device, near_match(device, DEVICES))
     from moesim.cost.profile import load_profile
-    from moesim.study.selfcheck import TAGS, check_cases, score_cases, suite_cases
+    from moesim.study.selfcheck import check_cases, group_cases, score_cases, suite_cases
+    from moesim.study.selfcheck_work import TAGS
 
     told = load_profile(profile) if profile is not None else None
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,12 +69,12 @@ def selfcheck(
                 from reference_model.rank_share import set_threads
 
                 set_threads(threads)
-            told = told or _calibrated(call, device, call.out or Path(scratch))
+            told = told or _calibrated(call, device, call.out or Path(scratch), ranks)
             shapes = told.shapes[0]
-            cases = suite_cases(shapes, quick=quick)
-            warnings = _check_device(told, device)
+            cases = group_cases(shapes, num_ranks=ranks, quick=quick) if ranks else suite_cases(shapes, quick=quick)
+            warnings = _check_device(told, device, ranks)
             works = [(number, work) for number, case in enumerate(cases) for work in case.works]
-            passes = _time(call, [work for _, work in works], told, device, quick)
+            passes = _time(call, [work for _, work in works], told, device, quick, ranks)
         except ValueError as error:  # the reference model knows no moesim errors
             raise MoesimError(f"selfcheck: {error}") from None
     by_case: list[dict[Any, Any]] = [{} for _ in cases]
@@ -77,7 +84,7 @@ def selfcheck(
     score = score_cases(checked)
     worst = max((case.tag for case in checked), key=TAGS.index)
     return Answer(
-        inputs={"device": device, "profile": profile, "quick": quick, "threads": threads},
+        inputs={"device": device, "profile": profile, "quick": quick, "ranks": ranks, "threads": threads},
         result={
             "cases": checked,
             "score": score,
@@ -115,8 +122,8 @@ def doubts(checked: Sequence[CheckedCase], score: Score) -> list[str]:
     return told
 
 
-def _calibrated(call: Call, device: str, folder: Path) -> Profile:
-    """A quick profile of the small layer at what one of the ranks does, written into the folder."""
+def _calibrated(call: Call, device: str, folder: Path, ranks: int | None) -> Profile:
+    """A quick profile of the small layer at what one of the ranks does, written into the folder; all ranks at once."""
     from dataclasses import replace
 
     from moesim.cost.profile import load_profile
@@ -126,16 +133,16 @@ def _calibrated(call: Call, device: str, folder: Path) -> Profile:
 
     check(not folder.is_file(), "--out", "", "must be a folder", str(folder))
     path = folder / "profile.json"
-    num_local = CPU_SMALL.layer_experts // NUM_RANKS
+    num_local = CPU_SMALL.layer_experts // (ranks or NUM_RANKS)
     shape = replace(CPU_SMALL, active_experts=tuple(range(1, num_local + 1)))
     call.note(f"calibrating {shape.name} on this device")
     with timing_progress(call) as progress:
-        calibrate(device, shape, True, path, progress, name="selfcheck")
+        calibrate(device, shape, True, path, progress, name="selfcheck", num_ranks=ranks or 1)
     return load_profile(path)
 
 
-def _check_device(profile: Profile, device: str) -> list[str]:
-    """Warnings about a profile of this device; raises InputError for another's."""
+def _check_device(profile: Profile, device: str, ranks: int | None) -> list[str]:
+    """Warnings about a profile of this device; raises InputError for another's, or one of another number of ranks."""
     from reference_model.calibrate import find_device
     from reference_model.timing import device_description
 
@@ -145,23 +152,40 @@ def _check_device(profile: Profile, device: str) -> list[str]:
     check(same, f"profile {profile.name}", "device", rule, f"{profile.device.name} ({profile.device.kind})")
     dtype = "bfloat16" if here["kind"] == "cuda" else "float32"
     check(profile.dtype == dtype, f"profile {profile.name}", "dtype", f"must be {dtype} on this device", profile.dtype)
-    differs = [name for name in ("torch_version", "num_threads") if getattr(profile.device, name) != here[name]]
+    wanted = ranks or 1
+    hint = f"Run `moesim calibrate --ranks {wanted}`." if ranks else ""
+    rule = f"must be {wanted}, of processes that timed it at once"
+    check(
+        profile.settings.num_ranks == wanted,
+        f"profile {profile.name}",
+        "num_ranks",
+        rule,
+        profile.settings.num_ranks,
+        hint,
+    )
+    compared = ("torch_version",) if ranks else ("torch_version", "num_threads")  # a rank has one thread
+    differs = [name for name in compared if getattr(profile.device, name) != here[name]]
     return [f"the profile's {name} is {getattr(profile.device, name)}, here {here[name]}" for name in differs]
 
 
-def _time(call: Call, works: Sequence[Any], profile: Profile, device: str, quick: bool) -> list[list[float]]:
+def _time(
+    call: Call, works: Sequence[Any], profile: Profile, device: str, quick: bool, ranks: int | None
+) -> list[list[float]]:
     """Seconds of each work in every pass, on the device itself."""
     from dataclasses import asdict
 
     from reference_model.calibrate import find_device
+    from reference_model.rank_group import time_groups
     from reference_model.rank_share import FULL, QUICK, time_shares
     from reference_model.shapes import LayerShapes
 
-    call.note(f"running {len(works)} kinds of work")
+    call.note(f"running {len(works)} kinds of work" + (f" on {ranks} ranks at once" if ranks else ""))
+    shape, effort = LayerShapes(**asdict(profile.shapes[0])), QUICK if quick else FULL
+    if ranks:
+        return time_groups([work.sent_SE for work in works], shape, find_device(device), effort)
     shares = [(work.sent_E, work.received_L) for work in works]
-    shape = LayerShapes(**asdict(profile.shapes[0]))
     with timing_progress(call) as progress:
-        return time_shares(shares, shape, find_device(device), QUICK if quick else FULL, progress)
+        return time_shares(shares, shape, find_device(device), effort, progress)
 
 
 def _tables(checked: Sequence[CheckedCase], score: Score, profile: Profile) -> list[Table]:
@@ -191,5 +215,17 @@ def _tables(checked: Sequence[CheckedCase], score: Score, profile: Profile) -> l
     errors = [(name, "-" if error is None else f"{error:.1%}") for name, error in told.items()]
     return [
         Table(title=f"Skew suite on {profile.device.name}", columns=columns, rows=rows, right=columns[1:], note=note),
-        fields_table(title, [*errors, ("Repeat noise, median", f"{repeat_noise(checked):.1%}")]),
+        fields_table(
+            title,
+            [
+                *errors,
+                (
+                    "Of the seconds, all cases",
+                    "-"
+                    if score.median_seconds_error_fraction is None
+                    else f"{score.median_seconds_error_fraction:.1%}",
+                ),
+                ("Repeat noise, median", f"{repeat_noise(checked):.1%}"),
+            ],
+        ),
     ]

@@ -380,8 +380,11 @@ def calibrate(
         str | None, typer.Option(metavar="NAME|FILE", help="Time this model's shapes.", show_default=False)
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and repetitions.")] = False,
+    ranks: Annotated[
+        int, typer.Option(metavar="N", help="Processes that time every case at the same time.", min=1)
+    ] = 1,
 ) -> Answer:
     """Time a real MoE layer on this machine and write a profile that scenarios can use."""
     from moesim.cli.rendering import run_calibration
 
-    return run_calibration(call, device, model, quick)
+    return run_calibration(call, device, model, quick, ranks)

@@ -2,7 +2,7 @@
 
 A profile holds raw points, and curves of utilisation fitted through the points that were not held out. The seconds of
 a call are a floor plus, per expert, ideal time / utilisation; ideal = max(FLOPs / best rate, bytes / best bandwidth),
-both measured in the same run. See docs/model.md#calibrated-products.
+both measured in the same run; along a curve time is linear in size. See docs/model.md#calibrated-products.
 
 Legend: E experts of one product; ... any leading axes (ranks, layers), each its own call; C columns of a curve's grid.
 """
@@ -25,8 +25,8 @@ from moesim.errors import InputError, check, near_match
 Floats = NDArray[np.float64]
 Tag = Literal["measured", "interpolated", "extrapolated"]
 Direction = Literal["forward", "backward"]
-CurveKind = Literal["grouped", "dense", "router", "permute", "combine", "activation", "copy"]
-PointKind = Literal[CurveKind, "grouped_skewed", "launch", "layer"]
+CurveKind = Literal["grouped", "dense", "router", "permute", "combine", "activation", "copy", "all_to_all"]
+PointKind = Literal[CurveKind, "grouped_skewed", "all_to_all_skewed", "launch", "layer"]
 
 SCHEMA, SCHEMA_VERSION = "moesim-profile", 1
 PROFILE_FOLDER = Path(__file__).parent.parent / "catalog" / "profiles"
@@ -82,12 +82,16 @@ class TimedShapes:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How long the calibration looked, and the bytes it rotated through so as to find its operands out of the cache."""
+    """How long the calibration looked, and the bytes it rotated through so as to find its operands out of the cache.
+
+    num_ranks: processes that timed every case at the same time, each on its own cores.
+    """
 
     quick: bool
     num_passes: int
     min_samples: int
     arena_bytes: int
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +172,20 @@ class Fit:
         held = {(curve.kind, curve.direction) for curve in self.curves}
         missing = [" ".join(pair) for pair in _NEEDED if pair not in held]
         check(not missing, "fit", "curves", "must hold " + ", ".join(" ".join(pair) for pair in _NEEDED), missing)
+
+    def ideal_s(self, kind: CurveKind, direction: Direction, size: Floats, width_in: float, width_out: float) -> Floats:
+        """Seconds of the work at the run's best rate and bandwidth; see ``work``."""
+        flops, moved = work(kind, direction, size, width_in, width_out, self.element_bytes)
+        return np.maximum(flops / self.flops_per_s, moved / self.bytes_per_s)
+
+    def utilisation(self, curve: Curve, size_E: Floats) -> Floats:
+        """Along a curve: time linear in size between two timed sizes, beyond them the nearest utilisation; (..., E)."""
+        sizes = np.array(curve.sizes, dtype=np.float64)
+        within_E = np.clip(size_E, sizes[0], sizes[-1])
+        ideal_s, ideal_E_s = (
+            self.ideal_s(curve.kind, curve.direction, at, curve.width_in, curve.width_out) for at in (sizes, within_E)
+        )
+        return ideal_E_s / np.interp(within_E, sizes, ideal_s / np.array(curve.utilisations))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,9 +269,8 @@ class Profile:
         busy = size > 0
         if not busy.any():
             return Timed(np.zeros(size.shape[:-1]), "measured")
-        utilisation, tag = _utilisation(curves, np.where(busy, size, 1.0), busy, (width_in, width_out))
-        flops, moved = work(kind, direction, size, width_in, width_out, self.fit.element_bytes)
-        ideal_s = np.maximum(flops / self.fit.flops_per_s, moved / self.fit.bytes_per_s)
+        utilisation, tag = _utilisation(self.fit, curves, np.where(busy, size, 1.0), busy, (width_in, width_out))
+        ideal_s = self.fit.ideal_s(kind, direction, size, width_in, width_out)
         seconds = self.fit.floor_s + np.where(busy, ideal_s / utilisation, 0.0).sum(axis=-1)
         return Timed(np.where(busy.any(axis=-1), seconds, 0.0), tag)
 
@@ -270,7 +287,8 @@ def work(
 ) -> tuple[Floats, Floats]:
     """(FLOPs, bytes) of the ideal: each operand read once, each result written once. Part of the profile's schema.
 
-    size: tokens per expert (grouped), tokens (dense, router, permute, combine), rows (activation), bytes moved (copy).
+    size: tokens per expert (grouped), tokens (dense, router, permute, combine), rows (activation), bytes moved (copy),
+    bytes that the busiest rank sends and receives together (all_to_all).
     """
     m, k, n, nothing = size, width_in, width_out, np.zeros_like(size)
     passes = 2 if direction == "backward" else 1  # backward makes two products, or two gradients
@@ -279,14 +297,14 @@ def work(
         return passes * 2 * m * k * n, passes * element_bytes * touched
     if kind == "router":
         return passes * 2 * m * k * n, passes * (element_bytes * m * k + 4 * k * n + 12 * m * n)
-    if kind == "copy":
+    if kind in ("copy", "all_to_all"):
         return nothing, m
     rows_touched = {"permute": 1 + n, "combine": 1 + n, "activation": 1 + 2 * passes}[kind]
     return nothing, element_bytes * m * k * rows_touched
 
 
 def _utilisation(
-    curves: Sequence[Curve], size_E: Floats, busy_E: NDArray[np.bool_], widths: tuple[float, float]
+    fit: Fit, curves: Sequence[Curve], size_E: Floats, busy_E: NDArray[np.bool_], widths: tuple[float, float]
 ) -> tuple[Floats, Tag]:
     """Utilisation per expert (..., E) and the worst tag; timed pairs of widths near the wanted one share the say."""
     known = sorted({(curve.width_in, curve.width_out) for curve in curves})
@@ -295,7 +313,7 @@ def _utilisation(
     for pair, weight in zip(known, weights, strict=True):
         if weight > 0:
             columns = sorted((c for c in curves if (c.width_in, c.width_out) == pair), key=lambda c: c.num_active)
-            own, own_tag = _of_one_pair(columns, size_E, busy_E)
+            own, own_tag = _of_one_pair(fit, columns, size_E, busy_E)
             total += weight * own
             tag = max(tag, own_tag, key=_TAGS.index)
     return total, tag
@@ -313,11 +331,10 @@ def _width_weights(known: Sequence[tuple[int, int]], wanted: tuple[float, float]
     return inverse / inverse.sum(), "interpolated" if inside else "extrapolated"
 
 
-def _of_one_pair(columns: Sequence[Curve], size_E: Floats, busy_E: NDArray[np.bool_]) -> tuple[Floats, Tag]:
-    """Piecewise linear in the log of size along a column, and in the log of active experts between columns."""
+def _of_one_pair(fit: Fit, columns: Sequence[Curve], size_E: Floats, busy_E: NDArray[np.bool_]) -> tuple[Floats, Tag]:
+    """Along each column as it was timed, and linear in the log of active experts between columns."""
     active = np.maximum(busy_E.sum(axis=-1), 1)  # (...); where nothing is active the result is not used
-    log_size = np.log2(size_E)
-    grid_C = np.stack([np.interp(log_size, np.log2(c.sizes), c.utilisations) for c in columns])
+    grid_C = np.stack([fit.utilisation(column, size_E) for column in columns])
     counts = np.array([column.num_active for column in columns], dtype=np.float64)
     place = np.interp(np.log2(active), np.log2(counts), np.arange(len(columns)))
     low = np.floor(place).astype(np.int64)

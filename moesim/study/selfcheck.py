@@ -1,7 +1,7 @@
 """Self-check: the skew suite as a real layer took it on this device, beside what its calibration profile predicts.
 
-The layer's ranks run one after the other on one device; a step takes as long as its slowest rank, a case as long as
-its steps in the mean. See docs/model.md#self-check.
+The layer's ranks run one after the other on one device, a step taking as long as its slowest rank; or all at once as a
+group that exchanges rows. A case takes as long as its steps in the mean. See docs/model.md#self-check.
 
 Legend: S source ranks (R, the same ranks as holders), E experts, L experts of a rank.
 """
@@ -15,36 +15,29 @@ import numpy as np
 
 from moesim.cost.profile import Profile, TimedShapes
 from moesim.routing.suite import BURST_STEPS, SKEWS, Skew, skew_load
+from moesim.study.selfcheck_work import GroupWork, RankWork, Work, predict_work, work_flops
 
-NUM_RANKS = 4
-TAGS = ("measured", "interpolated", "extrapolated")  # of a prediction, from best to worst
+NUM_RANKS = 4  # that run one after the other
 SCORED_RATIO = 1.15  # cases less skewed than this say little: any predictor is right about them
+_LEAST_HOT = 1.5  # of its even share that a hot rank takes: of two ranks half of all would be none
 _TOKENS_STEP = 16  # the suite's larger size over its smaller one, where weights outweigh rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankWork:
-    """One rank's part of a step: copies that its own tokens send each expert, rows that its experts receive."""
-
-    num_tokens: int
-    sent_E: tuple[int, ...]
-    received_L: tuple[int, ...]  # falling: which of a rank's experts is the busy one makes no difference
-
-
-@dataclass(frozen=True, kw_only=True)
 class SkewCase:
-    """A case of the suite at one size: for each of its steps the works of the ranks, each kind of work once."""
+    """A case of the suite at one size: for each of its steps the works of the ranks, each kind of work once; or that of
+    the group."""
 
     name: Skew
     tokens_per_rank: int
-    works_by_step: tuple[tuple[RankWork, ...], ...]
+    works_by_step: tuple[tuple[Work, ...], ...]
 
     @property
-    def works(self) -> tuple[RankWork, ...]:
+    def works(self) -> tuple[Work, ...]:
         """Every kind of work in it, once."""
         return tuple(dict.fromkeys(work for works in self.works_by_step for work in works))
 
-    def of_slowest(self, value_by_work: Mapping[RankWork, float]) -> float:
+    def of_slowest(self, value_by_work: Mapping[Work, float]) -> float:
         """Mean over the steps of the largest value among the ranks."""
         return float(np.mean([max(value_by_work[work] for work in works) for works in self.works_by_step]))
 
@@ -67,48 +60,60 @@ class CheckedCase:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Median |predicted ratio / measured ratio - 1| over the cases above least_ratio; None where there is none."""
+    """Median |predicted ratio / measured ratio - 1| over the cases above least_ratio; None where there is none.
+
+    median_seconds_error_fraction: of the seconds themselves, over all cases.
+    """
 
     least_ratio: float
     num_cases: int
     median_error_fraction: float | None
     median_error_answering_1_fraction: float | None
     median_error_flops_only_fraction: float | None
+    median_seconds_error_fraction: float | None
 
 
 def suite_cases(shapes: TimedShapes, *, quick: bool = False) -> list[SkewCase]:
-    """Every case of the skew suite, at two sizes within what the profile timed (quick: at the larger one).
+    """Every case of the skew suite on NUM_RANKS ranks one by one, at two sizes within what the profile timed.
 
-    At the larger one an expert that every token takes has as many rows as were timed, at most. Raises InputError for
-    experts that do not divide among NUM_RANKS ranks.
+    At the larger size an expert that every token takes has as many rows as were timed, at most; quick: only that one.
+    Raises InputError for experts that do not divide among the ranks.
     """
-    large = max(1, shapes.max_tokens // NUM_RANKS**2) * NUM_RANKS  # whole tokens for every rank of a ragged source
-    small = max(1, large // _TOKENS_STEP // NUM_RANKS) * NUM_RANKS
+    return [
+        replace(case, works_by_step=tuple(_works(step[0], shapes.top_k) for step in case.works_by_step))
+        for case in group_cases(shapes, num_ranks=NUM_RANKS, quick=quick)
+    ]
+
+
+def group_cases(shapes: TimedShapes, *, num_ranks: int, quick: bool = False) -> list[SkewCase]:
+    """The same of num_ranks ranks that work at the same time and exchange rows: one work of the group for each step."""
+    large = max(1, shapes.max_tokens // num_ranks**2) * num_ranks  # whole tokens for every rank of a ragged source
+    small = max(1, large // _TOKENS_STEP // num_ranks) * num_ranks
     sizes = {large: None} if quick else {small: None, large: None}
-    return [_case(skew, size, shapes) for size in sizes for skew in SKEWS]
+    return [_case(skew, size, num_ranks, shapes) for size in sizes for skew in SKEWS]
 
 
-def _case(skew: Skew, tokens_per_rank: int, shapes: TimedShapes) -> SkewCase:
-    num_steps = {"rotating_hotspot": NUM_RANKS, "burst": BURST_STEPS}.get(skew, 1)
+def _case(skew: Skew, tokens_per_rank: int, num_ranks: int, shapes: TimedShapes) -> SkewCase:
+    num_steps = {"rotating_hotspot": num_ranks, "burst": BURST_STEPS}.get(skew, 1)
     works_by_step = []
     for step in range(num_steps):
         load_SE = skew_load(
             skew,
             tokens_per_rank=tokens_per_rank,
-            num_source_ranks=NUM_RANKS,
+            num_source_ranks=num_ranks,
             num_experts=shapes.layer_experts,
-            num_ranks=NUM_RANKS,
+            num_ranks=num_ranks,
             top_k=shapes.top_k,
+            hot_share=max(0.5, _LEAST_HOT / num_ranks),
             step=step,
         )
-        sent_SE = np.array([whole_counts(load_E) for load_E in load_SE])
-        received_RL = -np.sort(-sent_SE.sum(axis=0).reshape(NUM_RANKS, -1), axis=1)
-        works = [
-            RankWork(num_tokens=sum(sent) // shapes.top_k, sent_E=tuple(sent), received_L=tuple(received))
-            for sent, received in zip(sent_SE.tolist(), received_RL.tolist(), strict=True)
-        ]
-        works_by_step.append(tuple(dict.fromkeys(works)))
+        works_by_step.append((GroupWork(sent_SE=tuple(tuple(whole_counts(load_E)) for load_E in load_SE)),))
     return SkewCase(name=skew, tokens_per_rank=tokens_per_rank, works_by_step=tuple(works_by_step))
+
+
+def _works(group: Work, top_k: int) -> tuple[RankWork, ...]:
+    assert isinstance(group, GroupWork)
+    return tuple(dict.fromkeys(group.of_ranks(top_k)))
 
 
 def whole_counts(load_E: np.ndarray) -> list[int]:
@@ -123,30 +128,9 @@ def whole_counts(load_E: np.ndarray) -> list[int]:
     return count_E.tolist()
 
 
-def predict_work(work: RankWork, profile: Profile, shapes: TimedShapes) -> tuple[float, str]:
-    """(seconds, tag) of a rank's forward work as the sum of its parts; see docs/model.md#self-check."""
-    hidden, width, top_k = shapes.hidden, shapes.expert_width, shapes.top_k
-    tokens, rows_L = [work.num_tokens], work.received_L
-    parts = [
-        profile.part_s("router", tokens, width_in=hidden, width_out=len(work.sent_E)),
-        profile.part_s("permute", tokens, width_in=hidden, width_out=top_k),
-        profile.part_s("grouped", rows_L, width_in=hidden, width_out=2 * width),
-        profile.part_s("activation", [sum(rows_L)], width_in=width),
-        profile.part_s("grouped", rows_L, width_in=width, width_out=hidden),
-        profile.part_s("combine", tokens, width_in=hidden, width_out=top_k),
-    ]
-    return float(sum(part.seconds for part in parts)), max((part.tag for part in parts), key=TAGS.index)
-
-
-def work_flops(work: RankWork, shapes: TimedShapes) -> float:
-    """FLOPs of a rank's forward work: its experts' products and the router's."""
-    experts = 6.0 * sum(work.received_L) * shapes.hidden * shapes.expert_width
-    return experts + 2.0 * work.num_tokens * shapes.hidden * len(work.sent_E)
-
-
 def check_cases(
     cases: Sequence[SkewCase],
-    seconds_by_pass: Sequence[Mapping[RankWork, Sequence[float]]],
+    seconds_by_pass: Sequence[Mapping[Work, Sequence[float]]],
     profile: Profile,
     shapes: TimedShapes,
 ) -> list[CheckedCase]:
@@ -155,7 +139,7 @@ def check_cases(
     A work's seconds are those of its least disturbed pass, as in a profile: other work on the machine only adds time.
     """
 
-    def row(case: SkewCase, passes_by_work: Mapping[RankWork, Sequence[float]]) -> CheckedCase:
+    def row(case: SkewCase, passes_by_work: Mapping[Work, Sequence[float]]) -> CheckedCase:
         predicted = {work: predict_work(work, profile, shapes) for work in case.works}
         measured_s = case.of_slowest({work: min(passes) for work, passes in passes_by_work.items()})
         again_s = case.of_slowest({work: sorted(passes)[:2][-1] for work, passes in passes_by_work.items()})
@@ -190,10 +174,12 @@ def score_cases(checked: Sequence[CheckedCase], least_ratio: float = SCORED_RATI
         errors = [abs(answer / case.measured_ratio - 1.0) for answer, case in zip(answers, scored, strict=True)]
         return float(np.median(errors)) if errors else None
 
+    seconds = [abs(case.predicted_s / case.measured_s - 1.0) for case in checked]
     return Score(
         least_ratio=least_ratio,
         num_cases=len(scored),
         median_error_fraction=median_error([case.predicted_ratio for case in scored]),
         median_error_answering_1_fraction=median_error([1.0] * len(scored)),
         median_error_flops_only_fraction=median_error([case.flops_ratio for case in scored]),
+        median_seconds_error_fraction=float(np.median(seconds)) if seconds else None,
     )
