@@ -33,21 +33,29 @@ def time_groups(loads: Sequence[Load], shape: LayerShapes, device: torch.device,
     for load in loads:
         for sent_E in load:
             chosen_experts(sent_E, shape.top_k)
-    return run_on_ranks(_on_rank, len(loads[0]), loads, shape, device.type, effort, backend=backend_of(device.type))[0]
+    num_ranks, width = len(loads[0]), 3 * len(loads[0][0]) // len(loads[0]) * shape.expert_width
+    most_tokens = max(sum(sent_E) // shape.top_k for load in loads for sent_E in load)
+    num_bytes = arena_bytes(device, (width + most_tokens) * shape.hidden * _dtype(device).itemsize)
+    backend = backend_of(device.type)
+    return run_on_ranks(_on_rank, num_ranks, loads, shape, device.type, effort, num_bytes, backend=backend)[0]
 
 
-def _on_rank(loads: Sequence[Load], shape: LayerShapes, device_type: str, effort: Effort) -> list[list[float]]:
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _on_rank(
+    loads: Sequence[Load], shape: LayerShapes, device_type: str, effort: Effort, num_arena_bytes: int
+) -> list[list[float]]:
     rank, num_ranks, num_experts = distributed.get_rank(), distributed.get_world_size(), len(loads[0][0])
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
-    dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
+    dtype = _dtype(device)
     router, width = SoftmaxTopK(top_k=shape.top_k), shape.expert_width
     # Width 1, for the experts' weights give way to views of the arena.
     layer = MoeLayer(hidden=shape.hidden, width=1, num_experts=num_experts, router=router, device=device, dtype=dtype)
     steer(layer)
     group = ExpertParallelMoe(layer, Placement.of(range(num_experts), num_ranks=num_ranks))
-    most_tokens = max(sum(sent_E) for load in loads for sent_E in load)
-    weights = 3 * num_experts // num_ranks * shape.hidden * width
-    arena = Arena(device, dtype, arena_bytes(device, (weights + most_tokens * shape.hidden) * dtype.itemsize))
+    arena = Arena(device, dtype, num_arena_bytes)
 
     def sampler(load: Load) -> Callable[[], list[float]]:
         chosen_TE = chosen_experts(load[rank], shape.top_k).to(device)

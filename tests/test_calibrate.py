@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from reference_model import calibrate as calibration  # noqa: E402
+from reference_model import measure as measuring  # noqa: E402
 from reference_model import timing  # noqa: E402
-from reference_model.calibrate import calibrate, error_table, main  # noqa: E402
-from reference_model.cases import all_cases, prepare_case  # noqa: E402
+from reference_model.calibrate import calibrate, error_table, main, ranks_at_hand  # noqa: E402
+from reference_model.cases import Case, all_cases, prepare_case  # noqa: E402
+from reference_model.exchange import EXCHANGES, busiest_bytes, exchange_cases, pair_bytes  # noqa: E402
 from reference_model.profile_schema import check_profile  # noqa: E402
 from reference_model.shapes import CPU_SMALL, NAMED_SHAPES, LayerShapes, shapes_of  # noqa: E402
 from reference_model.timing import Arena, Effort, sample_times_s  # noqa: E402
@@ -35,6 +38,7 @@ ONCE = Effort(num_passes=2, min_samples=1, max_samples=2, budget_s=1e-5, num_war
 @pytest.fixture(autouse=True)
 def _small_arena(monkeypatch):
     monkeypatch.setattr(timing, "_CPU_ARENA_BYTES", (2**20, 2**20))
+    monkeypatch.setattr(timing, "_STIRRED_BYTES", 4)
 
 
 def _silent(*_: object) -> None:
@@ -51,14 +55,16 @@ def test_a_quick_calibration_of_tiny_sizes_writes_a_complete_profile(tmp_path):
     assert any("says nothing about any GPU" in note for note in written["notes"])
     kinds = {point["kind"] for point in written["points"]}
     products = {"grouped", "grouped_skewed", "dense", "router"}
-    assert kinds == products | {"permute", "combine", "activation", "copy", "launch", "layer"}
+    exchanges = {"all_to_all", "all_to_all_skewed"} if ranks_at_hand(CPU) > 1 else set()
+    assert kinds == products | exchanges | {"permute", "combine", "activation", "copy", "launch", "layer"}
     assert {row["kind"] for row in written["errors"]} >= {"grouped", "grouped_skewed", "layer"}
     assert "grouped forward" in error_table(written)
     assert str(tmp_path) not in (tmp_path / "p.json").read_text(), "a profile names nothing of its host"
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"], "the log of points is gone"
 
 
-def test_a_killed_calibration_goes_on_where_it_stopped(tmp_path):
+def test_a_killed_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "ranks_at_hand", lambda _: 1)
     out, log = tmp_path / "p.json", tmp_path / "p.json.points.jsonl"
     num_cases = len(all_cases((TINY,), quick=True)) + 2  # and the floor, and the host's overhead
 
@@ -78,7 +84,7 @@ def test_a_killed_calibration_goes_on_where_it_stopped(tmp_path):
     profile = calibrate(
         "cpu", TINY, quick=True, out_path=out, progress=lambda *seen: visited.append(seen[2]), effort=ONCE
     )
-    measured = [text for text in visited if not text.endswith(": done")]
+    measured = [text for text in visited if text.startswith("pass") and not text.endswith(": done")]
     assert len(measured) == 2 * num_cases - 49
     assert not log.exists()
     samples = [p["pass_medians_s"] for p in profile["points"]]
@@ -88,22 +94,57 @@ def test_a_killed_calibration_goes_on_where_it_stopped(tmp_path):
     assert any(medians[0] == pytest.approx(first) for medians in samples), "the first run's samples were used"
 
 
+@pytest.mark.skipif(ranks_at_hand(CPU) < 2, reason="needs two cores; this machine has one")
+def test_ranks_that_time_at_once_put_their_samples_together_and_resume_from_one_log(tmp_path):
+    out, log = tmp_path / "p.json", tmp_path / "p.json.points.jsonl"
+    once = replace(ONCE, num_passes=1)
+    first = calibrate("cpu", TINY, quick=True, out_path=out, progress=_silent, effort=once, num_ranks=2)
+    assert first["settings"]["num_ranks"] == 2
+    assert first["device"]["num_threads"] == 1
+    for point in first["points"]:
+        exchanged = point["kind"] in EXCHANGES  # all ranks together take one sample
+        assert point["num_samples"] >= (1 if exchanged else 2), point
+    header = {"schema_version": first["schema_version"], "device": first["device"]}
+    header |= {"settings": first["settings"], "shapes": first["shapes"]}
+    kept = measuring.PointLog(log, header)
+    kept.add("host", [1.0])
+    for point in first["points"]:
+        names = ("kind", "direction", "size", "width_in", "width_out", "num_active", "top_k", "tokens_per_expert")
+        kept.add(Case(**{name: point[name] for name in names}).key, [123.0])
+    again = calibrate("cpu", TINY, quick=True, out_path=out, progress=_silent, effort=once, num_ranks=2)
+    assert {point["median_s"] for point in again["points"]} == {123.0}, "nothing was timed a second time"
+
+
+def test_more_ranks_than_cores_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"ranks: this device has cores or GPUs for 1 to \d; got 99"):
+        calibrate("cpu", TINY, out_path=tmp_path / "p.json", num_ranks=99)
+
+
+def test_what_is_late_is_not_timed_a_second_time_and_the_profile_says_so(tmp_path):
+    log, case = measuring.PointLog(tmp_path / "log", {}), all_cases((TINY,), quick=True)[:1]
+    measuring.measure(case, log, CPU, torch.float32, replace(ONCE, limit_s=0.0), 2**20, _silent)
+    assert [len(passes) for passes in log.samples.values()] == [1]
+    notes = calibration._notes(CPU, (TINY,), [{"pass_medians_s": [1.0]}, {"pass_medians_s": [1.0, 1.0]}])
+    assert any("1 of 2 cases were timed in one pass" in note for note in notes)
+    assert any("calibrate again when it is idle" in note for note in notes)
+
+
 def test_points_of_another_device_or_model_are_not_reused(tmp_path):
     log = tmp_path / "p.json.points.jsonl"
-    first = calibration.PointLog(log, {"device": "a"})
+    first = measuring.PointLog(log, {"device": "a"})
     first.add("case", [1.0])
-    assert calibration.PointLog(log, {"device": "a"}).samples == {"case": [[1.0]]}
-    assert calibration.PointLog(log, {"device": "b"}).samples == {}
+    assert measuring.PointLog(log, {"device": "a"}).samples == {"case": [[1.0]]}
+    assert measuring.PointLog(log, {"device": "b"}).samples == {}
 
 
 def test_a_damaged_line_of_the_log_is_dropped_and_the_rest_kept(tmp_path):
     log = tmp_path / "p.json.points.jsonl"
-    first = calibration.PointLog(log, {})
+    first = measuring.PointLog(log, {})
     first.add("a", [1.0])
     first.add("b", [2.0])
     lines = log.read_text().splitlines()
     log.write_text("\n".join([lines[0], "{broken", lines[2]]) + "\n")
-    assert calibration.PointLog(log, {}).samples == {"b": [[2.0]]}
+    assert measuring.PointLog(log, {}).samples == {"b": [[2.0]]}
 
 
 def test_every_case_of_every_kind_can_be_timed_and_its_key_is_its_own():
@@ -117,6 +158,18 @@ def test_every_case_of_every_kind_can_be_timed_and_its_key_is_its_own():
 
 def test_models_that_share_sizes_are_timed_once():
     assert len(all_cases((TINY, TINY))) == len(all_cases((TINY,)))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_an_exchanges_size_is_what_its_busiest_rank_sends_and_receives(num_ranks):
+    cases = exchange_cases((CPU_SMALL,), num_ranks, 4, quick=False)
+    assert len({case.key for case in cases}) == len(cases)
+    for case in cases:
+        bytes_RR = pair_bytes(case)
+        assert case.size - 2 * num_ranks <= busiest_bytes(bytes_RR) <= case.size
+        assert not bytes_RR.diagonal().any(), "what stays on a rank is not exchanged"
+    assert {case.kind for case in cases} == set(EXCHANGES)
+    assert not any(case.tokens_per_expert and not case.held_out for case in cases), "no uneven one reaches the fit"
 
 
 def test_the_arena_hands_out_all_other_memory_before_any_again():
@@ -149,11 +202,11 @@ def test_calls_are_prepared_ahead_so_that_a_backward_does_not_find_its_forward_i
 
 def test_disturbed_passes_are_repeated_until_two_agree(tmp_path, monkeypatch):
     times = iter([1.0, 5.0, 5.01, 1.02] + [1.0] * 10_000)
-    log = calibration.PointLog(tmp_path / "log", {})
-    monkeypatch.setattr(calibration, "sample_times_s", lambda *_: [next(times)])
+    log = measuring.PointLog(tmp_path / "log", {})
+    monkeypatch.setattr(measuring, "sample_times_s", lambda *_: [next(times)])
     effort = Effort(num_passes=2, min_samples=1, max_samples=1, budget_s=0.0, num_extra_passes=4)
     case = all_cases((TINY,), quick=True)[:1]
-    calibration._measure(case, log, CPU, torch.float32, effort, 2**20, _silent)
+    measuring.measure(case, log, CPU, torch.float32, effort, 2**20, _silent)
     assert log.samples[case[0].key] == [[1.0], [5.0], [5.01], [1.02]]
     assert calibration._point(case[0], log.samples[case[0].key])["median_s"] == 1.0
 

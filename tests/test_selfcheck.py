@@ -14,23 +14,24 @@ from typer.testing import CliRunner
 
 from moesim.cli import app
 from moesim.cli.selfcheck import doubts
-from moesim.cost.profile import TimedShapes, load_profile
+from moesim.cost.profile import Curve, TimedShapes, load_profile
 from moesim.errors import InputError
 from moesim.routing.suite import BURST_STEPS, SKEWS
 from moesim.study.selfcheck import (
     NUM_RANKS,
     CheckedCase,
     check_cases,
+    group_cases,
     score_cases,
     suite_cases,
     whole_counts,
 )
-from moesim.study.selfcheck_work import RankWork, predict_work
+from moesim.study.selfcheck_work import GroupWork, RankWork, predict_work, work_flops
 
 torch = pytest.importorskip("torch")
 
 from reference_model import timing  # noqa: E402
-from reference_model.calibrate import calibrate  # noqa: E402
+from reference_model.calibrate import calibrate, ranks_at_hand  # noqa: E402
 from reference_model.fit import predict_layer  # noqa: E402
 from reference_model.rank_share import RankShare, chosen_experts, steered_tokens, time_shares  # noqa: E402
 from reference_model.shapes import LayerShapes  # noqa: E402
@@ -54,6 +55,7 @@ ONCE = Effort(num_passes=2, min_samples=1, max_samples=2, budget_s=1e-5, num_war
 @pytest.fixture(autouse=True)
 def _small_arena(monkeypatch):
     monkeypatch.setattr(timing, "_CPU_ARENA_BYTES", (2**20, 2**20))
+    monkeypatch.setattr(timing, "_STIRRED_BYTES", 4)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,65 @@ def test_a_case_takes_its_slowest_rank_in_its_least_disturbed_pass(shipped):
     assert (case.measured_s, case.measured_ratio, case.noise_fraction) == (2.0, 2.0, pytest.approx(3.5))
 
 
+@pytest.fixture(scope="module")
+def timed_by_two_ranks(shipped):
+    """The shipped profile as if two ranks had timed it at once: exchanges at 1 GB/s, rows sorted as tokens are."""
+    profile, shapes, _ = shipped
+    ideal_s, sizes = 1 / profile.fit.bytes_per_s, (256, 2**26)
+    plain = {"direction": "forward", "width_in": 0, "num_active": 1, "sizes": sizes}
+    exchange = Curve(kind="all_to_all", width_out=2, utilisations=(ideal_s / 1e-9,) * 2, **plain)
+    sorts = [
+        replace(curve, width_out=1)
+        for curve in profile.fit.curves
+        if curve.kind in ("permute", "combine") and curve.direction == "forward"
+    ]
+    fit = replace(profile.fit, curves=(*profile.fit.curves, *sorts, exchange))
+    return replace(profile, fit=fit), shapes
+
+
+def test_a_group_sends_what_its_ranks_experts_do_not_hold_and_keeps_the_rest():
+    work = GroupWork(sent_SE=((3, 1, 0, 2), (0, 0, 5, 1)))
+    assert work.rows_RR().tolist() == [[4, 2], [0, 6]]
+    ranks = work.of_ranks(top_k=2)
+    assert [rank.received_L for rank in ranks] == [(3, 1), (5, 3)]
+    assert [rank.num_tokens for rank in ranks] == [3, 3]
+
+
+def test_a_hot_rank_of_two_takes_three_quarters_and_an_empty_one_nothing(timed_by_two_ranks):
+    _, shapes = timed_by_two_ranks
+    cases = {case.name: case for case in group_cases(shapes, num_ranks=2, quick=True)}
+    share = {
+        name: np.array(case.works_by_step[0][0].sent_SE).sum(axis=0).reshape(2, -1).sum(axis=1) / 2048
+        for name, case in cases.items()
+    }
+    assert share["hot_rank"].tolist() == [0.75, 0.25]
+    assert share["zero_expert_rank"].tolist() == [1.0, 0.0]
+    assert {len(work) for case in cases.values() for work in case.works_by_step} == {1}
+
+
+def test_a_groups_time_is_each_stage_by_its_slowest_rank_with_the_exchanges_between(timed_by_two_ranks):
+    profile, shapes = timed_by_two_ranks
+    lone = GroupWork(sent_SE=((128,) * 4 + (0,) * 4, (0,) * 4 + (128,) * 4))  # nothing leaves its rank
+    sent = GroupWork(sent_SE=((0,) * 4 + (128,) * 4, (128,) * 4 + (0,) * 4))  # everything does
+    part_s, (alone_s, _) = profile.part_s, predict_work(lone.of_ranks(2)[0], profile, shapes)
+    sorting_s = sum(part_s(kind, [512], width_in=512, width_out=1).seconds for kind in ("permute", "combine"))
+    row_bytes = 512 * 512 * 4
+    moves = [(2 * row_bytes, row_bytes), (2 * 4 * 8, 4 * 8), (2 * 4 * 512, 4 * 512), (2 * row_bytes, row_bytes)]
+    floor_s = profile.launch_s
+    for work, leaves in ((lone, False), (sent, True)):
+        # Counts of rows always go both ways; the rest stays, and is copied, or goes.
+        wire_s = sum(
+            floor_s
+            + 1e-9 * (through if leaves or through == 64 else 1)
+            + float(profile.memory_s(2 * kept if not leaves or through == 64 else 0).seconds)
+            for through, kept in moves
+        )
+        assert predict_work(work, profile, shapes)[0] == pytest.approx(alone_s + float(sorting_s) + wire_s, rel=1e-9)
+    hot = GroupWork(sent_SE=((256, 256) + (0,) * 6, (256, 256) + (0,) * 6))
+    assert predict_work(hot, profile, shapes)[0] > predict_work(sent, profile, shapes)[0]
+    assert work_flops(hot, shapes) == pytest.approx(2 * work_flops(sent, shapes), rel=0.01)
+
+
 def test_cases_as_fast_as_the_balanced_one_are_not_scored():
     plain = {"name": "burst", "tokens_per_rank": 4, "noise_fraction": 0.0, "tag": "measured", "flops": 1.0}
     case = CheckedCase(**plain, predicted_s=1.0, measured_s=1.0, predicted_ratio=1.5, measured_ratio=2.0, flops_ratio=1)
@@ -157,7 +218,8 @@ def moesim(*arguments: object) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def tiny_profile(tmp_path: Path) -> Path:
+def tiny_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("reference_model.calibrate.ranks_at_hand", lambda _: 1)  # no exchanges: they want processes
     path = tmp_path / "tiny.json"
     calibrate("cpu", TINY, quick=True, out_path=path, progress=lambda *_: None, effort=ONCE)
     return path
@@ -185,6 +247,7 @@ def test_the_verb_runs_the_suite_and_says_predicted_beside_measured(tiny_profile
 
 
 def test_without_a_profile_the_small_layer_is_calibrated_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("reference_model.calibrate.ranks_at_hand", lambda _: 1)
     monkeypatch.setattr("reference_model.shapes.CPU_SMALL", TINY)
     monkeypatch.setattr("reference_model.calibrate.QUICK", ONCE)
     monkeypatch.setattr("reference_model.rank_share.QUICK", ONCE)
@@ -210,6 +273,23 @@ def test_wrong_devices_and_profiles_are_refused_in_one_line(tiny_profile):
         status, out, err = moesim(*arguments)
         assert (status, out, len(err.splitlines())) == (2, "", 1)
         assert words in err
+
+
+@pytest.mark.skipif(ranks_at_hand(CPU) < 2, reason="needs two cores; this machine has one")
+def test_two_ranks_at_once_are_checked_against_a_profile_that_two_ranks_timed(tmp_path, tiny_profile, monkeypatch):
+    monkeypatch.setattr("reference_model.rank_share.QUICK", ONCE)
+    monkeypatch.setattr("reference_model.calibrate.ranks_at_hand", ranks_at_hand)
+    status, _, err = moesim("--quick", "--ranks", 2, "--profile", tiny_profile)
+    assert (status, "num_ranks: must be 2" in err, "calibrate --ranks 2" in err) == (2, True, True)
+    path = tmp_path / "two.json"
+    calibrate("cpu", TINY, quick=True, out_path=path, progress=lambda *_: None, effort=ONCE, num_ranks=2)
+    status, out, err = moesim("--quick", "--ranks", 2, "--profile", path, "--json")
+    assert status == 0, err
+    result = json.loads(out)["result"]
+    cases = {case["name"]: case for case in result["cases"]}
+    assert tuple(cases) == SKEWS
+    errors = [abs(case["predicted_s"] / case["measured_s"] - 1) for case in cases.values()]
+    assert result["score"]["median_seconds_error_fraction"] == pytest.approx(np.median(errors))
 
 
 def test_experts_that_do_not_divide_among_the_ranks_are_refused():
