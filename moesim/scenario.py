@@ -73,6 +73,8 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
         name: ("train", name)
         for name in ("seq_len", "micro_batch", "global_batch", "precision", "recompute", "schedule", "overlap", "mtp")
     },
+    **{name: ("train", name) for name in ("offload", "fused_loss")},
+    **{name: ("train", "optimizer", name) for name in ("gradients", "main_weights", "moments")},
     "popularity": ("routing", "popularity", "kind"),
     "gini": ("routing", "popularity", "gini"),
     **{name: ("routing", name) for name in ("recording", "capacity_factor", "drop_policy", "dispatcher")},

@@ -38,6 +38,11 @@ precision: str = "bf16"  # bf16 or fp8
 recompute: str = "none"  # none, full, or modules such as moe_act,layernorm
 schedule: str = "1f1b"
 overlap: str = "none"  # none or grad_reduce
+offload: str = "none"  # optimizer, activations, or both as optimizer,activations
+gradients: str = "fp32"  # fp32 or bf16
+main_weights: str = "fp32"  # fp32, remainder, bf16 or none
+moments: str = "fp32"  # fp32, bf16 or fp8
+fused_loss: bool = False
 mtp: bool = False  # train the multi-token-prediction layers too
 popularity: str = (
     "lognormal"  # how uneven the experts are: balanced, multinomial, lognormal, dirichlet, zipf, power_law

@@ -10,10 +10,10 @@ from moesim.cost.activations import (
     MEGATRON,
     head_tensors,
     layer_input,
-    layer_moments,
     layer_tensors,
     placeholder_gradient_bytes,
 )
+from moesim.cost.moments import layer_moments
 from moesim.describe.model import Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn, Router
 from moesim.describe.parallel import Parallelism
 

@@ -34,6 +34,7 @@ GPU = Gpu(
     nvlink_bytes_per_s=given(400e9, "bytes_per_s"),
     tdp_w=given(700, "w"),
     num_sms=given(132, "count"),
+    host_bytes_per_s=given(63e9, "B/s"),
 )
 CLUSTER = Cluster(
     name="toy",

@@ -14,18 +14,17 @@ from moesim.cost.activations import layer_tensors, placeholder_gradient_bytes, w
 from moesim.cost.memory import (
     RankMemory,
     StaticMemory,
-    chunk_order,
-    num_in_flight,
     outer_parameters,
     rank_parameters,
     stage_chunks,
     stage_memory,
+    stage_profile,
     static_memory,
 )
 from moesim.describe.model import Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn, Router
 from moesim.describe.parallel import Parallelism
 from moesim.describe.parameters import mtp_parameters, total_parameters
-from moesim.describe.workload import Training
+from moesim.describe.workload import Optimizer, Training
 
 ATTENTION = GroupedQueryAttention(num_heads=16, num_kv_heads=4, head_dim=64)
 DENSE = Layer(attention=ATTENTION, ffn=Ffn(width=4096))
@@ -61,12 +60,19 @@ def test_expert_parallelism_does_not_divide_the_routed_activations_of_a_rank() -
     assert small.weights_bytes > large.weights_bytes
 
 
-def test_a_stage_holds_the_micro_batches_that_1f1b_and_megatron_interleaving_say() -> None:
-    assert [num_in_flight(Parallelism(pp=4), stage, 8) for stage in range(4)] == [4, 3, 2, 1]
-    assert [num_in_flight(Parallelism(pp=4), stage, 2) for stage in range(4)] == [2, 2, 2, 1]
-    assert [num_in_flight(Parallelism(pp=4, vpp=2), stage, 8) for stage in range(4)] == [11, 9, 7, 5]
-    forwards, backwards = chunk_order(2, 2, 4)
-    assert sorted(forwards) == sorted(backwards)
+@pytest.mark.parametrize(
+    ("schedule", "vpp", "most"),
+    [("1f1b", 1, [4, 3, 2, 1]), ("1f1b", 2, [11, 9, 7, 5]), ("gpipe", 1, [8] * 4), ("zb-h1", 1, [4] * 4)],
+)
+def test_a_stage_holds_as_many_chunks_as_its_schedule_has_in_flight(schedule: str, vpp: int, most: list[int]) -> None:
+    model = replace(MODEL, layers=(DENSE,) * 8)
+    parallel, pp = Parallelism(pp=4, vpp=vpp), 4
+    layout, train = parallel.rank_layout(pp), replace(TRAIN, global_batch=8, schedule=schedule)
+    chunk = 8 // pp // vpp * TRAIN.seq_len * sum(tensor.bytes for tensor in layer_tensors(model, DENSE, parallel))
+    for stage in range(pp):
+        profile = stage_profile(model, parallel, layout, train, stage=stage, received_GMLR=None)
+        assert profile.live_KGRP.sum(axis=-1).max() == pytest.approx(most[stage] * chunk)
+        assert profile.live_KGRP[0].sum() == 0.0
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -148,6 +154,27 @@ def test_static_bytes_per_parameter_are_2_of_weight_4_of_gradient_and_12_of_opti
     static = static_memory(MODEL, parallel, parallel.rank_layout(16), TRAIN, stage=0)
     assert static.gradients_bytes == 2 * static.weights_bytes
     assert static.optimizer_bytes == 6 * static.weights_bytes
+
+
+def test_number_formats_of_the_optimizer_scale_gradients_and_states() -> None:
+    def static(optimizer: Optimizer, offload: str = "none") -> StaticMemory:
+        train = replace(TRAIN, optimizer=optimizer, offload=offload)
+        parallel = Parallelism(zero=0)
+        return static_memory(MODEL, parallel, parallel.rank_layout(1), train, stage=0)
+
+    full, lean = static(Optimizer()), static(Optimizer(gradients="bf16", main_weights="remainder", moments="bf16"))
+    assert lean.gradients_bytes == full.gradients_bytes / 2
+    assert lean.optimizer_bytes == full.optimizer_bytes / 2
+    assert static(Optimizer(), offload="optimizer") == replace(full, optimizer_bytes=0.0)
+
+
+@pytest.mark.parametrize("recompute", ["none", "moe_act", "full"])
+def test_activations_in_the_hosts_memory_leave_two_layers_of_a_chunk_on_the_gpu(recompute: str) -> None:
+    train = replace(TRAIN, recompute=recompute)
+    keep = peak(Parallelism(pp=2), train)
+    away = peak(Parallelism(pp=2), replace(train, offload="activations"))
+    assert away.activations_bytes < keep.activations_bytes
+    assert away.weights_bytes == keep.weights_bytes
 
 
 def test_zero_1_shards_dense_states_over_dp_and_those_of_experts_over_edp() -> None:

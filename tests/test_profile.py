@@ -43,6 +43,7 @@ def _gpu(calibration_name: str) -> Gpu:
         nvlink_bytes_per_s=one("bytes_per_s"),
         tdp_w=one("w"),
         num_sms=one("count"),
+        host_bytes_per_s=one("B/s"),
         calibration_name=calibration_name,
     )
 

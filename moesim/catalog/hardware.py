@@ -67,6 +67,7 @@ class _GpuFile:
     tdp: Any
     num_sms: Any
     calibration_name: str = ""
+    host_link: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,13 @@ def _gpu(raw: object, owner: str, source: str) -> Gpu:
         "nvlink_bytes_per_s": sourced(file.nvlink, "bytes_per_s", owner, "nvlink", source),
         "tdp_w": sourced(file.tdp, "w", owner, "tdp", source),
         "num_sms": sourced(file.num_sms, "count", owner, "num_sms", source),
+        "host_bytes_per_s": sourced(
+            _defaults()["host_link"] if file.host_link is None else file.host_link,
+            "bytes_per_s",
+            owner,
+            "host_link",
+            source,
+        ),
         "calibration_name": file.calibration_name,
     }
     with refusals_of(owner):

@@ -64,6 +64,11 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         ),
         "schedule": ("1f1b|gpipe|zb-h1", "Pipeline schedule."),
         "overlap": ("none|grad_reduce", "Communication hidden behind compute."),
+        "offload": ("none|PARTS", "What lies in the host's memory: optimizer, activations, or both."),
+        "gradients": ("fp32|bf16", "Number format of accumulated gradients."),
+        "main_weights": ("fp32|remainder|bf16|none", "The optimizer's own copy of the weights."),
+        "moments": ("fp32|bf16|fp8", "Number format of the optimizer's two moments."),
+        "fused_loss": ("true|false", "The loss writes its gradient over the bf16 logits."),
         "mtp": ("true|false", "Train the multi-token-prediction layers too."),
     },
     "Routing": {

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, tensor by tensor, and what its backward needs on top.
+"""What a layer keeps for its backward pass, tensor by tensor.
 
 Two units: bytes per *token* of the rank's micro-batch (micro_batch * seq_len / cp tokens, before tensor parallelism)
 and bytes per *assignment* that the rank receives (token-expert pairs after drops). Routed tensors scale with
@@ -34,7 +34,8 @@ class Software:
     all-to-all context parallelism the attention output stays on both sides of its exchange. product_workspace_bytes: of
     dense matrix products; grouped_workspace_bytes: of the streams of grouped ones. allocator_reserve_fraction: reserved
     beyond allocated, as a share of allocated. routing_records: what a MoE layer notes of its routing, maps over all
-    experts or lists over the chosen ones.
+    experts or lists over the chosen ones. fused_activation: experts' activation and gate in one kernel; otherwise the
+    activation's output stays beside its product with the fp32 gate, and fp32 copies arise in its backward.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Software:
     nccl_bytes_per_communicator: Sourced
     allocator_reserve_fraction: Sourced
     routing_records: Literal["maps", "lists"] = "maps"
+    fused_activation: bool = True
 
 
 MEGATRON = Software(
@@ -119,27 +121,6 @@ class SavedTensor:
     @property
     def bytes(self) -> float:
         return self.elements * self.element_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moment:
-    """Bytes that a layer's backward holds at one moment beyond what is saved: working set and dispatch buffers."""
-
-    name: str
-    token_bytes: float = 0.0
-    assignment_bytes: float = 0.0
-    dispatch_token_bytes: float = 0.0
-    dispatch_assignment_bytes: float = 0.0
-
-    @property
-    def per_token(self) -> tuple[float, float]:
-        """(working set, dispatch buffers)."""
-        return self.token_bytes, self.dispatch_token_bytes
-
-    @property
-    def per_assignment(self) -> tuple[float, float]:
-        """(working set, dispatch buffers)."""
-        return self.assignment_bytes, self.dispatch_assignment_bytes
 
 
 def layer_input(model: Model, parallel: Parallelism) -> SavedTensor:
@@ -217,50 +198,6 @@ def mtp_tensors(model: Model, parallel: Parallelism) -> tuple[SavedTensor, ...]:
     )
 
 
-def layer_moments(model: Model, layer: Layer, parallel: Parallelism) -> tuple[Moment, ...]:
-    """The moments at which a layer's backward may need most, beyond its saved tensors (freed ones already subtracted).
-
-    activation: the activation's input gradient exists beside its input. gather: with sequence parallelism the backward
-    of a column-parallel product gathers its input and forms the full input gradient. combine: the gradient of the
-    layer's output, permuted for sending, and the same as received by the experts' ranks.
-    """
-    hidden, tp = model.hidden, parallel.tp
-    residual = hidden / tp * BF16_BYTES  # gradient of the layer's output
-    if not isinstance(layer.ffn, MoeFfn):
-        rows = _fc1_rows(layer.ffn) / tp
-        moments = [Moment(name="activation", token_bytes=residual + rows * BF16_BYTES)]
-        if tp > 1:
-            freed = (rows + layer.ffn.width / tp) * BF16_BYTES  # activation's input and output
-            moments.append(
-                Moment(name="gather", token_bytes=residual + 2 * hidden * BF16_BYTES + rows * BF16_BYTES - freed)
-            )
-        return tuple(moments)
-    expert = layer.ffn.expert
-    send = layer.ffn.router.top_k * hidden / tp * BF16_BYTES
-    return (
-        Moment(
-            name="combine",
-            token_bytes=residual,
-            dispatch_token_bytes=send,
-            dispatch_assignment_bytes=hidden * BF16_BYTES,
-        ),
-        Moment(name="sort", token_bytes=residual, dispatch_assignment_bytes=2 * hidden * BF16_BYTES),
-        Moment(name="activation", token_bytes=residual, assignment_bytes=_fc1_rows(expert) / parallel.etp * BF16_BYTES),
-    )
-
-
-def head_moment(model: Model, parallel: Parallelism, software: Software = MEGATRON) -> tuple[float, float]:
-    """(bytes per token, bytes) the head's backward holds beyond ``head_tensors``.
-
-    Per token: the input gradient; with tp > 1 of the whole sequence, beside the communication buffer of the gathered
-    input and the gradient scattered back. Fixed: the placeholder gradient of the head's weight.
-    """
-    hidden, tp = model.hidden, parallel.tp
-    per_token = hidden * BF16_BYTES if tp == 1 else (2 + 1 / tp) * hidden * BF16_BYTES
-    placeholder = model.vocab * hidden / tp * BF16_BYTES if software.placeholder_gradients else 0.0
-    return per_token, placeholder
-
-
 def placeholder_gradient_bytes(
     model: Model, layers: tuple[Layer, ...], parallel: Parallelism, software: Software = MEGATRON
 ) -> float:
@@ -293,7 +230,8 @@ def _token(
     return SavedTensor(name=name, part=part, per="token", elements=elements, element_bytes=BF16_BYTES, why=why)
 
 
-def _fc1_rows(ffn: Ffn) -> int:
+def fc1_rows(ffn: Ffn) -> int:
+    """Columns that the first product makes: gate and up projections where gated."""
     return ffn.width * (2 if ffn.gated else 1)
 
 
@@ -347,7 +285,7 @@ def _attention_tensors(hidden: int, attention: Attention, tp: int, keeps_twice: 
 def _ffn_tensors(ffn: Ffn, part: Literal["ffn", "shared"], tp: int) -> list[SavedTensor]:
     return [
         _token(
-            f"{part} activation input", part, _fc1_rows(ffn) / tp, "gate and up projections: input of the activation"
+            f"{part} activation input", part, fc1_rows(ffn) / tp, "gate and up projections: input of the activation"
         ),
         _token(f"{part} activation output", part, ffn.width / tp, "input of the down projection"),
     ]
@@ -359,10 +297,15 @@ def _moe_tensors(hidden: int, ffn: MoeFfn, parallel: Parallelism, software: Soft
         _routing_maps(ffn, parallel.tp) if software.routing_records == "maps" else _routing_lists(ffn, parallel.tp)
     )
     why = "received tokens sorted by expert: input of the experts' first product"
+    if not software.fused_activation:
+        unweighted = "input of the product with its gate"
+        tensors.append(
+            _assignment("expert activation unweighted", "experts", ffn.expert.width / etp, BF16_BYTES, unweighted)
+        )
     tensors += [
         _assignment("expert input", "dispatch", hidden, BF16_BYTES, why),
         _assignment(
-            "expert activation input", "experts", _fc1_rows(ffn.expert) / etp, BF16_BYTES, "gate and up projections"
+            "expert activation input", "experts", fc1_rows(ffn.expert) / etp, BF16_BYTES, "gate and up projections"
         ),
         _assignment(
             "expert activation output",
@@ -446,5 +389,5 @@ def weight_shapes(hidden: int, layer: Layer, parallel: Parallelism) -> list[tupl
         blocks = [(layer.ffn.expert, parallel.etp), (layer.ffn.shared, tp)]
     for ffn, split in blocks:
         if ffn is not None:
-            shapes += [(_fc1_rows(ffn) / split, hidden), (hidden, ffn.width / split)]
+            shapes += [(fc1_rows(ffn) / split, hidden), (hidden, ffn.width / split)]
     return shapes

@@ -224,11 +224,12 @@ def head_s(model: Model, *, parallel: Parallelism, train: Training, device: Devi
     return float(product(np.array([rows]), model.hidden, columns)) + logits_s
 
 
-def optimizer_s(num_parameters: float, device: DeviceCost) -> float:
+def optimizer_s(num_parameters: float, train: Training, device: DeviceCost) -> float:
     """Seconds of one Adam step over a rank's shard: reads gradient, main weight and two moments, writes three and the
-    bf16 weight.
+    bf16 weight, in the number formats of ``train.optimizer``.
     """
-    return float(device.stream_s(num_parameters * (7 * BYTES_PER_ELEMENT["float32"] + ACTIVATION_BYTES)))
+    each = train.optimizer.gradient_bytes + 2 * train.optimizer.state_bytes + ACTIVATION_BYTES
+    return float(device.stream_s(num_parameters * each))
 
 
 def _attention_s(

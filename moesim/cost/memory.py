@@ -3,30 +3,27 @@ sampled skew.
 
 Legend: G expert-parallel groups of a stage, M micro-batches, L MoE layers of the stage, R expert-parallel ranks.
 
-The peak is taken over every moment of the step at which a backward chunk begins or proceeds: the tensors saved by all
-chunks in flight, plus what that backward holds (``activations.layer_moments``), or on the last stage what head and loss
-hold, or on the first stage the embedding's gradient. The optimizer step needs no more than the gradients and states
-that stand all along. See docs/model.md#memory.
+The peak is taken over all passes of the stage in the schedule's own order: the tensors saved by all chunks in flight,
+plus what the pass holds at its worst moment (``moments``), or on the last stage what head and loss hold, or on the
+first stage the embedding's gradient. The optimizer step needs no more than the gradients and states that stand all
+along. See docs/model.md#memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.activations import (
     BF16_BYTES,
-    FP32_BYTES,
     MEGATRON,
     SavedTensor,
     Software,
-    head_moment,
     head_tensors,
     layer_input,
-    layer_moments,
     layer_tensors,
     mtp_tensors,
     placeholder_gradient_bytes,
@@ -34,16 +31,16 @@ from moesim.cost.activations import (
     workspace_bytes,
 )
 from moesim.cost.context import buffer_bytes
+from moesim.cost.moments import forward_moments, head_moment, layer_moments
 from moesim.cost.recompute import kept_tensors
 from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.parameters import layer_parameters
 from moesim.describe.pipeline import Placed, mtp_stage, stage_chunks
-from moesim.describe.schedules import ScheduleName, in_flight, make_schedule
-from moesim.describe.workload import Training
+from moesim.describe.schedules import Operation, make_schedule
+from moesim.describe.workload import Dispatcher, Training
 
 Floats = NDArray[np.floating]
-ADAM_BYTES = 3 * FP32_BYTES  # main weight and two moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +85,9 @@ def static_memory(
 ) -> StaticMemory:
     """Weights, gradients and optimizer states of a rank of a stage.
 
-    Weights are BF16, gradients fp32 (Megatron's main gradients), the optimizer is Adam with fp32 main weights and two
-    moments. zero=0: all replicated. zero=1 (Megatron's distributed optimizer): states over the dp*cp ranks, those of
+    Weights are BF16; gradients, main weights and Adam's two moments as ``train.optimizer`` says, the latter two in the
+    host's memory where they are offloaded. zero=0: all replicated. zero=1 (Megatron's distributed optimizer): states
+    over the dp*cp ranks, those of
     experts over edp. zero=2 (as DeepSpeed): gradients too, but for the layer in backward. zero=3 (as DeepSpeed, FSDP):
     weights too, but for two gathered layers (the live one and the one fetched ahead).
     """
@@ -107,8 +105,10 @@ def static_memory(
 
     return StaticMemory(
         weights_bytes=total_bytes(BF16_BYTES, sharded=parallel.zero >= 3, num_whole=2),
-        gradients_bytes=total_bytes(FP32_BYTES, sharded=parallel.zero >= 2, num_whole=1),
-        optimizer_bytes=total_bytes(ADAM_BYTES, sharded=parallel.zero >= 1, num_whole=0),
+        gradients_bytes=total_bytes(train.optimizer.gradient_bytes, sharded=parallel.zero >= 2, num_whole=1),
+        optimizer_bytes=0.0
+        if "optimizer" in train.offloaded
+        else total_bytes(train.optimizer.state_bytes, sharded=parallel.zero >= 1, num_whole=0),
     )
 
 
@@ -176,6 +176,7 @@ def stage_memory(
     stage: int,
     received_GMLR: Floats | None,
     expert_copies: float = 1.0,
+    dispatcher: Dispatcher = "alltoall",
     software: Software = MEGATRON,
 ) -> RankMemory:
     """Memory of the worst rank of a stage at the worst moment of a step.
@@ -184,72 +185,129 @@ def stage_memory(
     ``layout.groups("ep")``, micro-batch, MoE layer of this stage, rank; None for a stage without MoE layers. A trained
     multi-token-prediction layer may have its own entry at the end of L; else it receives what the last MoE layer does.
     """
-    static = static_memory(model, parallel, layout, train, stage=stage, expert_copies=expert_copies)
-    chunks = stage_chunks(model, parallel, train, stage)
-    num_micro_batches = train.num_micro_batches(layout.dp)
-    received = _received(received_GMLR, chunks, num_micro_batches)
-    tokens = train.micro_batch * train.seq_len / parallel.cp
-    is_last = stage == parallel.pp - 1
+    profile = stage_profile(
+        model,
+        parallel,
+        layout,
+        train,
+        stage=stage,
+        received_GMLR=received_GMLR,
+        expert_copies=expert_copies,
+        dispatcher=dispatcher,
+        software=software,
+    )
+    total_KGR = profile.peak_KGRP.sum(axis=-1)
+    event, group, rank = (int(i) for i in np.unravel_index(int(total_KGR.argmax()), total_KGR.shape))
+    return profile.at(event, group, rank)
 
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Worst:
+    """What a pass holds at its worst moment beyond what was kept when it began."""
+
+    excess_GMRP: Floats
+    choice_GMR: NDArray[np.int64]  # index into names
+    names: tuple[str, ...]
+
+    def moment(self, group: int, micro_batch: int, rank: int) -> str:
+        return self.names[int(self.choice_GMR[group, micro_batch, rank])]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageProfile:
+    """Memory of a stage pass by pass; P: activations, dispatch buffers.
+
+    live_KGRP: what is kept when pass k begins; peak_KGRP: the same and what the pass holds at its worst moment [bytes].
+    """
+
+    stage: int
+    operations: tuple[Operation, ...]
+    static: StaticMemory
+    live_KGRP: Floats
+    peak_KGRP: Floats
+    ranks_GR: NDArray[np.int64]  # global rank numbers
+    standing_bytes: float  # placeholder gradients and workspaces, all through the step
+    pipeline_bytes: float
+    communicator_bytes: float
+    context_bytes: float
+    reserve_fraction: float
+    worst_K: tuple[_Worst, ...]
+
+    def at(self, event: int, group: int, rank: int) -> RankMemory:
+        """Memory of one rank in one pass, at that pass's worst moment."""
+        activations, dispatch = (float(part) for part in self.peak_KGRP[event, group, rank])
+        activations += self.standing_bytes
+        static = self.static
+        standing = static.weights_bytes + static.gradients_bytes + static.optimizer_bytes
+        reserve = self.reserve_fraction * (standing + activations + dispatch + self.pipeline_bytes)
+        return RankMemory(
+            stage=self.stage,
+            rank=int(self.ranks_GR[group, rank]),
+            weights_bytes=static.weights_bytes,
+            gradients_bytes=static.gradients_bytes,
+            optimizer_bytes=static.optimizer_bytes,
+            activations_bytes=activations,
+            dispatch_bytes=dispatch,
+            comm_bytes=self.pipeline_bytes + self.communicator_bytes,
+            reserved_bytes=self.context_bytes + reserve,
+            pipeline_bytes=self.pipeline_bytes,
+            moment=self.worst_K[event].moment(group, self.operations[event].micro_batch, rank),
+        )
+
+
+def stage_profile(
+    model: Model,
+    parallel: Parallelism,
+    layout: RankLayout,
+    train: Training,
+    *,
+    stage: int,
+    received_GMLR: Floats | None,
+    expert_copies: float = 1.0,
+    dispatcher: Dispatcher = "alltoall",
+    software: Software = MEGATRON,
+) -> StageProfile:
+    """Memory of every rank of a stage, pass by pass. Arguments as of ``stage_memory``."""
+    if train.fused_loss:
+        software = replace(software, fused_cross_entropy=True)
+    chunks = stage_chunks(model, parallel, train, stage)
+    received = _received(received_GMLR, chunks, train.num_micro_batches(layout.dp))
+    tokens = train.micro_batch * train.seq_len / parallel.cp
     memories = []
     for v, chunk in enumerate(chunks):
-        head = is_last and v == parallel.vpp - 1
+        head = stage == parallel.pp - 1 and v == parallel.vpp - 1
         embedding = stage == 0 and v == 0
-        memories.append(_chunk_memory(model, parallel, train, software, chunk, received, tokens, head, embedding))
-    forwards, backwards = chunk_order(parallel.pp, parallel.vpp, num_micro_batches)
-    live_KGRP = _live(memories, forwards, backwards, num_in_flight(parallel, stage, num_micro_batches, train.schedule))
-    peak_KGRP = live_KGRP + np.stack([memories[v].excess_GMRP[:, m] for v, m in backwards])
-    total_KGR = peak_KGRP.sum(axis=-1)
-    event, group, rank = (int(i) for i in np.unravel_index(int(total_KGR.argmax()), total_KGR.shape))
-    chunk_index, micro_batch = backwards[event]
-    activations, dispatch = (float(part) for part in peak_KGRP[event, group, rank])
-
-    layers = tuple(item.layer for chunk in chunks for item in chunk)
-    activations += placeholder_gradient_bytes(model, layers, parallel, software) + workspace_bytes(layers, software)
-    # the gradient last sent to the stage before is still referenced; the one received is the layer's output gradient
-    pipeline = tokens * layer_input(model, parallel).bytes if stage > 0 else 0.0
-    standing = static.weights_bytes + static.gradients_bytes + static.optimizer_bytes
-    reserve = software.allocator_reserve_fraction.value * (standing + activations + dispatch + pipeline)
-    worst = layout.stage_ranks(stage)[0]
+        memories.append(
+            _chunk_memory(model, parallel, train, software, dispatcher, chunk, received, tokens, head, embedding)
+        )
+    schedule = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp)
+    operations = [
+        one for op in schedule(stage, train.num_micro_batches(layout.dp)) for one in (op, op.beside) if one is not None
+    ]
+    live_KGRP = _live(memories, operations)
+    worst = [memories[op.chunk].worst[op.way != "forward"] for op in operations]
+    excess_KGRP = np.stack([w.excess_GMRP[:, op.micro_batch] for w, op in zip(worst, operations, strict=True)])
+    ranks_GR = np.broadcast_to(layout.stage_ranks(stage)[0], (received.shape[0], received.shape[3]))
     if received_GMLR is not None:
         groups = layout.groups("ep").reshape(parallel.pp, -1, parallel.ep)[stage]
-        worst = groups[group * (len(groups) // received.shape[0]), rank]
-    return RankMemory(
+        ranks_GR = groups[:: len(groups) // received.shape[0]]
+    layers = tuple(item.layer for chunk in chunks for item in chunk)
+    return StageProfile(
         stage=stage,
-        rank=int(worst),
-        weights_bytes=static.weights_bytes,
-        gradients_bytes=static.gradients_bytes,
-        optimizer_bytes=static.optimizer_bytes,
-        activations_bytes=activations,
-        dispatch_bytes=dispatch,
-        comm_bytes=pipeline + num_communicators(parallel, layout) * software.nccl_bytes_per_communicator.value,
-        reserved_bytes=software.context_bytes.value + reserve,
-        pipeline_bytes=pipeline,
-        moment=memories[chunk_index].moments[int(memories[chunk_index].choice_GMR[group, micro_batch, rank])],
+        operations=tuple(operations),
+        static=static_memory(model, parallel, layout, train, stage=stage, expert_copies=expert_copies),
+        live_KGRP=live_KGRP,
+        peak_KGRP=live_KGRP + excess_KGRP,
+        ranks_GR=ranks_GR,
+        standing_bytes=placeholder_gradient_bytes(model, layers, parallel, software)
+        + workspace_bytes(layers, software),
+        # The gradient last sent to the stage before is still referenced; the one received is the layer's output's.
+        pipeline_bytes=tokens * layer_input(model, parallel).bytes if stage > 0 else 0.0,
+        communicator_bytes=num_communicators(parallel, layout) * software.nccl_bytes_per_communicator.value,
+        context_bytes=software.context_bytes.value,
+        reserve_fraction=software.allocator_reserve_fraction.value,
+        worst_K=tuple(worst),
     )
-
-
-@lru_cache(maxsize=4096)
-def num_in_flight(parallel: Parallelism, stage: int, num_micro_batches: int, schedule: ScheduleName = "1f1b") -> int:
-    """Chunks whose activations a stage holds at most, by the schedule's order of operations.
-
-    1F1B: min(M, pp - stage). Interleaved: (pp - stage - 1)*2 + (vpp - 1)*pp + 1, at most M*vpp (Megatron-LM,
-    core/pipeline_parallel/schedules.py, warm-up plus the forward of the first steady step).
-    ZB-H1: min(M, pp). GPipe: M.
-    """
-    order = make_schedule(schedule, pp=parallel.pp, vpp=parallel.vpp)
-    return max(in_flight(order(stage, num_micro_batches)))
-
-
-def chunk_order(pp: int, vpp: int, num_micro_batches: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(virtual stage, micro-batch) in order of forwards and of backwards: rounds of pp micro-batches per virtual stage.
-
-    >>> chunk_order(2, 2, 2)
-    ([(0, 0), (0, 1), (1, 0), (1, 1)], [(1, 0), (1, 1), (0, 0), (0, 1)])
-    """
-    rounds = [range(start, min(start + pp, num_micro_batches)) for start in range(0, num_micro_batches, pp)]
-    forwards = [(v, m) for members in rounds for v in range(vpp) for m in members]
-    return forwards, [(v, m) for members in rounds for v in reversed(range(vpp)) for m in members]
 
 
 def num_communicators(parallel: Parallelism, layout: RankLayout) -> int:
@@ -258,14 +316,12 @@ def num_communicators(parallel: Parallelism, layout: RankLayout) -> int:
     return sum(size > 1 for size in sizes) + (layout.num_gpus > 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _ChunkMemory:
-    """What one chunk keeps, and what its backward holds beyond all that is kept; P: activations, dispatch."""
+    """What one chunk keeps from forward to backward, and what its passes hold; P: activations, dispatch."""
 
     kept_GMRP: Floats
-    excess_GMRP: Floats
-    choice_GMR: NDArray[np.int64]  # index into moments
-    moments: tuple[str, ...]
+    worst: tuple[_Worst, _Worst]  # of the forward, of the backward
 
 
 def _received(received_GMLR: Floats | None, chunks: tuple[tuple[Placed, ...], ...], num_micro_batches: int) -> Floats:
@@ -288,6 +344,7 @@ def _chunk_memory(
     parallel: Parallelism,
     train: Training,
     software: Software,
+    dispatcher: Dispatcher,
     chunk: tuple[Placed, ...],
     received_GMLR: Floats,
     tokens: float,
@@ -313,48 +370,81 @@ def _chunk_memory(
         kept_tensors(tensors, item.layer, train, parallel.tp) for tensors, item in zip(tensors_of, chunk, strict=True)
     ]
     kept = [saved_parts(left, item) for left, item in zip(left_of, chunk, strict=True)]
-    kept_GMRP = np.sum(kept, axis=0) if kept else np.zeros((*shape, 2))
+    on_device = _on_device(kept, train)
 
-    candidates: list[Floats] = []
-    names: list[str] = []
-    freed = np.zeros_like(kept_GMRP)  # by the backward of the layers behind
+    def forward_excess(i: int, item: Placed) -> list[tuple[Floats, str]]:
+        """Of layer i's forward moments: what it holds beyond the layers before it."""
+        inputs = tuple(t for t in tensors_of[i] if t.name == "expert input" and t not in left_of[i])
+        own = saved_parts((*left_of[i], *inputs), item)
+        moments = forward_moments(model, item.layer, parallel, dispatcher)
+        return [(own + parts(m.per_token, m.per_assignment, item), m.name) for m in moments]
+
+    forward: list[tuple[Floats, str]] = []
+    before = np.zeros((*shape, 2))
+    for i, item in enumerate(chunk):
+        where = f"forward of layer {i + 1} of {len(chunk)}"
+        forward += [(before + excess, f"{where}: {name}") for excess, name in forward_excess(i, item)]
+        before = before + on_device[i]
+    forward.append((before, "end of the forward"))
+
+    backward: list[tuple[Floats, str]] = []
+    freed = np.zeros((*shape, 2))  # by the backward of the layers behind
     for i, item in reversed(list(enumerate(chunk))):
         where = f"backward of layer {i + 1} of {len(chunk)}"
+        fetched = kept[i] - on_device[i]  # from the host
         again = [tensor for tensor in tensors_of[i] if tensor not in left_of[i]]
         # Of a whole layer all is made again at once; modules of the attention follow the feed-forward's backward.
         of_attention = tuple(tensor for tensor in again if tensor.part == "attention")
         later = of_attention if train.recompute != "full" else ()
         first = tuple(tensor for tensor in again if tensor not in later)
-        for moment in layer_moments(model, item.layer, parallel):
+        for moment in layer_moments(model, item.layer, parallel, dispatcher, software):
             working = parts(moment.per_token, moment.per_assignment, item)
-            candidates.append(saved_parts(first, item) + working - freed)
-            names.append(f"{where}: {moment.name}")
+            backward.append((saved_parts(first, item) + working - freed + fetched, f"{where}: {moment.name}"))
+        if any(tensor.name == "expert input" for tensor in again):  # the routed experts' forward runs once more
+            backward += [
+                (excess + saved_parts(first, item) - saved_parts(left_of[i], item) - freed, f"{where} again: {name}")
+                for excess, name in forward_excess(i, item)
+            ]
         if (
             later or parallel.cp > 1
-        ):  # beside the gradient of the layer's output; what the feed-forward kept is gone by then
+        ):  # beside the gradient of the layer's output; the feed-forward's own is gone by then
             gone = saved_parts(tuple(tensor for tensor in left_of[i] if tensor.part != "attention"), item)
             exchanged = parts((buffer_bytes(item.layer.attention, parallel), 0.0), (0.0, 0.0), None)
             held = saved_parts((*of_attention, layer_input(model, parallel)), item)
-            candidates.append(held + exchanged - gone - freed)
-            names.append(f"{where}: attention{' again' if later else ''}")
-        freed = freed + kept[i]
+            name = f"{where}: attention{' again' if later else ''}"
+            backward.append((held + exchanged - gone - freed + fetched, name))
+        freed = freed + on_device[i]
     if has_head:
         per_token, fixed = head_moment(model, parallel, software)
         num_losses = 1 + sum(item.is_mtp for item in chunk)
         tensors = head_tensors(model, parallel, software)
         head = num_losses * saved_parts(tensors, None) + parts((per_token, 0.0), (0.0, 0.0), None)
-        candidates.append(head + np.array([fixed, 0.0]))
-        names.append("backward of the head")
+        backward.append((head + np.array([fixed, 0.0]), "backward of the head"))
     if has_embedding:
         gradient = model.vocab * model.hidden / parallel.tp * BF16_BYTES
-        candidates.append(np.array([gradient, 0.0]) - kept_GMRP)
-        names.append("gradient of the embedding")
-    if not candidates:
-        candidates, names = [np.zeros_like(kept_GMRP)], ["a stage that holds nothing"]
-    stacked = np.stack(candidates)
+        backward.append((np.array([gradient, 0.0]) - before, "gradient of the embedding"))
+    if not backward:
+        backward.append((before, "a stage that holds nothing"))
+    return _ChunkMemory(
+        kept_GMRP=before,
+        worst=(_worst_of(forward), _worst_of(backward)),
+    )
+
+
+def _on_device(kept: list[Floats], train: Training) -> list[Floats]:
+    """What stays on the GPU of each layer's kept tensors: with offloaded activations only the last two layers', one
+    being sent while the next is made.
+    """
+    if "activations" not in train.offloaded:
+        return kept
+    return [layer if i >= len(kept) - 2 else np.zeros_like(layer) for i, layer in enumerate(kept)]
+
+
+def _worst_of(candidates: list[tuple[Floats, str]]) -> _Worst:
+    stacked = np.stack([np.broadcast_to(excess, candidates[0][0].shape) for excess, _ in candidates])
     choice_GMR = stacked.sum(axis=-1).argmax(axis=0)
     excess_GMRP = np.take_along_axis(stacked, choice_GMR[None, ..., None], axis=0)[0]
-    return _ChunkMemory(kept_GMRP=kept_GMRP, excess_GMRP=excess_GMRP, choice_GMR=choice_GMR, moments=tuple(names))
+    return _Worst(excess_GMRP=excess_GMRP, choice_GMR=choice_GMR, names=tuple(name for _, name in candidates))
 
 
 def _sum(tensors: tuple[SavedTensor, ...], per: str) -> tuple[float, float]:
@@ -364,11 +454,12 @@ def _sum(tensors: tuple[SavedTensor, ...], per: str) -> tuple[float, float]:
     return sum(tensor.bytes for tensor in chosen) - dispatch, dispatch
 
 
-def _live(
-    memories: list[_ChunkMemory], forwards: list[tuple[int, int]], backwards: list[tuple[int, int]], ahead: int
-) -> Floats:
-    """K x G x R x P: what is kept when backward k begins: all forwards up to k + ahead less the backwards done."""
-    done = np.cumsum([memories[v].kept_GMRP[:, m] for v, m in forwards], axis=0)
-    gone = np.cumsum([memories[v].kept_GMRP[:, m] for v, m in backwards], axis=0)
-    last = np.minimum(np.arange(len(backwards)) + ahead, len(forwards)) - 1
-    return done[last] - np.concatenate([np.zeros_like(gone[:1]), gone[:-1]])
+def _live(memories: list[_ChunkMemory], operations: Sequence[Operation]) -> Floats:
+    """K x G x R x P: what is kept when each operation begins: from its forward until its weight gradient."""
+    change_KGRP = np.zeros((len(operations) + 1, *memories[0].kept_GMRP[:, 0].shape))
+    for k, op in enumerate(operations):
+        if op.way != "input_gradient":
+            kept = memories[op.chunk].kept_GMRP[:, op.micro_batch]
+            change_KGRP[k + 1] = kept if op.way == "forward" else -kept
+    live: Floats = np.cumsum(change_KGRP, axis=0)[:-1]
+    return live

@@ -44,11 +44,19 @@ class Gpu:
     nvlink_bytes_per_s: Sourced  # per direction
     tdp_w: Sourced
     num_sms: Sourced
+    host_bytes_per_s: Sourced  # to the host's memory, per direction
     calibration_name: str = ""  # the device name a calibration profile of this GPU carries
 
     def __post_init__(self) -> None:
         owner, peaks = f"gpu {self.name}", self.peak_flops_per_s
-        for name in ("memory_bytes", "memory_bytes_per_s", "nvlink_bytes_per_s", "tdp_w", "num_sms"):
+        for name in (
+            "memory_bytes",
+            "memory_bytes_per_s",
+            "nvlink_bytes_per_s",
+            "tdp_w",
+            "num_sms",
+            "host_bytes_per_s",
+        ):
             check(getattr(self, name).value > 0, owner, name, "must be positive", getattr(self, name).value)
         check("bf16" in peaks, owner, "peak_flops_per_s", "must name bf16", sorted(peaks))
         for precision, peak in peaks.items():

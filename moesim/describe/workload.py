@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -37,6 +38,7 @@ __all__ = [
     "Megablocks",
     "Megatron",
     "Multinomial",
+    "Optimizer",
     "Popularity",
     "PowerLaw",
     "RankBuffer",
@@ -50,8 +52,43 @@ Precision = Literal["bf16", "fp8"]
 Module = Literal["core_attn", "mla_up_proj", "mlp", "moe", "moe_act", "layernorm", "shared_experts"]  # Megatron's
 MODULES: tuple[Module, ...] = get_args(Module)
 Overlap = Literal["none", "grad_reduce"]
+Offload = Literal["optimizer", "activations"]
+MainWeights = Literal["fp32", "remainder", "bf16", "none"]
+Moments = Literal["fp32", "bf16", "fp8"]
+BYTES_OF: Mapping[str, float] = {"fp32": 4.0, "bf16": 2.0, "remainder": 2.0, "fp8": 1.0, "none": 0.0}
 Dispatcher = Literal["alltoall", "deepep"]  # deepep: once over the network to each node, then NVLink
 DropPolicy = Literal["probability", "position", "random", "reroute"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Number formats of what Adam keeps of a parameter beside its bf16 weight; the defaults are Megatron-LM's.
+
+    main_weights: ``remainder`` keeps only the 16 bits that a bf16 weight lacks of fp32 (Megatron's precision-aware
+    optimizer with store_param_remainders); ``none`` updates the bf16 weight itself.
+
+    >>> Optimizer(gradients="bf16", main_weights="remainder", moments="bf16").state_bytes
+    6.0
+    """
+
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    main_weights: MainWeights = "fp32"
+    moments: Moments = "fp32"  # both of them
+
+    def __post_init__(self) -> None:
+        check_choice("train.optimizer", "gradients", self.gradients, ("fp32", "bf16"))
+        check_choice("train.optimizer", "main_weights", self.main_weights, get_args(MainWeights))
+        check_choice("train.optimizer", "moments", self.moments, get_args(Moments))
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Of one parameter's gradient, as it is accumulated and reduced."""
+        return BYTES_OF[self.gradients]
+
+    @property
+    def state_bytes(self) -> float:
+        """Of one parameter's main weight and two moments."""
+        return BYTES_OF[self.main_weights] + 2 * BYTES_OF[self.moments]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +96,8 @@ class Training:
     """One optimizer step: global_batch sequences of seq_len tokens, micro_batch at a time on each replica.
 
     recompute: none, full, or modules that the backward computes again: a list, or a text such as ``moe_act,layernorm``.
+    offload: none, or what lies in the host's memory: optimizer, activations, or both as ``optimizer,activations``.
+    fused_loss: the loss writes its gradient over the bf16 logits instead of keeping fp32 ones.
 
     >>> Training(recompute=("moe_act", "core_attn")).recompute
     'core_attn,moe_act'
@@ -72,12 +111,16 @@ class Training:
     schedule: ScheduleName = "1f1b"
     overlap: Overlap = "none"
     mtp: bool = False  # train the model's multi-token-prediction layers as well
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    offload: str | tuple[str, ...] = "none"  # a text once it is born
+    fused_loss: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "micro_batch", "global_batch"):
             check_whole("train", name, getattr(self, name))
         check_choice("train", "precision", self.precision, get_args(Precision))
         object.__setattr__(self, "recompute", _recompute_text(self.recompute))
+        object.__setattr__(self, "offload", _offload_text(self.offload))
         check_choice("train", "schedule", self.schedule, ("gpipe", "1f1b", "zb-h1"))
         check_choice("train", "overlap", self.overlap, get_args(Overlap))
 
@@ -87,6 +130,12 @@ class Training:
         assert isinstance(self.recompute, str)
         named = self.recompute.split(",")
         return tuple(module for module in MODULES if module in named)
+
+    @property
+    def offloaded(self) -> tuple[Offload, ...]:
+        """What lies in the host's memory."""
+        assert isinstance(self.offload, str)
+        return tuple(part for part in get_args(Offload) if part in self.offload.split(","))
 
     def num_micro_batches(self, dp: int) -> int:
         """Micro-batches that each data-parallel replica runs in one step, or InputError."""
@@ -109,6 +158,17 @@ def _recompute_text(asked: str | tuple[str, ...]) -> str:
         hint = near_match(name, (*MODULES, "none", "full"))
         raise InputError("train", "recompute", rule, name, hint if hint.startswith("Did you mean") else "")
     return ",".join(module for module in MODULES if module in named)
+
+
+def _offload_text(asked: str | tuple[str, ...]) -> str:
+    """none, or the parts in the order of Offload, joined by commas. Raises InputError."""
+    parts = get_args(Offload)
+    names = asked.split(",") if isinstance(asked, str) else asked
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    named = {name.strip() for name in names} or {"none"} if is_list else {"?"}
+    good = named == {"none"} or named <= set(parts)
+    check(good, "train", "offload", f"must be none or parts among {', '.join(parts)}", asked)
+    return ",".join(part for part in parts if part in named) or "none"
 
 
 @dataclass(frozen=True, kw_only=True)

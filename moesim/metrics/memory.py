@@ -112,6 +112,7 @@ def memory_by_stage(scenario: Scenario, load: StepLoad | None, train: Training |
             stage=stage,
             received_GMLR=None if load is None else load.received_GMLR(stage),
             expert_copies=scenario.expert_copies,
+            dispatcher=scenario.routing.dispatcher,
         )
         for stage in range(scenario.parallel.pp)
     ]

@@ -32,10 +32,11 @@ STEP_PARTS = (
     "pipeline_send",
     "gradient_reduction",
     "optimizer",
+    "host_transfer",
     "wait_for_slowest",
     "pipeline_bubble",
 )
-COMM_PARTS = ("tensor_parallel_comm", "dispatch", "combine", "pipeline_send", "gradient_reduction")
+COMM_PARTS = ("tensor_parallel_comm", "dispatch", "combine", "pipeline_send", "gradient_reduction", "host_transfer")
 MEMORY_PARTS = (
     "weights_bytes",
     "gradients_bytes",

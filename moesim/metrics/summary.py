@@ -38,6 +38,7 @@ _IN_WORDS = {
     "pipeline_send": "sending activations between stages",
     "gradient_reduction": "gradient reduction",
     "optimizer": "the optimizer step",
+    "host_transfer": "the link to the host's memory",
     "wait_for_slowest": "waiting for the most loaded rank",
     "pipeline_bubble": "the pipeline bubble",
 }

@@ -44,6 +44,7 @@ COLOURS: Mapping[str, str] = MappingProxyType(
         "gradient_reduction": "#CC79A7",
         "optimizer": "#117733",
         "wait_for_slowest": "#888888",
+        "host_transfer": "#661100",
         "pipeline_bubble": "#CCCCCC",
         # memory
         "weights": "#332288",
@@ -87,6 +88,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "gradient_reduction": "gradient reduction",
         "optimizer": "optimizer",
         "wait_for_slowest": "waiting for the slowest GPU",
+        "host_transfer": "waiting for the host link",
         "pipeline_bubble": "pipeline fill and drain",
         "weights": "weights",
         "gradients": "gradients",

@@ -7,9 +7,6 @@ import numpy as np
 from moesim.cost.layer import ACTIVATION_BYTES
 from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s, send_s
 from moesim.scenario import Scenario
-from moesim.units import BYTES_PER_ELEMENT
-
-GRADIENT_BYTES = BYTES_PER_ELEMENT["float32"]  # Megatron reduces float32 main gradients
 
 
 def _group_shape(scenario: Scenario, kind: str) -> tuple[int, int]:
@@ -24,21 +21,22 @@ def gradient_reduction_s(scenario: Scenario, dense: float, expert: float) -> tup
     as the part gradient_reduction, as are ZeRO-3's gathers in every pass. See docs/model.md#gradient-reduction.
     """
     zero, cluster = scenario.parallel.zero, scenario.cluster
+    gradient_bytes = scenario.train.optimizer.gradient_bytes
     reduce_s = gather_s = 0.0
     for kind, count in (("dpcp", dense), ("edp", expert)):
         size, in_node = _group_shape(scenario, kind)
         if size == 1 or not count:
             continue
         if zero == 0:
-            reduce_s += float(allreduce_s(size, in_node, count * GRADIENT_BYTES, cluster))
+            reduce_s += float(allreduce_s(size, in_node, count * gradient_bytes, cluster))
         elif zero == 1:
-            reduce_s += float(reduce_scatter_s(size, in_node, count * GRADIENT_BYTES, cluster))
+            reduce_s += float(reduce_scatter_s(size, in_node, count * gradient_bytes, cluster))
         if zero in (1, 2):
             gather_s += float(allgather_s(size, in_node, count * ACTIVATION_BYTES, cluster))
     # A replica's gradient travels to its expert's first slot, the updated weights travel back.
     replicas = expert * (1.0 - 1.0 / scenario.expert_copies)
     near = scenario.parallel.ep * scenario.parallel.etp <= cluster.ranks_per_node
-    reduce_s += float(send_s(replicas * GRADIENT_BYTES, near, cluster))
+    reduce_s += float(send_s(replicas * gradient_bytes, near, cluster))
     gather_s += float(send_s(replicas * ACTIVATION_BYTES, near, cluster))
     return reduce_s, gather_s
 
@@ -47,6 +45,7 @@ def sharded_weights_s(scenario: Scenario, dense: float, expert: float) -> tuple[
     """Seconds of each pass of a chunk to gather its weights (ZeRO-3), of each backward to scatter its gradients
     (ZeRO-2, 3).
     """
+    gradient_bytes = scenario.train.optimizer.gradient_bytes
     gather_s = scatter_s = 0.0
     for kind, count in (("dpcp", dense), ("edp", expert)):
         size, in_node = _group_shape(scenario, kind)
@@ -55,7 +54,7 @@ def sharded_weights_s(scenario: Scenario, dense: float, expert: float) -> tuple[
         if scenario.parallel.zero >= 3:
             gather_s += float(allgather_s(size, in_node, count * ACTIVATION_BYTES, scenario.cluster))
         if scenario.parallel.zero >= 2:
-            scatter_s += float(reduce_scatter_s(size, in_node, count * GRADIENT_BYTES, scenario.cluster))
+            scatter_s += float(reduce_scatter_s(size, in_node, count * gradient_bytes, scenario.cluster))
     return gather_s, scatter_s
 
 

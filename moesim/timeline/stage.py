@@ -28,8 +28,10 @@ from moesim.cost.layer import (
     layer_cost,
     mtp_projection_s,
     permute_s,
+    rank_tokens,
     weight_gradients_s,
 )
+from moesim.cost.offload import chunk_offload
 from moesim.cost.recompute import ATTENTION_OPERATIONS, FFN_OPERATIONS, Operation, operations_again
 from moesim.describe.model import LatentAttention, Layer, MoeFfn
 from moesim.describe.pipeline import Placed
@@ -40,7 +42,8 @@ from moesim.timeline.phases import Phase
 
 Floats = NDArray[np.floating]
 SCATTER = "scatter gradients"
-COMM_PARTS = ("tensor_parallel_comm", "dispatch", "combine", "gradient_reduction")  # of a phase, on wires
+# Of a phase, on wires.
+COMM_PARTS = ("tensor_parallel_comm", "dispatch", "combine", "gradient_reduction", "host_transfer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +78,11 @@ class StagePlan:
     def phases(self, way: Way, chunk: int) -> list[Phase]:
         """Phases of one pass through a chunk; recomputation belongs to the backward, or to the input gradient."""
         if way == "forward":
-            return self._at_own_speed(self._forward(chunk))
-        backward = [replace(phase, is_backward=True) for phase in self._at_own_speed(self._backward(chunk))]
+            forward = self._at_own_speed(self._forward(chunk))
+            return forward + self._host_transfer("send activations to the host", chunk, forward)
+        own = self._at_own_speed(self._backward(chunk))
+        own = self._host_transfer("fetch activations from the host", chunk, own) + own
+        backward = [replace(phase, is_backward=True) for phase in own]
         scatter = [phase for phase in backward if phase.name == SCATTER]
         passes = [phase for phase in backward if phase.name != SCATTER]
         match way:
@@ -102,6 +108,23 @@ class StagePlan:
             phases += self._layer_backward(index, placed)
         phases += self._embedding(backward=True) if self._is_first(chunk) else []
         return phases + self._weights(SCATTER, self.gradient_scatter_C[chunk])
+
+    def _host_transfer(self, name: str, chunk: int, phases: list[Phase]) -> list[Phase]:
+        """What a pass waits for offloaded activations: their time on the host link beyond the pass's own phases."""
+        parallel, train = self.scenario.parallel, self.scenario.train
+        layers = chunk_offload(self.scenario.model, parallel, train, self.chunks[chunk])
+        if not layers:
+            return []
+        bytes_MR: Floats | float = 0.0
+        for layer in layers:
+            bytes_MR = bytes_MR + layer.token_bytes * rank_tokens(parallel, train) * parallel.tp
+            if layer.moe_index >= 0:
+                assert self.load is not None
+                rows_MR = self.load.rows_MLRE[:, layer.moe_index].sum(axis=-1)
+                bytes_MR = bytes_MR + layer.assignment_bytes * rows_MR
+        own_MR = sum((np.asarray(phase.seconds) for phase in phases), np.zeros(()))
+        link_s = bytes_MR / self.scenario.cluster.gpu.host_bytes_per_s.value
+        return [Phase(name=name, part="host_transfer", layer=-1, seconds=np.maximum(link_s - own_MR, 0.0))]
 
     def _at_own_speed(self, phases: list[Phase]) -> list[Phase]:
         """The phases with each rank computing at its own speed; what crosses wires takes the same."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.memory import outer_parameters, rank_parameters
+from moesim.cost.offload import optimizer_transfer_s
 from moesim.describe.pipeline import stage_chunks
 from moesim.describe.schedules import Operation, Schedule, Way, make_schedule
 from moesim.errors import check
@@ -46,6 +47,7 @@ class _Stage:
     reduce_s: float
     hidden_s: float  # of the reduction, behind the last backward
     optimizer_s: float
+    host_s: float  # of the optimizer's states on the host link, beyond the update itself
     gather_s: float
 
 
@@ -134,12 +136,16 @@ def _lay_out_stage(
     )
     split = (layout.dp * parallel.cp, layout.edp) if parallel.zero >= 1 else (1, 1)
     slowest = float(scenario.speed_of_rank[layout.stage_ranks(stage)].min())
+    shard = dense / split[0] + expert / split[1]
+    update_s = optimizer_s(shard, scenario.train, device) / slowest
+    transfer_s = optimizer_transfer_s(shard, scenario.train, scenario.cluster.gpu.host_bytes_per_s.value)
     return _Stage(
         kinds=kinds,
         traced_R=traced_R,
         reduce_s=reduce_s,
         hidden_s=hidden_s,
-        optimizer_s=optimizer_s(dense / split[0] + expert / split[1], device) / slowest,
+        optimizer_s=update_s,
+        host_s=max(transfer_s - update_s, 0.0),
         gather_s=gather_s,
     )
 
@@ -206,7 +212,7 @@ def _work(
         forward_send_C=np.array([0.0 if d == last else send[wraps and s == pp - 1] for d in depths]),
         backward_send_C=np.array([0.0 if d == 0 else send[wraps and s == 0] for d in depths]),
         reduce_s=stage.reduce_s - stage.hidden_s,
-        optimizer_s=stage.optimizer_s,
+        optimizer_s=stage.optimizer_s + stage.host_s,
         gather_s=stage.gather_s,
     )
 
@@ -225,10 +231,13 @@ def _stage_run(scenario: Scenario, s: int, stage: _Stage, work: StageWork, clock
     part_R["gradient_reduction"] = part_R.get("gradient_reduction", 0.0) + np.full(
         num_ranks, work.reduce_s + work.gather_s
     )
-    part_R["optimizer"] = np.full(num_ranks, work.optimizer_s)
+    part_R["optimizer"] = np.full(num_ranks, stage.optimizer_s)
+    part_R["host_transfer"] = part_R.get("host_transfer", np.zeros(num_ranks)) + stage.host_s
+    updated_s = clock.optimizer_start_s + stage.optimizer_s
     tail = (
         ("gradient reduction", "gradient_reduction", clock.reduce_start_s, work.reduce_s),
-        ("optimizer", "optimizer", clock.optimizer_start_s, work.optimizer_s),
+        ("optimizer", "optimizer", clock.optimizer_start_s, stage.optimizer_s),
+        *([("optimizer states to and fro", "host_transfer", updated_s, stage.host_s)] if stage.host_s else []),
         ("gather updated weights", "gradient_reduction", clock.optimizer_start_s + work.optimizer_s, work.gather_s),
     )
     runs = [
