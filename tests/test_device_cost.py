@@ -57,22 +57,30 @@ def error_fraction(shape, tflops, device):
     return float(device.grouped_s(np.full(groups, float(rows)), reduced, columns)) / measured_s - 1
 
 
-def test_the_product_shape_follows_the_rows_it_was_fitted_on_and_grouped_rows_it_was_not():
-    # The fit's own largest utilisation was 0.76; the shipped one is the lower MAMF figure, tested below.
-    device = dataclasses.replace(H800, product_utilisation=0.76)
-    errors = [error_fraction(*row, device) for row in FITTED_ON]
-    assert len(errors) == 18
-    assert np.median(np.abs(errors)) < 0.04
-    # The worst are those of 2,112 columns, 16 to 26 % too short: the formula does not know how tiles fill the SMs.
-    assert min(errors) == pytest.approx(-0.265, abs=0.005)
+MASKED = [  # for inference; their computing and their memory take about as long
+    ((1, 1024, 4096, 7168), 1233),
+    ((1, 1024, 7168, 2048), 925),
+    ((2, 512, 4096, 7168), 1040),
+    ((2, 512, 7168, 2048), 916),
+    ((4, 256, 4096, 7168), 932),
+    ((4, 256, 7168, 2048), 815),
+]
+
+
+def test_fp8_products_on_h800_are_within_a_tenth_where_not_fitted_and_the_worst_is_known():
+    median = {
+        name: np.median(np.abs([error_fraction(*row, H800) for row in rows]))
+        for name, rows in (("dense, fitted", FITTED_ON), ("contiguous", NOT_FITTED_ON), ("masked", MASKED))
+    }
+    print({name: f"{value:.1%}" for name, value in median.items()})
+    assert median["dense, fitted"] < 0.055
+    assert median["contiguous"] < 0.06
+    assert median["masked"] < 0.09
+    # The worst are those of 2,112 columns, whose tiles fill the SMs badly: the formula does not know waves of tiles.
+    errors = [error_fraction(*row, H800) for row in FITTED_ON]
+    assert min(errors) == pytest.approx(-0.25, abs=0.01)
     assert FITTED_ON[int(np.argmin(errors))][0][2] == 2112
-    assert max(errors) == pytest.approx(0.235, abs=0.005)  # 64 rows of 7168 x 2048: 6.4 us in all
-    assert max(abs(error_fraction(*row, device)) for row in NOT_FITTED_ON) < 0.06
-
-
-def test_shipped_fp8_products_are_pessimistic_by_less_than_a_tenth():
-    errors = [error_fraction(*row, H800) for row in NOT_FITTED_ON]
-    assert 0 < np.mean(errors) < 0.1
+    assert all(-0.15 < error_fraction(*row, H800) < 0.09 for row in (*NOT_FITTED_ON, *MASKED))
 
 
 @pytest.mark.parametrize("gpu", GPU_NAMES)
@@ -81,7 +89,7 @@ def test_a_large_product_reaches_the_stated_share_of_the_peak_and_never_more(gpu
     size = 32768
     rate = 2 * size**3 / float(device.product_s(size, size, size))
     share = rate / load_gpu(gpu).peak_flops_per_s["bf16"].value
-    assert 0.97 * device.product_utilisation < share < device.product_utilisation
+    assert 0.97 * device.law.utilisation < share < device.law.utilisation
 
 
 @settings(max_examples=50, deadline=None)
@@ -129,8 +137,8 @@ def test_the_joining_projection_of_an_mtp_layer_takes_at_least_its_flops_and_byt
     def seconds(tp, backward):
         return mtp_projection_s(model, parallel=Parallelism(tp=tp), train=train, device=device, backward=backward)
 
-    products_s = 4096 * 2 * (2 * 7168) * 7168 / (device.peak_flops_per_s * device.product_utilisation)
-    streams_s = 10 * 4096 * 7168 * 2 / device.memory_bytes_per_s
+    products_s = 4096 * 2 * (2 * 7168) * 7168 / (device.peak_flops_per_s * device.law.utilisation)
+    streams_s = 10 * 4096 * 7168 * 2 / device.stream_bytes_per_s
     assert seconds(1, False) == pytest.approx(products_s + streams_s, rel=0.05)
     assert seconds(1, True) == pytest.approx(2 * seconds(1, False), rel=0.05)
     assert seconds(4, False) == pytest.approx(seconds(1, False) / 4, rel=0.1)
@@ -161,19 +169,47 @@ def test_every_number_of_a_device_says_where_it_comes_from():
 
 
 @pytest.mark.parametrize(
-    ("gpu", "precision", "shape", "stream"),
+    ("gpu", "precision", "products", "stream"),
     [
-        ("h800", "fp8", "measured", "measured"),
-        ("h800", "bf16", "assumed", "measured"),
-        ("h100-sxm", "fp8", "assumed", "assumed"),
-        ("b200", "bf16", "assumed", "assumed"),
+        ("h800", "fp8", "measured", "assumed"),
+        ("h800", "bf16", "assumed", "assumed"),
+        ("h100-sxm", "fp8", "assumed", "measured"),
+        ("h100-sxm", "bf16", "measured", "measured"),
+        ("b200", "fp8", "measured", "measured"),
+        ("a100-80gb", "bf16", "measured", "assumed"),
     ],
 )
-def test_what_was_found_on_one_gpu_in_one_precision_is_assumed_for_all_others(gpu, precision, shape, stream):
+def test_what_was_found_on_one_gpu_is_assumed_for_all_others(gpu, precision, products, stream):
     told = {item.part: item for item in device_cost(load_gpu(gpu), precision, "datasheet").provenance}
-    assert (told["product shape"].kind, told["stream efficiency"].kind) == (shape, stream)
-    for item in (told["product shape"], told["stream efficiency"]):
+    assert (told["product efficiency"].kind, told["stream efficiency"].kind) == (products, stream)
+    for item in (told["product efficiency"], told["stream efficiency"]):
         assert ("assumed for" in item.source) == (item.kind == "assumed")
+
+
+# Prefill of 128 heads, 192 query and 128 value elements, 4,096 tokens, and the backward kernel alone, on an H800 that
+# also communicates: deepseek-ai/profile-data@4496024, train.json.
+LATENT_FORWARD_S, LATENT_BACKWARD_S = 1237.0e-6, 3778.8e-6
+
+
+def test_latent_attention_of_a_training_trace_is_within_a_tenth_forward_and_backward():
+    flops = 4096 * 2.0 * 128 * (192 + 128) * 2048
+    forward = H800.attention_s(flops, dims=320, keys_seen=2048, backward=False)
+    backward = H800.attention_s(flops * (3 * 192 + 2 * 128) / 320, dims=320, keys_seen=2048, backward=True)
+    assert forward == pytest.approx(LATENT_FORWARD_S, rel=0.10)
+    assert backward == pytest.approx(LATENT_BACKWARD_S, rel=0.12)
+
+
+@pytest.mark.parametrize("gpu", GPU_NAMES)
+def test_attention_runs_faster_over_longer_sequences_and_larger_heads_and_never_above_the_peak(gpu):
+    device, peak = device_cost(load_gpu(gpu), "bf16", "datasheet"), load_gpu(gpu).peak_flops_per_s["bf16"].value
+    rates = [
+        [rate.flops_per_s(keys) for keys in (64.0, 1024.0, 65536.0)]
+        for _, rate in sorted(device.attention_by_dims.items())
+    ]
+    for by_keys in rates:
+        assert by_keys[0] < by_keys[1] < by_keys[2] < 0.85 * peak
+    if gpu != "a100-80gb":  # whose latent kernel is the slower one
+        assert [by_keys[2] for by_keys in rates] == sorted(by_keys[2] for by_keys in rates)
 
 
 def test_an_unknown_gpus_efficiency_is_marked_assumed():

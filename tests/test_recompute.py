@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moesim.catalog.models import load_model
 from moesim.cost.activations import layer_tensors
-from moesim.cost.device import device_cost
+from moesim.cost.device import AttentionRate, ProductLaw, device_cost
 from moesim.cost.memory import RankMemory, stage_memory
 from moesim.cost.recompute import kept_tensors, made_again, operations_again, useful_modules
 from moesim.describe.flops import layer_flops
@@ -147,11 +147,22 @@ def test_a_dense_twin_recomputes_what_it_has_of_the_modules() -> None:
     assert twins["active"].train.recompute in ("mla_up_proj", "full")
 
 
-def parts_s(scenario: Scenario, monkeypatch: pytest.MonkeyPatch, **device: float) -> dict[str, float]:
-    """Seconds of one rank by part, on a device without overheads whose products or streams cost nothing."""
-    ideal = {"product_start_s": 0.0, "reduce_overhead": 0.0, "tile_rows": 1} | device
+def parts_s(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, *, products: float, streams: float
+) -> dict[str, float]:
+    """Seconds of one rank by part, on a device without overheads: FLOPs and streamed bytes per second as given."""
     cost = device_cost(scenario.cluster.gpu, "bf16", "datasheet")
-    monkeypatch.setattr(step_room, "device_cost", lambda *_: dataclasses.replace(cost, **ideal))
+    ideal = dataclasses.replace(
+        cost,
+        peak_flops_per_s=products,
+        law=ProductLaw(utilisation=1.0, reduce_overhead=0.0, memory_utilisation=1.0, start_s=0.0, tile_rows=1),
+        memory_bytes_per_s=1e30,
+        stream_bytes_per_s=streams,
+        stream_start_s=0.0,
+        attention_by_dims={1: AttentionRate(endless_flops_per_s=products, half_keys=0.0)},
+        attention_backward_share=1.0,
+    )
+    monkeypatch.setattr(step_room, "device_cost", lambda *_: ideal)
     run = run_step(scenario).stages[0]
     return {part: float(np.max(part_R)) for part, part_R in run.part_R.items()}
 
@@ -159,10 +170,9 @@ def parts_s(scenario: Scenario, monkeypatch: pytest.MonkeyPatch, **device: float
 def test_products_are_done_again_exactly_as_often_as_the_modules_say(monkeypatch: pytest.MonkeyPatch) -> None:
     base = Scenario.make(**UNCUT)
     model, rows = base.model, 4096
-    rates = {"peak_flops_per_s": 1e12, "product_utilisation": 1.0, "attention_forward_flops_per_s": 1e12}
 
     def flops(recompute: str) -> float:
-        found = parts_s(base.with_(recompute=recompute), monkeypatch, memory_bytes_per_s=1e30, **rates)
+        found = parts_s(base.with_(recompute=recompute), monkeypatch, products=1e12, streams=1e30)
         return found["recompute"] * 1e12
 
     layers = [layer_flops(model, layer, base.train.seq_len) for layer in model.layers]
@@ -186,7 +196,7 @@ def test_activation_and_norms_are_streamed_again_byte_for_byte(monkeypatch: pyte
     base = Scenario.make(**UNCUT)
 
     def num_bytes(recompute: str) -> float:
-        found = parts_s(base.with_(recompute=recompute), monkeypatch, memory_bytes_per_s=1e12)
+        found = parts_s(base.with_(recompute=recompute), monkeypatch, products=1e30, streams=1e12)
         return found["recompute"] * 1e12
 
     # 26 layers of experts, six rows a token; 53 norms that are not fused: 27 before latent attention, 26 before experts

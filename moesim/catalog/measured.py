@@ -22,6 +22,14 @@ from moesim.units import KILO
 
 PACKAGE, MODULE, VERSION = "aiconfigurator-core", "aiconfigurator_core", "0.12"
 SOURCE = f"{PACKAGE} {VERSION}.0"
+SYSTEMS = {  # GPU of the catalog -> folder of its tables
+    "a100-80gb": "a100_sxm",
+    "h100-sxm": "h100_sxm",
+    "h200": "h200_sxm",
+    "b200": "b200_sxm",
+    "gb200": "gb200",
+    "gb300": "gb300",
+}
 # GPU, folder of its system, release of NCCL, folder of the release
 NCCL_TABLES = (
     ("A100", "a100_sxm", "2.27", "2.27.3"),

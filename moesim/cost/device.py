@@ -10,6 +10,7 @@ Legend: E experts on a rank; a leading ... stands for any axes.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from moesim.cost.profile import Profile, find_profile, load_profile
 from moesim.describe.hardware import Gpu
 from moesim.door.files import read_yaml
 from moesim.errors import check
-from moesim.units import BYTES_PER_ELEMENT
+from moesim.units import BYTES_PER_ELEMENT, MICRO
 
 Floats = NDArray[np.float64]
 EFFICIENCY_FILE = Path(__file__).parent.parent / "catalog" / "efficiency.yaml"
 _FALLBACK_GPU = "h100-sxm"  # whose efficiencies stand in, marked assumed, for a GPU that the table does not hold
-
-_TIMED_GPU = "h800"  # on which the shape of products (FP8) and the stream efficiency were found
+_HOPPER = ("h100-sxm", "h800", "h200")
+_SIBLINGS = {"h800": "h100-sxm"}  # GPUs with the very die and memory of another
 _PROFILED_DTYPE = {"bf16": "bfloat16"}  # what a profile's products ran in; none is timed in FP8
 
 
@@ -41,17 +42,38 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProductLaw:
+    """How a GPU's matrix products of one precision depend on their shape. See docs/model.md#product."""
+
+    utilisation: float  # of the dense peak, for endless shapes
+    reduce_overhead: float  # a tile's start and end, as extra elements of the reduced dimension
+    memory_utilisation: float  # of the memory rate
+    start_s: float
+    tile_rows: int = 64  # rows are padded to whole tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRate:
+    """Rate of a flash kernel that is causal: half of the endless rate is reached at half_keys keys seen by a query."""
+
+    endless_flops_per_s: float
+    half_keys: float
+
+    def flops_per_s(self, keys_seen: float) -> float:
+        return self.endless_flops_per_s / (1.0 + self.half_keys / keys_seen)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceCost:
     """One device's speeds. Calls take sizes and give seconds; they never know about contention."""
 
     peak_flops_per_s: float  # dense, at the precision of the products
-    product_utilisation: float  # of that peak, for endless shapes
-    reduce_overhead: float  # a tile's start and end, as extra elements of the reduced dimension
-    tile_rows: int
-    product_start_s: float
-    memory_bytes_per_s: float  # achieved
-    attention_forward_flops_per_s: float  # achieved
-    attention_backward_flops_per_s: float
+    law: ProductLaw
+    memory_bytes_per_s: float  # spec; a law says what products achieve of it
+    stream_bytes_per_s: float  # achieved by kernels that only move bytes
+    stream_start_s: float
+    attention_by_dims: Mapping[int, AttentionRate]  # forward, by a head's query and value elements
+    attention_backward_share: float  # of the forward's rate
     input_bytes: float  # of one element of a product's operands
     profile: Profile | None = None
     bf16: DeviceCost | None = None  # the same device in BF16 where products run in FP8: router and head stay wide
@@ -75,8 +97,8 @@ class DeviceCost:
         rows = np.asarray(rows_E, dtype=np.float64)
         if self.profile is not None:
             return self._profiled_s(self.profile, rows, reduced, columns, backward=False)
-        padded = np.ceil(rows / self.tile_rows) * self.tile_rows
-        overhead = 1.0 + self.reduce_overhead / reduced
+        padded = np.ceil(rows / self.law.tile_rows) * self.law.tile_rows
+        overhead = 1.0 + self.law.reduce_overhead / reduced
         flops = 2.0 * padded.sum(axis=-1) * reduced * columns * overhead
         operands = (rows.sum(axis=-1) * reduced + (rows > 0).sum(axis=-1) * reduced * columns) * self.input_bytes
         results = rows.sum(axis=-1) * columns * BYTES_PER_ELEMENT["bf16"]
@@ -89,10 +111,11 @@ class DeviceCost:
         rows = np.asarray(rows_E, dtype=np.float64)
         if self.profile is not None:
             return self._profiled_s(self.profile, rows, reduced, columns, backward=True) / 2
-        padded_reduced = np.ceil(reduced / self.tile_rows) * self.tile_rows
-        flops = 2.0 * ((rows + self.reduce_overhead) * (rows > 0)).sum(axis=-1) * padded_reduced * columns
+        padded_reduced = np.ceil(reduced / self.law.tile_rows) * self.law.tile_rows
+        flops = 2.0 * ((rows + self.law.reduce_overhead) * (rows > 0)).sum(axis=-1) * padded_reduced * columns
         operands = rows.sum(axis=-1) * (reduced + columns) * self.input_bytes
-        results = (rows > 0).sum(axis=-1) * reduced * columns * BYTES_PER_ELEMENT["float32"]
+        # Summed over micro-batches in float32: what is there is read and written.
+        results = 2 * (rows > 0).sum(axis=-1) * reduced * columns * BYTES_PER_ELEMENT["float32"]
         return self._kernel_s(flops, operands + results, (rows > 0).any(axis=-1))
 
     def backward_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
@@ -105,12 +128,20 @@ class DeviceCost:
     def stream_s(self, num_bytes: ArrayLike) -> Floats:
         """Seconds of a memory-bound kernel that reads and writes num_bytes in all. See docs/model.md#stream."""
         moved = np.asarray(num_bytes, dtype=np.float64)
-        return np.where(moved > 0, self.product_start_s + moved / self.memory_bytes_per_s, 0.0)
+        return np.where(moved > 0, self.stream_start_s + moved / self.stream_bytes_per_s, 0.0)
 
-    def attention_s(self, flops: float, *, backward: bool) -> float:
-        """Seconds of the attention kernel alone (scores, softmax, values) for a count of useful FLOPs."""
-        rate = self.attention_backward_flops_per_s if backward else self.attention_forward_flops_per_s
-        return self.product_start_s + flops / rate if flops else 0.0
+    def attention_s(self, flops: float, *, dims: float, keys_seen: float, backward: bool) -> float:
+        """Seconds of the attention kernel alone (scores, softmax, values) for a count of useful FLOPs.
+
+        dims: elements of a head's query and value; keys_seen: by a query on average. See
+        docs/model.md#attention-kernel.
+        """
+        if not flops:
+            return 0.0
+        timed = sorted(self.attention_by_dims)
+        rates = [self.attention_by_dims[each].flops_per_s(keys_seen) for each in timed]
+        rate = float(np.interp(dims, timed, rates)) * (self.attention_backward_share if backward else 1.0)
+        return self.stream_start_s + flops / rate
 
     def _profiled_s(
         self, profile: Profile, rows_E: Floats, reduced: float, columns: float, *, backward: bool
@@ -121,8 +152,14 @@ class DeviceCost:
         return profile.grouped_product_s(rows_E, reduced, columns, backward=backward).seconds
 
     def _kernel_s(self, flops: Floats, num_bytes: Floats, any_work: ArrayLike) -> Floats:
-        compute = flops / (self.peak_flops_per_s * self.product_utilisation)
-        return np.where(any_work, self.product_start_s + np.maximum(compute, num_bytes / self.memory_bytes_per_s), 0.0)
+        compute_s = flops / (self.peak_flops_per_s * self.law.utilisation)
+        memory_s = num_bytes / (self.memory_bytes_per_s * self.law.memory_utilisation)
+        return np.where(any_work, self.law.start_s + smooth_max(compute_s, memory_s), 0.0)
+
+
+def smooth_max(compute_s: Floats, memory_s: Floats) -> Floats:
+    """What computing and moving take together: where both bind, a kernel hides neither quite behind the other."""
+    return np.asarray((compute_s**4 + memory_s**4) ** 0.25)
 
 
 @functools.cache
@@ -158,36 +195,36 @@ def device_cost(gpu: Gpu, precision: str, profile: str = "auto") -> DeviceCost:
     if precision == "bf16":
         return device
     wide = _from_datasheet(gpu, "bf16", None)
-    parts = ("peak bf16", "product efficiency", "product shape")
+    parts = ("peak bf16", "product efficiency")
     told = [replace(item, part=f"router and head: {item.part}") for item in wide.provenance if item.part in parts]
     return replace(device, bf16=wide, provenance=(*device.provenance, *told))
 
 
 def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> DeviceCost:
-    table = efficiencies()
-    shape, peak = table["shape"], gpu.peak_flops_per_s[precision]
-    by_gpu = table["products"][precision]
-    known = gpu.name in by_gpu
-    best = by_gpu[gpu.name if known else _FALLBACK_GPU]
-    # The overhead of a tile is a time; at half the rate it is worth half the elements.
-    reduce_overhead = shape["reduce_overhead"]["value"] * (1.0 if precision == "fp8" else 0.5)
-    stream, attention = table["memory"]["stream_utilisation"], table["attention"]
-    bf16_peak = gpu.peak_flops_per_s["bf16"].value
-    beyond = [gpu.name] * (gpu.name != _TIMED_GPU) + [f"{precision}, where the overhead halves"] * (precision != "fp8")
+    table, peak = efficiencies(), gpu.peak_flops_per_s[precision]
+    blockwise = precision == "fp8" and gpu.name in _HOPPER  # later ones have the scales in their tensor cores
+    product, product_gpu = _entry(table["products"]["fp8_block" if blockwise else precision], gpu.name)
+    moving, moving_gpu = _entry(table["memory"]["stream"], gpu.name)
+    attention, attention_gpu = _entry(table["attention"]["forward"], gpu.name)
+    share = table["attention"]["backward_share"]
+    law = ProductLaw(
+        utilisation=product["utilisation"],
+        reduce_overhead=product["reduce_overhead"],
+        memory_utilisation=product["memory_utilisation"],
+        start_s=product["start_us"] * MICRO,
+    )
     told = [
         Provenance(part=f"peak {precision}", kind=peak.kind, source=peak.source),
         Provenance(part="memory bandwidth", kind=gpu.memory_bytes_per_s.kind, source=gpu.memory_bytes_per_s.source),
-        _told("product efficiency", best)
-        if known
-        else Provenance(part="product efficiency", kind="assumed", source=f"that of {_FALLBACK_GPU}: {best['source']}"),
-        _told_elsewhere("product shape", shape["reduce_overhead"], beyond),
-        _told_elsewhere("stream efficiency", stream, [] if gpu.name == _TIMED_GPU else [gpu.name]),
-        _told("attention efficiency", attention["forward_utilisation"]),
+        _told("product efficiency", product, product_gpu, gpu.name),
+        _told("stream efficiency", moving, moving_gpu, gpu.name),
+        _told("attention efficiency", attention, attention_gpu, gpu.name),
+        Provenance(part="attention backward", kind=share["kind"], source=share["source"]),
     ]
-    memory_rate = gpu.memory_bytes_per_s.value * stream["value"]
-    start_s = shape["product_start"]["value"]
+    memory_rate = gpu.memory_bytes_per_s.value
+    stream_rate, stream_start_s = memory_rate * moving["utilisation"], moving["start_us"] * MICRO
     if calibrated is not None:
-        memory_rate, start_s = calibrated.memory_bytes_per_s, calibrated.launch_s
+        stream_rate, stream_start_s = calibrated.memory_bytes_per_s, calibrated.launch_s
         source = f"calibration profile {calibrated.name} of {calibrated.device}"
         shapes = ", ".join(shape.name for shape in calibrated.shapes)
         curves = f"{source}; utilisation between and beyond its timed shapes ({shapes}) is interpolated"
@@ -195,30 +232,35 @@ def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> Dev
             Provenance(part="products", kind="interpolated", source=curves),
             Provenance(part="memory bandwidth", kind="measured", source=source),
             Provenance(part="kernel start", kind="measured", source=source),
-            *told[-1:],
+            *told[-2:],
         ]
+    bf16_peak = gpu.peak_flops_per_s["bf16"].value
     return DeviceCost(
         peak_flops_per_s=peak.value,
-        product_utilisation=best["value"],
-        reduce_overhead=reduce_overhead,
-        tile_rows=int(shape["tile_rows"]["value"]),
-        product_start_s=start_s,
+        law=law,
         memory_bytes_per_s=memory_rate,
-        attention_forward_flops_per_s=bf16_peak * attention["forward_utilisation"]["value"],
-        attention_backward_flops_per_s=bf16_peak * attention["backward_utilisation"]["value"],
+        stream_bytes_per_s=stream_rate,
+        stream_start_s=stream_start_s,
+        attention_by_dims={
+            int(dims): AttentionRate(endless_flops_per_s=bf16_peak * utilisation, half_keys=half)
+            for dims, (utilisation, half) in attention["by_dims"].items()
+        },
+        attention_backward_share=share["value"],
         input_bytes=BYTES_PER_ELEMENT[precision],
         profile=calibrated,
         provenance=tuple(told),
     )
 
 
-def _told(part: str, entry: dict[str, Any]) -> Provenance:
-    """The provenance of an entry of the table."""
-    return Provenance(part=part, kind=entry["kind"], source=entry["source"])
+def _entry(by_gpu: Mapping[str, dict[str, Any]], gpu: str) -> tuple[dict[str, Any], str]:
+    """A GPU's entry, or its sibling's, or another's; and whose it is."""
+    names = (gpu, _SIBLINGS.get(gpu, ""), _FALLBACK_GPU, next(iter(by_gpu)))
+    whose = next(name for name in names if name in by_gpu)
+    return by_gpu[whose], whose
 
 
-def _told_elsewhere(part: str, entry: dict[str, Any], beyond: list[str]) -> Provenance:
-    """The provenance of an entry that was found on one GPU; used for anything beyond it, it is assumed."""
-    if not beyond:
-        return _told(part, entry)
-    return Provenance(part=part, kind="assumed", source=f"{entry['source']}; assumed for {' and '.join(beyond)}")
+def _told(part: str, entry: dict[str, Any], whose: str, gpu: str) -> Provenance:
+    """The provenance of an entry of the table; of another GPU's entry, assumed."""
+    if whose == gpu:
+        return Provenance(part=part, kind=entry["kind"], source=entry["source"])
+    return Provenance(part=part, kind="assumed", source=f"that of {whose}, assumed for {gpu}: {entry['source']}")

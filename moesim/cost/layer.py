@@ -114,7 +114,7 @@ def again_s(
     """
     own = rank_tokens(parallel, train)
     if operation == "core attention":
-        return device.attention_s(_core_attention_flops(model, layer, parallel, train), backward=False)
+        return _core_attention_s(model, layer, parallel, train, device, backward=False)
     if operation in ("attention norm", "ffn norm"):
         return float(device.stream_s(2 * own * model.hidden * ACTIVATION_BYTES))
     assert operation == "up projections", operation
@@ -251,17 +251,25 @@ def _attention_s(
 def _core_attention_s(
     model: Model, layer: Layer, parallel: Parallelism, train: Training, device: DeviceCost, *, backward: bool
 ) -> float:
-    """Seconds of scores and weighted values. A flash kernel's backward does 2.5 times the forward's products (five to
-    two). arXiv 2205.14135.
+    """Seconds of scores and weighted values on one rank. A flash kernel's backward makes five products for the
+    forward's two, three of them over query elements and two over value elements. arXiv 2205.14135.
     """
-    flops = _core_attention_flops(model, layer, parallel, train)
-    return device.attention_s(2.5 * flops if backward else flops, backward=backward)
-
-
-def _core_attention_flops(model: Model, layer: Layer, parallel: Parallelism, train: Training) -> float:
-    """Forward FLOPs of scores and weighted values on one rank."""
     rows = rank_tokens(parallel, train) * parallel.tp
-    return rows * layer_flops(model, layer, train.seq_len).attention_sequence / parallel.tp
+    flops = rows * layer_flops(model, layer, train.seq_len).attention_sequence / parallel.tp
+    query_dim, value_dim = _head_dims(layer.attention)
+    dims = query_dim + value_dim
+    heads = layer.attention.num_heads / parallel.tp * (1 if layer.cross_attention is None else 2)
+    keys_seen = flops / (2.0 * rows * heads * dims)
+    if backward:
+        flops *= (3 * query_dim + 2 * value_dim) / dims
+    return device.attention_s(flops, dims=dims, keys_seen=keys_seen, backward=backward)
+
+
+def _head_dims(attention: Attention) -> tuple[int, int]:
+    """Elements of a head's query, and of its value."""
+    if isinstance(attention, GroupedQueryAttention):
+        return attention.head_dim, attention.head_dim
+    return attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
 
 
 def _projections(model: Model, attention: Attention, tp: int) -> list[tuple[float, float]]:

@@ -1,0 +1,250 @@
+"""Fit how fast matrix products, streams and attention kernels are on each GPU; write moesim/catalog/efficiency.yaml.
+
+Run from the repository: python tools/make_efficiency.py. Needs the extra ``measured``. Half of the pairs (columns,
+reduced) of a table are fitted, the other half scores the fit; what the score was stands in the file beside each law.
+What no table holds is typed below with its source. docs/decisions/product-shape.md tells what was tried.
+
+Legend: N rows of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.catalog.hardware import load_gpu
+from moesim.catalog.measured import SOURCE, SYSTEMS, tables
+from moesim.cost.device import EFFICIENCY_FILE, ProductLaw, smooth_max
+from moesim.describe.hardware import Gpu
+from moesim.door import write_text_atomically
+from moesim.door.records import read_parquet_columns
+from moesim.seeds import stream
+from moesim.units import MICRO, MILLI
+
+Floats = NDArray[np.float64]
+NEW = "trtllm/1.3.0rc20"  # whose products are torch's (cuBLAS)
+GEMM_RELEASES = {"a100-80gb": "sglang/0.5.10", "nvfp4": "vllm/0.24.0"}  # elsewhere NEW
+MOST_ROWS = 3000
+LENGTHS = (2048, 4096, 8192)
+HEAD = """\
+# What a GPU achieves of its peaks. Made by tools/make_efficiency.py, which tells how; moesim/cost/device.py says what
+# each number means. Products: utilisation of the dense peak for endless shapes, reduce_overhead (start and end of a
+# tile as extra reduced elements), memory_utilisation of the memory rate, start_us of one kernel. kind: measured on this
+# very GPU, or assumed.
+schema: 2
+"""
+BLOCKWISE = (
+    "shape fitted on the 18 dense FP8 rows of the DeepGEMM@55ab91f README (H800), scored on its grouped rows; "
+    "utilisation: MAMF 1402.6 of 1979 TFLOP/s, stas00/ml-engineering@744d01e"
+)
+BACKWARD = (
+    "rate of the backward over that of the forward, 0.45 of the peak over 0.55, causal, head dim 128, 4k tokens on "
+    "H100, read off the figures of FlashAttention-3, arXiv 2407.08608"
+)
+BLOCK_NUMBERS = "utilisation: 0.709, reduce_overhead: 512, memory_utilisation: 0.80, start_us: 2.0"
+TYPED_PRODUCTS = f"""\
+  fp8_block:  # activations scaled by 1x128 tiles, weights by 128x128 blocks
+    h800: {{{BLOCK_NUMBERS}, kind: measured, source: "{BLOCKWISE}", date: 2025-03-25}}
+"""
+TYPED_ATTENTION = f"""\
+  backward_share: {{value: 0.82, unit: fraction, kind: assumed, source: "{BACKWARD}", date: 2024-07-11}}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Timed products: rows, columns, reduced, seconds."""
+
+    m_N: Floats
+    n_N: Floats
+    k_N: Floats
+    seconds_N: Floats
+
+    def pick(self, chosen_N: NDArray[np.bool_] | NDArray[np.int64]) -> Table:
+        return Table(
+            m_N=self.m_N[chosen_N], n_N=self.n_N[chosen_N], k_N=self.k_N[chosen_N], seconds_N=self.seconds_N[chosen_N]
+        )
+
+
+def gemm_table(gpu: str, release: str, dtype: str) -> Table:
+    """Every timed product of this type with sizes that training has."""
+    path = tables() / SYSTEMS[gpu] / "gemm" / release / "gemm_perf.parquet"
+    rows = [
+        row
+        for row in read_parquet_columns(path, ("gemm_dtype", "m", "n", "k", "latency"))
+        if row["gemm_dtype"] == dtype
+    ]
+    kept = [r for r in rows if r["m"] >= 64 and 512 <= r["n"] <= 20_000 and 512 <= r["k"] <= 20_000]
+    m, n, k, latency = (np.array([row[name] for row in kept], dtype=np.float64) for name in ("m", "n", "k", "latency"))
+    return Table(m_N=m, n_N=n, k_N=k, seconds_N=latency * MILLI)
+
+
+def without_casts(table: Table, gpu: str) -> Table:
+    """FP8 rows time the scale and the cast of the activations too; the same release's own tables of these are taken
+    off, and rows that were mostly casts left out.
+    """
+    casts: dict[tuple[float, float], float] = {}
+    for name in ("computescale", "scale_matrix"):
+        path = tables() / SYSTEMS[gpu] / "quantize" / NEW / f"{name}_perf.parquet"
+        for row in read_parquet_columns(path, ("m", "k", "latency")):
+            casts[row["m"], row["k"]] = casts.get((row["m"], row["k"]), 0.0) + row["latency"] * MILLI
+    cast_N = np.array([casts.get((m, k), np.inf) for m, k in zip(table.m_N, table.k_N, strict=True)])
+    bare_N = table.seconds_N - cast_N
+    kept = bare_N > 0.4 * table.seconds_N
+    return Table(m_N=table.m_N[kept], n_N=table.n_N[kept], k_N=table.k_N[kept], seconds_N=bare_N[kept])
+
+
+def law_s(law: ProductLaw, table: Table, peak: float, memory: float, element_bytes: float) -> Floats:
+    """The law's seconds of each row."""
+    m, n, k = table.m_N, table.n_N, table.k_N
+    flops = 2 * np.ceil(m / law.tile_rows) * law.tile_rows * n * (k + law.reduce_overhead)
+    moved = (m * k + n * k) * element_bytes + m * n * 2
+    return law.start_s + smooth_max(flops / (peak * law.utilisation), moved / (memory * law.memory_utilisation))
+
+
+def fit(table: Table, peak: float, memory: float, element_bytes: float) -> tuple[ProductLaw, Floats]:
+    """The law fitted on half of the pairs (columns, reduced), and its errors on the other half."""
+    rng = stream(0, "make_efficiency")
+    if len(table.m_N) > MOST_ROWS:
+        table = table.pick(np.sort(rng.choice(len(table.m_N), MOST_ROWS, replace=False)))
+    pairs, pair_N = np.unique(np.stack([table.n_N, table.k_N]), axis=1, return_inverse=True)
+    fitted_N = (rng.permutation(pairs.shape[1]) < pairs.shape[1] // 2)[pair_N.ravel()]
+    train, rest = table.pick(fitted_N), table.pick(~fitted_N)
+
+    def law(at: Floats) -> ProductLaw:
+        utilisation, overhead, share, start = np.exp(at)
+        share = min(share, 1.0)
+        return ProductLaw(
+            utilisation=utilisation, reduce_overhead=overhead, memory_utilisation=share, start_s=start * MICRO
+        )
+
+    def loss(at: Floats) -> float:
+        error = np.log(law_s(law(at), train, peak, memory, element_bytes) / train.seconds_N)
+        return float(np.mean(np.sqrt(error**2 + 0.05**2)))
+
+    starts = [np.log([0.8, 200.0, 0.8, 3.0]), np.log([0.6, 30.0, 0.7, 5.0])]
+    best = min((descend(loss, at, np.array([0.1, 0.4, 0.1, 0.4])) for at in starts), key=loss)
+    return law(best), law_s(law(best), rest, peak, memory, element_bytes) / rest.seconds_N - 1.0
+
+
+def descend(loss: Callable[[Floats], float], at: Floats, step: Floats) -> Floats:
+    """Coordinate descent with steps that halve: four parameters need no more."""
+    found = loss(at)
+    for _ in range(6):
+        moved = True
+        while moved:
+            moved = False
+            for i in range(len(at)):
+                for sign in (1.0, -1.0):
+                    trial = at.copy()
+                    trial[i] += sign * step[i]
+                    if (value := loss(trial)) < found - 1e-7:
+                        at, found, moved = trial, value, True
+                        break
+        step = step / 2
+    return at
+
+
+def product_line(gpu: Gpu, dtype: str, precision: str) -> str:
+    """The file's line of a GPU and precision."""
+    release = GEMM_RELEASES.get(dtype) or GEMM_RELEASES.get(gpu.name, NEW)
+    table = gemm_table(gpu.name, release, dtype)
+    said = ""
+    if dtype == "fp8":
+        table, said = without_casts(table, gpu.name), ", scale and cast of the activations taken off"
+    if dtype == "nvfp4":
+        said = ", the activations' cast perhaps included"
+    element_bytes = {"bfloat16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}[dtype]
+    peak = gpu.peak_flops_per_s[precision].value
+    law, errors = fit(table, peak, gpu.memory_bytes_per_s.value, element_bytes)
+    score = f"median {np.median(np.abs(errors)):.1%}, 90th percentile {np.quantile(np.abs(errors), 0.9):.1%}"
+    print(gpu.name, precision, law, score, f"bias {np.median(errors):+.1%}", flush=True)
+    numbers = (
+        f"utilisation: {law.utilisation:.3f}, reduce_overhead: {law.reduce_overhead:.0f}, "
+        f"memory_utilisation: {law.memory_utilisation:.3f}, start_us: {law.start_s / MICRO:.1f}"
+    )
+    source = f"{SOURCE}, {SYSTEMS[gpu.name]}/gemm/{release}{said}; on pairs (columns, reduced) not fitted: {score}"
+    return f'    {gpu.name}: {{{numbers}, kind: measured, source: "{source}", date: 2026-11}}'
+
+
+def stream_line(gpu: Gpu) -> str:
+    """The largest casts reach this share of the memory rate; the smallest take the start."""
+    path = tables() / SYSTEMS[gpu.name] / "quantize" / NEW / "scale_matrix_perf.parquet"
+    rows = read_parquet_columns(path, ("m", "k", "latency"))
+    moved, seconds = (
+        np.array(c) for c in zip(*((3.0 * r["m"] * r["k"], r["latency"] * MILLI) for r in rows), strict=True)
+    )
+    share = np.median((moved / seconds)[moved > 5e8]) / gpu.memory_bytes_per_s.value
+    start_s = np.median(seconds[moved < 1e6])
+    source = f"{SOURCE}, {SYSTEMS[gpu.name]}/quantize/{NEW}, scale_matrix: medians above 0.5 GB and below 1 MB"
+    numbers = f"utilisation: {share:.3f}, start_us: {start_s / MICRO:.1f}"
+    return f'    {gpu.name}: {{{numbers}, kind: measured, source: "{source}", date: 2026-11}}'
+
+
+ATTENTION = {  # gpu -> releases of grouped-query and latent attention: the fastest kernels that a table has
+    "a100-80gb": ("sglang/0.5.10", "trtllm/1.0.0"),
+    "h100-sxm": ("sglang/0.5.14", NEW),
+    "h200": ("sglang/0.5.14", NEW),
+    **dict.fromkeys(("b200", "gb200", "gb300"), ("sglang/0.5.14", "sglang/0.5.14")),
+}
+
+
+def attention_line(gpu: Gpu) -> str:
+    """Utilisation for endless sequences by head size, and the keys seen at which half of it is reached."""
+    plain, latent = ATTENTION[gpu.name]
+    folder = tables() / SYSTEMS[gpu.name]
+    windowed = () if gpu.name == "a100-80gb" else ("window_size",)  # that table has no sliding windows
+    names = ("batch_size", "isl", "num_heads", "latency")
+    rows = read_parquet_columns(
+        folder / "attention" / plain / "context_attention_perf.parquet",
+        (*names, "head_dim", "attn_dtype", "kv_cache_dtype", *windowed),
+    )
+    whole = [r for r in rows if r["attn_dtype"] == r["kv_cache_dtype"] == "bfloat16" and not r.get("window_size")]
+    mla = read_parquet_columns(folder / "mla" / latent / "context_mla_perf.parquet", (*names, "kv_cache_dtype"))
+    cases = {dims: [r for r in whole if 2 * r["head_dim"] == dims] for dims in (128, 256)}
+    cases[320] = [r for r in mla if r["kv_cache_dtype"] == "bfloat16"]
+    found = {dims: attention_curve(of, dims, gpu) for dims, of in cases.items() if of}
+    known = ", ".join(f"{dims}: [{u:.3f}, {half:.0f}]" for dims, (u, half) in found.items())
+    source = (
+        f"{SOURCE}, {SYSTEMS[gpu.name]}: attention/{plain} (head sizes 64 and 128), mla/{latent} (192 and 128); "
+        "prefill, causal, 2k to 8k tokens, 64 sequences times heads and more"
+    )
+    print(gpu.name, found, flush=True)
+    return f'    {gpu.name}: {{by_dims: {{{known}}}, kind: measured, source: "{source}", date: 2026-11}}'
+
+
+def attention_curve(rows: list[dict[str, float]], dims: int, gpu: Gpu) -> tuple[float, float]:
+    """(utilisation, keys): time per FLOP is a line in 1/keys seen; fitted through the medians of three lengths."""
+    peak = gpu.peak_flops_per_s["bf16"].value
+    inverse = []
+    for length in LENGTHS:
+        at = [r for r in rows if r["isl"] == length and r["batch_size"] * r["num_heads"] >= 64]
+        flops = [2.0 * r["batch_size"] * r["num_heads"] * dims * length * length / 2 for r in at]
+        inverse.append(np.median([r["latency"] * MILLI * peak / f for r, f in zip(at, flops, strict=True)]))
+    slope, least = np.polyfit(2.0 / np.array(LENGTHS), inverse, 1, w=1.0 / np.array(inverse))
+    return 1.0 / least, slope / least
+
+
+def section(lines: Mapping[str, list[str]]) -> str:
+    return "".join(f"  {name}:\n" + "\n".join(of) + "\n" for name, of in lines.items())
+
+
+if __name__ == "__main__":
+    measured = [load_gpu(name) for name in SYSTEMS]
+    eight_bits = [gpu for gpu in measured if "fp8" in gpu.peak_flops_per_s]
+    four_bits = [gpu for gpu in measured if "nvfp4" in gpu.peak_flops_per_s]
+    products = section(
+        {
+            "bf16": [product_line(gpu, "bfloat16", "bf16") for gpu in measured],
+            "fp8": [product_line(gpu, "fp8", "fp8") for gpu in eight_bits],
+            "nvfp4": [product_line(gpu, "nvfp4", "nvfp4") for gpu in four_bits],
+        }
+    )
+    streams = section({"stream": [stream_line(gpu) for gpu in eight_bits]})
+    attention = section({"forward": [attention_line(gpu) for gpu in measured]})
+    text = f"{HEAD}products:\n{products}{TYPED_PRODUCTS}memory:\n{streams}attention:\n{attention}{TYPED_ATTENTION}"
+    write_text_atomically(Path(EFFICIENCY_FILE), text)
