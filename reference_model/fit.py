@@ -25,6 +25,8 @@ Fit = Mapping[str, Any]
 
 MEASURED, INTERPOLATED, EXTRAPOLATED = "measured", "interpolated", "extrapolated"
 _TAGS = (MEASURED, INTERPOLATED, EXTRAPOLATED)  # from best to worst
+GOAL_MEDIAN_FRACTION, GOAL_P90_FRACTION = 0.06, 0.15  # of held-out errors, of each kind and direction
+GOAL_NOISES = 1.5  # or so many times the noise of repeating a measurement, where that is more
 _PRODUCTS = ("grouped", "dense")
 _LEAST_OWN_SHARE = 0.1  # of a measured time, when the floor seems to explain nearly all of it
 
@@ -181,6 +183,12 @@ def _error_row(fit: Fit, kind: str, direction: str, points: list[Point]) -> dict
         "bias_fraction": float(np.median(errors)),
         "noise_fraction": float(np.median([repeat_noise_fraction(point) for point in points])),
     }
+
+
+def is_within_goal(row: Mapping[str, Any]) -> bool:
+    """Whether a kind's held-out error (a row of ``score``) is as small as is hoped for: the constants above."""
+    goal = max(GOAL_MEDIAN_FRACTION, GOAL_NOISES * row["noise_fraction"])
+    return row["median_fraction"] <= goal and row["p90_fraction"] <= GOAL_P90_FRACTION
 
 
 def repeat_noise_fraction(point: Point) -> float:
