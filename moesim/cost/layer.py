@@ -22,7 +22,7 @@ from moesim.cost.recompute import Operation
 from moesim.describe.flops import layer_flops
 from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
-from moesim.describe.workload import Training
+from moesim.describe.workload import Dispatcher, Training
 from moesim.units import BYTES_PER_ELEMENT
 
 Floats = NDArray[np.floating]
@@ -33,12 +33,11 @@ LOGIT_BYTES = BYTES_PER_ELEMENT["float32"]
 @dataclass(frozen=True, kw_only=True)
 class PassCost:
     """Seconds of one layer in one direction on one rank, except what depends on where tokens went (see experts_s,
-    permute_s).
+    moving_s).
     """
 
     attention_s: float
     router_s: float = 0.0
-    unpermute_s: float = 0.0
     dense_ffn_s: float = 0.0  # the dense block, or the shared experts
     core_attention_s: float = 0.0  # of attention_s: scores and weighted values, behind which a ring of cp hides
     num_tp_collectives: int = 0  # all-gathers plus reduce-scatters of tp_bytes around attention and the dense block
@@ -67,13 +66,11 @@ def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Trai
     elementwise = _norms_and_residuals_bytes(model, layer, own)
     forward = _attention_s(model, layer, parallel=parallel, train=train, device=device, backward=False)
     backward = _attention_s(model, layer, parallel=parallel, train=train, device=device, backward=True)
-    router = dense = unpermute = (0.0, 0.0)
+    router = dense = (0.0, 0.0)
     # Attention gathers its input and scatters its output; a dense block does so once more.
     num_collectives = 0 if parallel.tp == 1 else 2 + 2 * (layer.cross_attention is not None)
     if isinstance(layer.ffn, MoeFfn):
         router = _router_s(model, layer.ffn, own, device)
-        moved = own * (layer.ffn.router.top_k + 1) * model.hidden * ACTIVATION_BYTES
-        unpermute = (float(device.stream_s(moved)), float(device.stream_s(2 * moved)))
         if layer.ffn.shared is not None:
             dense = _ffn_s(model, layer.ffn.shared, group, parallel.tp, device)
             num_collectives += 2 if parallel.tp > 1 else 0
@@ -84,7 +81,6 @@ def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Trai
         forward=PassCost(
             attention_s=forward + float(device.stream_s(elementwise)),
             router_s=router[0],
-            unpermute_s=unpermute[0],
             dense_ffn_s=dense[0],
             core_attention_s=_core_attention_s(model, layer, parallel, train, device, backward=False),
             num_tp_collectives=num_collectives,
@@ -92,7 +88,6 @@ def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Trai
         backward=PassCost(
             attention_s=backward + float(device.stream_s(2 * elementwise)),
             router_s=router[1],
-            unpermute_s=unpermute[1],
             dense_ffn_s=dense[1],
             core_attention_s=_core_attention_s(model, layer, parallel, train, device, backward=True),
             num_tp_collectives=num_collectives,
@@ -180,14 +175,46 @@ def expert_activation_s(moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, d
     return device.stream_s(rows_E.sum(axis=-1) * (inner + width) * ACTIVATION_BYTES)
 
 
-def permute_s(
-    model: Model, sent_rows: Floats | float, received_rows: Floats, *, device: DeviceCost
-) -> tuple[Floats, Floats]:
-    """Seconds to lay out rows for the wire, and to sort what arrived by expert: each row is read once and written
-    once.
+@dataclass(frozen=True, kw_only=True)
+class MovingCost:
+    """Seconds that a rank moves rows about its own memory: before the dispatch, after it, before the combine, after it.
+    The gradients take as long on their way back. See docs/model.md#moving-rows.
     """
-    row_bytes = 2 * model.hidden * ACTIVATION_BYTES
-    return device.stream_s(np.asarray(sent_rows) * row_bytes), device.stream_s(received_rows * row_bytes)
+
+    lay_out_s: Floats | float
+    sort_s: Floats | float
+    sort_back_s: Floats | float
+    unpermute_s: Floats | float
+
+
+def moving_s(
+    model: Model,
+    *,
+    own_tokens: float,
+    laid_out_rows: float,
+    arrived_rows: Floats,
+    rows_E: Floats,
+    exchanges: bool,
+    dispatcher: Dispatcher,
+    device: DeviceCost,
+) -> MovingCost:
+    """Seconds to lay rows out for the wire and to sort what arrived by expert, there and back.
+
+    own_tokens: of the rank, each read once; laid_out_rows: one for each of their experts; arrived_rows: what the
+    dispatch brings a rank; rows_E[..., e]: what its experts compute, the result drops the last axis. exchanges: whether
+    there is anybody to exchange with. A fused kernel reads a token once and writes each of its rows.
+    """
+    row_bytes = model.hidden * ACTIVATION_BYTES
+    rows = rows_E.sum(axis=-1)
+    laid_out_s = device.stream_s((own_tokens + laid_out_rows) * row_bytes)
+    if not exchanges:
+        return MovingCost(lay_out_s=laid_out_s, sort_s=0.0, sort_back_s=0.0, unpermute_s=laid_out_s)
+    if dispatcher == "deepep":  # its kernels take tokens as they lie; rows are made of them where they arrive
+        sorted_s = device.stream_s((arrived_rows + rows) * row_bytes)
+        return MovingCost(lay_out_s=0.0, sort_s=sorted_s, sort_back_s=sorted_s, unpermute_s=0.0)
+    # A rank with one expert has nothing to sort: rows arrive by sender, and all are the expert's.
+    sorted_s = device.stream_s(2 * rows * row_bytes) if rows_E.shape[-1] > 1 else np.zeros_like(rows)
+    return MovingCost(lay_out_s=laid_out_s, sort_s=sorted_s, sort_back_s=sorted_s, unpermute_s=laid_out_s)
 
 
 def embedding_s(model: Model, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn, Router
 from moesim.door.records import Record
 from moesim.errors import InputError
@@ -60,7 +62,7 @@ def express(row: Record, owner: str) -> Scenario:
     moe = MoeFfn(
         num_experts=whole(row, "n_experts", owner),
         expert=Ffn(width=whole(row, "moe_ffn", owner)),
-        router=Router(top_k=whole(row, "topk", owner)),
+        router=_router(row, owner),
     )
     attention = GroupedQueryAttention(num_heads=8, num_kv_heads=8, head_dim=64)  # has no part in what is compared
     layers = (Layer(attention=attention, ffn=moe),)
@@ -78,6 +80,17 @@ def express(row: Record, owner: str) -> Scenario:
         dispatcher=dispatcher,
     )
     return base.with_(model=model, ep=ranks)
+
+
+def _router(row: Record, owner: str) -> Router:
+    """Top-k of all experts, or of the best groups where the row says so: forced balance draws scores at random, and
+    the groups' limit still holds. Megatron-LM core/transformer/moe/router.py.
+    """
+    top_k = whole(row, "topk", owner)
+    limit = re.search(r"(\d+) groups/top-(\d+) groups", row.get("router", ""))
+    if limit is None:
+        return Router(top_k=top_k)
+    return Router(top_k=top_k, num_groups=int(limit[1]), top_groups=int(limit[2]))
 
 
 def outside_envelope(scenario: Scenario) -> tuple[str, ...]:

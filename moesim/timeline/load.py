@@ -52,12 +52,15 @@ DEDUP: Mapping[str, Dedup] = {"alltoall": "none", "deepep": "node"}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exchange:
-    """Seconds that each rank spends in each all-to-all, all layers of the model, for one way of lying on nodes."""
+    """Seconds that each rank spends in each all-to-all, all layers of the model, for one way of lying on nodes; and the
+    rows that reach it.
+    """
 
     dispatch_s_GMLR: Floats
     combine_s_GMLR: Floats
     dispatch_backward_s_GMLR: Floats  # the gradient of the dispatch goes back as a combine does
     combine_backward_s_GMLR: Floats
+    arrived_GMLR: Floats  # rows that the dispatch brings each rank: tokens where it sends each only once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,6 +118,7 @@ class StepLoad:
         return StageLoad(
             laid_out_rows=self.laid_out_rows,
             rows_MLRE=np.repeat(rows_MLGRE, self.etp, axis=3).reshape(*rows_MLGRE.shape[:2], -1, rows_MLGRE.shape[-1]),
+            arrived_MLR=_by_rank(exchange.arrived_GMLR[:, :, at], self.etp),
             dispatch_s_MLR=_by_rank(exchange.dispatch_s_GMLR[:, :, at], self.etp),
             combine_s_MLR=_by_rank(exchange.combine_s_GMLR[:, :, at], self.etp),
             dispatch_backward_s_MLR=_by_rank(exchange.dispatch_backward_s_GMLR[:, :, at], self.etp),
@@ -318,6 +322,7 @@ def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, n
         combine_s_GMLR=back,
         dispatch_backward_s_GMLR=back,
         combine_backward_s_GMLR=out,
+        arrived_GMLR=received if sent.dedup == "none" else copies.visits_GMLR * (parallel.ep * parallel.etp),
     )
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moesim.cost.device import DeviceCost
 from moesim.cost.layer import (
     LayerCost,
+    MovingCost,
     PassCost,
     again_s,
     embedding_s,
@@ -26,8 +27,8 @@ from moesim.cost.layer import (
     head_s,
     head_weight_gradient_s,
     layer_cost,
+    moving_s,
     mtp_projection_s,
-    permute_s,
     rank_tokens,
     weight_gradients_s,
 )
@@ -54,6 +55,7 @@ class StageLoad:
 
     rows_MLRE: Floats
     laid_out_rows: float
+    arrived_MLR: Floats  # rows that the dispatch brings each rank: tokens where it sends each only once
     dispatch_s_MLR: Floats
     combine_s_MLR: Floats
     dispatch_backward_s_MLR: Floats
@@ -234,19 +236,19 @@ class StagePlan:
     def _moe_forward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost) -> list[Phase]:
         assert self.load is not None
         rows_MRE = self.load.rows_MLRE[:, at]
-        lay_out_s, sort_s = self._permute_s(rows_MRE)
+        moving = self._moving(at)
         experts = experts_s(
             self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.device, backward=False
         )
         return [
             _local("router", "router", index, one_pass.router_s),
-            _local("permute", "permute", index, lay_out_s),
+            *_moved("permute", index, moving.lay_out_s),
             *self._exchange("dispatch", index, self.load.dispatch_s_MLR[:, at]),
-            *self._sort("sort by expert", index, sort_s),
+            *_moved("sort by expert", index, moving.sort_s),
             _local("experts", "experts", index, experts),
-            *self._sort("sort back", index, sort_s),
+            *_moved("sort back", index, moving.sort_back_s),
             *self._exchange("combine", index, self.load.combine_s_MLR[:, at]),
-            _local("unpermute", "permute", index, one_pass.unpermute_s),
+            *_moved("unpermute", index, moving.unpermute_s),
         ]
 
     def _moe_backward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost, *, activates: bool) -> list[Phase]:
@@ -256,7 +258,7 @@ class StagePlan:
         """
         assert self.load is not None
         rows_MRE = self.load.rows_MLRE[:, at]
-        lay_out_s, sort_s = self._permute_s(rows_MRE)
+        moving = self._moving(at)
         model, parallel = self.scenario.model, self.scenario.parallel
         experts = experts_s(model, moe, rows_MRE, parallel=parallel, device=self.device, backward=True)
         weights = expert_weight_gradients_s(model, moe, rows_MRE, parallel=parallel, device=self.device)
@@ -265,14 +267,14 @@ class StagePlan:
             seconds = expert_activation_s(moe, rows_MRE, parallel=parallel, device=self.device)
             again = [_local("expert activation again", "recompute", index, seconds)]
         return [
-            _local("unpermute", "permute", index, one_pass.unpermute_s),
+            *_moved("unpermute", index, moving.unpermute_s),
             *self._exchange("combine", index, self.load.combine_backward_s_MLR[:, at]),
-            *self._sort("sort back", index, sort_s),
+            *_moved("sort back", index, moving.sort_back_s),
             *again,
             _local("experts", "experts", index, experts, weights),
-            *self._sort("sort by expert", index, sort_s),
+            *_moved("sort by expert", index, moving.sort_s),
             *self._exchange("dispatch", index, self.load.dispatch_backward_s_MLR[:, at]),
-            _local("permute", "permute", index, lay_out_s),
+            *_moved("permute", index, moving.lay_out_s),
             _local("router", "router", index, one_pass.router_s),
         ]
 
@@ -282,14 +284,20 @@ class StagePlan:
             return []
         return [Phase(name=name, part=name, layer=index, seconds=seconds, ranks_in_step=in_step)]
 
-    def _sort(self, name: str, index: int, seconds: Floats) -> list[Phase]:
-        """Rows that came from other ranks are sorted once more; a rank that exchanges nothing permutes only once."""
-        alone = self.scenario.parallel.ep * self.scenario.parallel.etp == 1
-        return [] if alone else [_local(name, "permute", index, seconds)]
-
-    def _permute_s(self, rows_MRE: Floats) -> tuple[Floats, Floats]:
+    def _moving(self, at: int) -> MovingCost:
+        """What a MoE layer's rows take in each rank's own memory."""
         assert self.load is not None
-        return permute_s(self.scenario.model, self.load.laid_out_rows, rows_MRE.sum(axis=-1), device=self.device)
+        parallel, train = self.scenario.parallel, self.scenario.train
+        return moving_s(
+            self.scenario.model,
+            own_tokens=rank_tokens(parallel, train),
+            laid_out_rows=self.load.laid_out_rows,
+            arrived_rows=self.load.arrived_MLR[:, at],
+            rows_E=self.load.rows_MLRE[:, at],
+            exchanges=parallel.ep * parallel.etp > 1,
+            dispatcher=self.scenario.routing.dispatcher,
+            device=self.device,
+        )
 
     def _embedding(self, *, backward: bool) -> list[Phase]:
         model, parallel, train = self.scenario.model, self.scenario.parallel, self.scenario.train
@@ -322,6 +330,11 @@ def without_weights(phase: Phase) -> Phase:
 def weights_alone(phase: Phase) -> Phase:
     """What it left."""
     return replace(phase, name=f"{phase.name} weights", seconds=phase.weights_s, weights_s=0.0, ranks_in_step=1)
+
+
+def _moved(name: str, index: int, seconds: Floats | float) -> list[Phase]:
+    """A phase that moves rows in memory, where there is any."""
+    return [_local(name, "permute", index, seconds)] if np.any(seconds) else []
 
 
 def _local(name: str, part: str, layer: int, seconds: Floats | float, weights_s: Floats | float = 0.0) -> Phase:
