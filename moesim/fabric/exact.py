@@ -67,12 +67,12 @@ def shared_finish_s(bytes_F: Floats, begin_F: Floats, link_FP: Ints, rate_J: Flo
     bounded_FP = (link_FP >= 0) & np.isfinite(rate_J)[link_FP]
     moving = np.flatnonzero((bytes_F > 0) & bounded_FP.any(axis=1))
     if moving.size < bytes_F.size or not bounded_FP[link_FP >= 0].all():
-        bytes_F, begin_F, link_FP = bytes_F[moving], begin_F[moving], _packed(link_FP[moving], bounded_FP[moving])
+        bytes_F, begin_F, link_FP = bytes_F[moving], begin_F[moving], packed(link_FP[moving], bounded_FP[moving])
     finish_F[moving] = _finish_of_moving(bytes_F, begin_F, np.ascontiguousarray(link_FP), rate_J)
     return finish_F
 
 
-def _packed(link_FP: Ints, kept_FP: NDArray[np.bool_]) -> Ints:
+def packed(link_FP: Ints, kept_FP: NDArray[np.bool_]) -> Ints:
     """Routes with only the kept links, which stand first."""
     order_FP = np.argsort(~kept_FP, axis=1, kind="stable")
     return np.take_along_axis(np.where(kept_FP, link_FP, -1), order_FP, axis=1)

@@ -7,7 +7,7 @@ Two estimates of max-min fair sharing (``moesim.fabric.exact``):
 - **Shares of a port**, for many matrices at once. A message ends when the slower of its ports would end it, if that
   port alone were shared evenly: by then each other message of the port has moved as much as it has, or is done. A
   closed form; it needs that nothing but the ranks' own ports can be full. docs/model.md#port-shares.
-- **Rounds of shares**, for everything else: an oversubscribed spine, several planes or paths, messages that start at
+- **Rounds of shares**, for everything else: 16 ranks or fewer, single exchanges, an oversubscribed spine, several planes or paths, messages that start at
   different times, exchanges that meet. Fair rates are held for a while, then settled anew, some tens of times.
   docs/model.md#rounds.
 
@@ -22,14 +22,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import check
-from moesim.fabric.exact import refuse_dead_links
+from moesim.fabric.exact import packed, refuse_dead_links
 from moesim.fabric.flows import Flows, flows_of, together
-from moesim.fabric.port_kernels import rounds_of_shares, shared_ports
+from moesim.fabric.port_kernels import rounds_in_batches, rounds_of_shares, shared_ports
 from moesim.fabric.topology import Topology
 
 Floats = NDArray[np.float64]
 
 MOST_FLOWS_IN_ROUNDS = 100_000
+MOST_RANKS_IN_BATCHED_ROUNDS = 16  # then rounds too take under 0.1 ms a matrix
 
 
 def port_finish_s(bytes_RR: ArrayLike, topology: Topology, starts: ArrayLike | None = None) -> Floats:
@@ -50,7 +51,9 @@ def port_finish_s(bytes_RR: ArrayLike, topology: Topology, starts: ArrayLike | N
     check(bytes_.shape[-2:] == shape, "port", "bytes", f"must be shaped (..., {shape[0]}, {shape[1]})", bytes_.shape)
     bytes_BRR = bytes_.reshape(-1, *shape)
     if starts is None and only_ports_bind(topology):
-        return _port_shares(bytes_BRR, topology)[0].reshape(*bytes_.shape[:-2], topology.num_ranks)
+        few = topology.num_ranks <= MOST_RANKS_IN_BATCHED_ROUNDS
+        finish_BR = _batched_rounds(bytes_BRR, topology) if few else _port_shares(bytes_BRR, topology)[0]
+        return finish_BR.reshape(*bytes_.shape[:-2], topology.num_ranks)
     finish_BR = np.zeros(bytes_BRR.shape[:2])
     for matrix_RR, finish_R in zip(bytes_BRR, finish_BR, strict=True):
         flows = flows_of(matrix_RR, starts)
@@ -128,12 +131,7 @@ def _port_shares(bytes_BRR: NDArray, topology: Topology, *, in_pairs: bool = Fal
     num_ranks = topology.num_ranks
     rate_4R = topology.rate_bytes_per_s_J[: 4 * num_ranks].reshape(4, num_ranks)
     single_BRR = np.ascontiguousarray(bytes_BRR, dtype=np.float32)
-    # A sum is below 0, NaN or infinite where a matrix may be bad; flows_of then says which ranks.
-    doubtful = not np.isfinite(single_BRR.sum(dtype=np.float64)) or single_BRR.min(initial=0.0) < 0
-    if doubtful or (rate_4R == 0).any():
-        for matrix_RR in bytes_BRR:
-            flows = flows_of(matrix_RR)
-            refuse_dead_links(flows, topology, topology.routes(flows.source_F, flows.target_F))
+    _refuse_bad(single_BRR, topology)
     finish_BR = np.zeros(single_BRR.shape[:2])
     finish_BRR = np.zeros(single_BRR.shape if in_pairs else (0, num_ranks, num_ranks))
     shared_ports(
@@ -148,6 +146,29 @@ def _port_shares(bytes_BRR: NDArray, topology: Topology, *, in_pairs: bool = Fal
         finish_BRR,
     )
     return finish_BR, finish_BRR
+
+
+def _batched_rounds(bytes_BRR: NDArray, topology: Topology) -> Floats:
+    """finish_BR by rounds of shares."""
+    num_ranks = topology.num_ranks
+    source_F, target_F = np.nonzero(~np.eye(num_ranks, dtype=bool))
+    bytes_BF = bytes_BRR[:, source_F, target_F].astype(np.float64)
+    _refuse_bad(bytes_BRR, topology)
+    routes, rate_J = topology.routes(source_F, target_F), topology.rate_bytes_per_s_J
+    finite_FP = packed(routes.link_FP, (routes.link_FP >= 0) & np.isfinite(rate_J)[routes.link_FP])
+    finish_BR = np.zeros((len(bytes_BF), num_ranks))
+    rounds_in_batches(bytes_BF, routes.latency_F, finite_FP, rate_J, source_F, target_F, finish_BR)
+    return finish_BR
+
+
+def _refuse_bad(bytes_BRR: NDArray, topology: Topology) -> None:
+    """Raise InputError naming ranks and links for impossible bytes and used dead links."""
+    # A sum is below 0, NaN or infinite where a matrix may be bad; flows_of then says which ranks.
+    doubtful = not np.isfinite(bytes_BRR.sum(dtype=np.float64)) or bytes_BRR.min(initial=0.0) < 0
+    if doubtful or (topology.rate_bytes_per_s_J == 0).any():
+        for matrix_RR in bytes_BRR:
+            flows = flows_of(matrix_RR)
+            refuse_dead_links(flows, topology, topology.routes(flows.source_F, flows.target_F))
 
 
 def _of_one_exchange(flows: Flows, topology: Topology) -> Floats:

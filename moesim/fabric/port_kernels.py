@@ -321,6 +321,30 @@ def rounds_of_shares(
 
 
 @njit(cache=True)
+def rounds_in_batches(
+    bytes_BF: Floats,
+    begin_F: Floats,
+    link_FP: NDArray[np.int32],
+    rate_J: Floats,
+    source_F: Ints,
+    target_F: Ints,
+    finish_BR: Floats,
+) -> None:
+    """Fill finish_BR by rounds, matrix by matrix; a message without links (-1 alone) arrives at its begin."""
+    for batch in range(bytes_BF.shape[0]):
+        bytes_F, finish_R = np.floor(bytes_BF[batch]), finish_BR[batch]
+        moving = np.flatnonzero((bytes_F > 0.0) & (link_FP[:, 0] >= 0))
+        finish_F = begin_F.copy()
+        ended = np.empty(moving.size)
+        rounds_of_shares(bytes_F[moving], begin_F[moving], link_FP[moving], rate_J, ended)
+        finish_F[moving] = ended
+        for flow in range(bytes_F.size):
+            if bytes_F[flow] > 0.0:
+                finish_R[source_F[flow]] = max(finish_R[source_F[flow]], finish_F[flow])
+                finish_R[target_F[flow]] = max(finish_R[target_F[flow]], finish_F[flow])
+
+
+@njit(cache=True)
 def _wait_for_links(
     bytes_F: Floats, begin_F: Floats, link_FP: NDArray[np.int32], rate_J: Floats, finish_F: Floats
 ) -> None:
@@ -382,9 +406,11 @@ def _fair_speeds(
 
 
 def warm() -> None:
-    """Compile both kernels."""
+    """Compile the kernels."""
     sizes = np.ones((1, 2, 2), np.float32)
     rates = np.ones((4, 2), np.float32)
     pairs = np.zeros((1, 2, 2))
     shared_ports(sizes, sizes.view(np.int32), 1, False, rates, 0.0, 0.0, np.zeros((1, 2)), pairs)
     rounds_of_shares(np.ones(1), np.zeros(1), np.zeros((1, 4), np.int32), np.ones(1), np.zeros(1))
+    ends, route = np.zeros(1, np.int64), np.zeros((1, 4), np.int32)
+    rounds_in_batches(np.ones((1, 1)), np.zeros(1), route, np.ones(1), ends, ends, np.zeros((1, 1)))

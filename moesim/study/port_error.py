@@ -44,7 +44,7 @@ class PortCase:
 class PortError:
     """Relative errors of one case: of each exchange's last message, and of each rank's own last message.
 
-    batched: by port_finish_s, as inside a step, instead of message by message.
+    batched: by port_finish_s, for many matrices at once, instead of message by message.
     """
 
     case: PortCase
@@ -121,7 +121,7 @@ def port_cases(num_cases: int, seed: int = 0, *, at_once: int = 1) -> Iterator[P
 
 
 def port_errors(case: PortCase) -> list[PortError]:
-    """Time a case in both fidelities: message by message, and where shares of ports serve, batched as inside a step."""
+    """Time a case in both fidelities: message by message, and where shares of ports serve, batched."""
     topology, num_ranks = case.topology, case.topology.num_ranks
     cuts = np.cumsum([flows.num_flows for flows in case.exchanges])[:-1]
     true = np.split(exact.finish_s(together(case.exchanges), topology), cuts)
