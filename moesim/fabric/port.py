@@ -7,9 +7,9 @@ Two estimates of max-min fair sharing (``moesim.fabric.exact``):
 - **Shares of a port**, for many matrices at once. A message ends when the slower of its ports would end it, if that
   port alone were shared evenly: by then each other message of the port has moved as much as it has, or is done. A
   closed form; it needs that nothing but the ranks' own ports can be full. docs/model.md#port-shares.
-- **Rounds of shares**, for everything else: 16 ranks or fewer, single exchanges, an oversubscribed spine, several planes or paths, messages that start at
-  different times, exchanges that meet. Fair rates are held for a while, then settled anew, some tens of times.
-  docs/model.md#rounds.
+- **Rounds of shares**, for everything else: 16 ranks or fewer, single exchanges, an oversubscribed spine, several
+  planes or paths, messages that start at different times, exchanges that meet. Fair rates are held for a while, then
+  settled anew, some tens of times. docs/model.md#rounds.
 
 How far each is from exact is measured in docs/accuracy.md.
 """
