@@ -48,8 +48,8 @@ def main() -> None:
         [
             "## The fabric: port against exact",
             "",
-            f"Made by `tools/make_port_accuracy.py`: seed {SEED}, {NUM_SINGLE + NUM_MEETING} exchanges of 8 to 64 ranks, "
-            "ten patterns (`moesim/fabric/patterns.py`), PXN, direct and spine (1:1, 2:1, 4:1), 1 to 300 MB a rank. "
+            f"Made by `tools/make_port_accuracy.py`: seed {SEED}, {NUM_SINGLE + NUM_MEETING} exchanges "
+            "of 8 to 64 ranks, ten patterns (`moesim/fabric/patterns.py`), PXN, direct and spine (1:1, 2:1, 4:1), 1 to 300 MB a rank. "
             "The truth is max-min fair sharing (`exact`). *Batched* is the closed form of many matrices at "
             "once on non-blocking fabrics, above 16 ranks; all else are rounds of shares.",
             "",
@@ -66,8 +66,8 @@ def main() -> None:
             *(by_seed[seed] for seed in sorted(by_seed)),
             "",
             "Two per cent is the aim on non-blocking fabrics. The closed form breaks it on some lognormal exchanges "
-            "and some with silent ranks: a port with one message left waits for a partner that its equals have kept busy "
-            "([what was tried](decisions/port-mode.md)).",
+            "and some with silent ranks: a port with one message left waits for a partner that its equals have kept "
+            "busy ([what was tried](decisions/port-mode.md)).",
         ]
     )
     print(text)
