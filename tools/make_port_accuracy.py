@@ -50,8 +50,8 @@ def main() -> None:
             "",
             f"Made by `tools/make_port_accuracy.py`: seed {SEED}, {NUM_SINGLE + NUM_MEETING} exchanges "
             "of 8 to 64 ranks, ten patterns (`moesim/fabric/patterns.py`), PXN, direct and spine (1:1, 2:1, 4:1), "
-            "1 to 300 MB a rank. The truth is max-min fair sharing (`exact`). *Batched* is the closed form of many matrices "
-            "at once on non-blocking fabrics, above 16 ranks; all else are rounds of shares.",
+            "1 to 300 MB a rank. The truth is max-min fair sharing (`exact`). *Batched* is the closed form of many "
+            "matrices at once on non-blocking fabrics, above 16 ranks; all else are rounds of shares.",
             "",
             "| | cases | last message, median | worst | each rank, median | 95th percentile | worst |",
             "|---|---|---|---|---|---|---|",
