@@ -166,6 +166,19 @@ def test_number_formats_of_the_optimizer_scale_gradients_and_states() -> None:
     assert lean.gradients_bytes == full.gradients_bytes / 2
     assert lean.optimizer_bytes == full.optimizer_bytes / 2
     assert static(Optimizer(), offload="optimizer") == replace(full, optimizer_bytes=0.0)
+    experts = 7 * 16 * 3 * 1024 * 512  # one optimizer's; dense parameters have their own
+    assert full.update_bytes == 0.0
+    assert lean.update_bytes == 2 * 4 * experts
+    assert static(Optimizer(main_weights="bf16")).update_bytes == 4 * experts
+
+
+def test_bf16_moments_make_the_optimizer_step_the_peak_where_little_is_kept() -> None:
+    short = replace(TRAIN, seq_len=16, optimizer=Optimizer(gradients="bf16", main_weights="remainder", moments="bf16"))
+    memory = peak(Parallelism(ep=8, zero=1), short)
+    assert memory.moment == "optimizer step"
+    longer = peak(Parallelism(ep=8, zero=1), replace(short, seq_len=16384))
+    assert longer.moment != "optimizer step"
+    assert longer.optimizer_bytes < memory.optimizer_bytes
 
 
 @pytest.mark.parametrize("recompute", ["none", "moe_act", "full"])

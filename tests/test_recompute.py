@@ -30,7 +30,6 @@ from moesim.study.twins import dense_twins
 from moesim.timeline import step as step_room
 from moesim.timeline.load import step_load
 from moesim.timeline.step import run_step
-from moesim.units import GIB
 
 LATENT = LatentAttention(
     num_heads=16, q_lora_rank=None, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
@@ -241,23 +240,16 @@ def test_operations_are_each_done_again_once_whatever_names_them() -> None:
     assert operations_again(MOE, replace(TRAIN, recompute="full")) == ()
 
 
-def test_moonlights_saved_memory_is_a_sixth_and_a_quarter_more_than_was_measured() -> None:
-    """Megatron-Bridge on 8 H100, TP2 EP8 (NVIDIA-NeMo/Megatron-Bridge@067f987, skills/nemo-mbridge-perf-activation-
-    recompute): 36.618 without recomputation, 35.902 with mla_up_proj, 35.941 with moe_act. Nothing is fitted.
-    """
+def test_moonlights_modules_save_exactly_the_tensors_that_are_not_kept() -> None:
     base = Scenario.make(**MOONLIGHT)
 
-    def allocated_gib(recompute: str) -> float:
+    def allocated_bytes(recompute: str) -> float:
         scenario = base.with_(recompute=recompute)
         (memory,) = memory_by_stage(scenario, step_load(scenario), scenario.train)
-        return memory.allocated_bytes / GIB
+        return memory.allocated_bytes
 
-    none = allocated_gib("none")
-    saved = {module: none - allocated_gib(module) for module in ("mla_up_proj", "moe_act")}
+    none = allocated_bytes("none")
+    saved = {module: none - allocated_bytes(module) for module in ("mla_up_proj", "moe_act")}
     # 27 layers of 4,096 tokens: queries, keys and values less the gathered rotary key; 12,288 rows of 1,408 in 26
-    assert saved["mla_up_proj"] == pytest.approx(27 * 4096 * (8 * (192 + 192 + 128) - 64) * 2 / GIB)
-    assert saved["moe_act"] == pytest.approx(26 * 12288 * 1408 * 2 / GIB)
-    assert saved["mla_up_proj"] / (36.618 - 35.902) - 1 == pytest.approx(0.16, abs=0.005)
-    assert saved["moe_act"] / (36.618 - 35.941) - 1 == pytest.approx(0.238, abs=0.005)
-    # The whole is far off: its recipe's optimizer and gradient precision are not in the row.
-    assert none / 36.618 - 1 == pytest.approx(0.26, abs=0.01)
+    assert saved["mla_up_proj"] == pytest.approx(27 * 4096 * (8 * (192 + 192 + 128) - 64) * 2)
+    assert saved["moe_act"] == pytest.approx(26 * 12288 * 1408 * 2)

@@ -11,11 +11,14 @@ from pathlib import Path
 from moesim.catalog.measured import SOURCE, measured_cases
 from moesim.catalog.scores import COLUMNS, SCORES
 from moesim.door import write_text_atomically
+from moesim.door.records import read_records
 from moesim.errors import InputError
 from moesim.report.accuracy_figures import predicted_measured
 from moesim.report.accuracy_page import accuracy_section, write_section
-from moesim.study.accuracy import KINDS, Accuracy, carried_cases, score, summarise_errors
+from moesim.report.memory_page import memory_section
+from moesim.study.accuracy import CARRIED, KINDS, Accuracy, carried_cases, score, summarise_errors
 from moesim.study.accuracy_dispatch import express, has_fit_setting, scored
+from moesim.study.accuracy_memory import memory_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -86,4 +89,7 @@ if __name__ == "__main__":
         write_section(
             DOCS / "accuracy.md", accuracy.kind, accuracy_section(accuracy, figure=figure, said=said_of(accuracy))
         )
+    steps = {row.id: row for accuracy in accuracies if accuracy.kind == "training" for row in accuracy.rows}
+    peaks = memory_rows(read_records(CARRIED / "memory.csv"), "memory.csv")
+    write_section(DOCS / "accuracy.md", "memory", memory_section(peaks, steps))
     print(f"wrote {SCORES}, docs/accuracy.md and its figures")

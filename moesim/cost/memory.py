@@ -5,8 +5,8 @@ Legend: G expert-parallel groups of a stage, M micro-batches, L MoE layers of th
 
 The peak is taken over all passes of the stage in the schedule's own order: the tensors saved by all chunks in flight,
 plus what the pass holds at its worst moment (``moments``), or on the last stage what head and loss hold, or on the
-first stage the embedding's gradient. The optimizer step needs no more than the gradients and states that stand all
-along. See docs/model.md#memory.
+first stage the embedding's gradient; or over the optimizer step, where its states are not fp32. See
+docs/model.md#memory.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ Floats = NDArray[np.floating]
 
 @dataclass(frozen=True, kw_only=True)
 class StaticMemory:
-    """What stands all through the step [bytes]."""
+    """What stands all through the step, and what the update of the weights makes for a moment [bytes]."""
 
     weights_bytes: float
     gradients_bytes: float
     optimizer_bytes: float
+    update_bytes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,9 @@ def static_memory(
     host's memory where they are offloaded. zero=0: all replicated. zero=1 (Megatron's distributed optimizer): states
     over the dp*cp ranks, those of
     experts over edp. zero=2 (as DeepSpeed): gradients too, but for the layer in backward. zero=3 (as DeepSpeed, FSDP):
-    weights too, but for two gathered layers (the live one and the one fetched ahead).
+    weights too, but for two gathered layers (the live one and the one fetched ahead). States that are not fp32 are
+    updated as fp32 copies, all of an optimizer's at once, dense parameters and experts having one each
+    (TransformerEngine pytorch/optimizers/fused_adam.py, Megatron-LM core/optimizer).
     """
     placed = [item for chunk in stage_chunks(model, parallel, train, stage) for item in chunk]
     layers = [rank_parameters(model, item, parallel, expert_copies) for item in placed]
@@ -103,12 +106,14 @@ def static_memory(
         rests = sorted((d * (1 - 1 / split_dense) + e * (1 - 1 / split_expert) for d, e in layers), reverse=True)
         return (dense / split_dense + expert / split_expert + sum(rests[:num_whole])) * element_bytes
 
+    stays = "optimizer" not in train.offloaded
+    sharded = parallel.zero >= 1
+    shards = (dense / split_dense, expert / split_expert) if sharded else (dense, expert)
     return StaticMemory(
         weights_bytes=total_bytes(BF16_BYTES, sharded=parallel.zero >= 3, num_whole=2),
         gradients_bytes=total_bytes(train.optimizer.gradient_bytes, sharded=parallel.zero >= 2, num_whole=1),
-        optimizer_bytes=0.0
-        if "optimizer" in train.offloaded
-        else total_bytes(train.optimizer.state_bytes, sharded=parallel.zero >= 1, num_whole=0),
+        optimizer_bytes=total_bytes(train.optimizer.state_bytes, sharded=sharded, num_whole=0) if stays else 0.0,
+        update_bytes=max(shards) * train.optimizer.copied_bytes if stays else 0.0,
     )
 
 
@@ -198,7 +203,8 @@ def stage_memory(
     )
     total_KGR = profile.peak_KGRP.sum(axis=-1)
     event, group, rank = (int(i) for i in np.unravel_index(int(total_KGR.argmax()), total_KGR.shape))
-    return profile.at(event, group, rank)
+    in_passes, in_update = profile.at(event, group, rank), profile.at_update()
+    return max(in_passes, in_update, key=lambda memory: memory.peak_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -236,22 +242,30 @@ class StageProfile:
     def at(self, event: int, group: int, rank: int) -> RankMemory:
         """Memory of one rank in one pass, at that pass's worst moment."""
         activations, dispatch = (float(part) for part in self.peak_KGRP[event, group, rank])
-        activations += self.standing_bytes
+        moment = self.worst_K[event].moment(group, self.operations[event].micro_batch, rank)
+        return self._memory(int(self.ranks_GR[group, rank]), activations, dispatch, 0.0, moment)
+
+    def at_update(self) -> RankMemory:
+        """Memory of the stage's first rank while the optimizer runs; no chunk is in flight."""
+        return self._memory(int(self.ranks_GR.flat[0]), 0.0, 0.0, self.static.update_bytes, "optimizer step")
+
+    def _memory(self, rank: int, activations: float, dispatch: float, copies: float, moment: str) -> RankMemory:
         static = self.static
-        standing = static.weights_bytes + static.gradients_bytes + static.optimizer_bytes
+        activations, optimizer = activations + self.standing_bytes, static.optimizer_bytes + copies
+        standing = static.weights_bytes + static.gradients_bytes + optimizer
         reserve = self.reserve_fraction * (standing + activations + dispatch + self.pipeline_bytes)
         return RankMemory(
             stage=self.stage,
-            rank=int(self.ranks_GR[group, rank]),
+            rank=rank,
             weights_bytes=static.weights_bytes,
             gradients_bytes=static.gradients_bytes,
-            optimizer_bytes=static.optimizer_bytes,
+            optimizer_bytes=optimizer,
             activations_bytes=activations,
             dispatch_bytes=dispatch,
             comm_bytes=self.pipeline_bytes + self.communicator_bytes,
             reserved_bytes=self.context_bytes + reserve,
             pipeline_bytes=self.pipeline_bytes,
-            moment=self.worst_K[event].moment(group, self.operations[event].micro_batch, rank),
+            moment=moment,
         )
 
 

@@ -90,6 +90,12 @@ class Optimizer:
         """Of one parameter's main weight and two moments."""
         return BYTES_OF[self.main_weights] + 2 * BYTES_OF[self.moments]
 
+    @property
+    def copied_bytes(self) -> float:
+        """Of one parameter's states made fp32 for the update: those that are not, but for a remainder."""
+        moments = 0.0 if self.moments == "fp32" else 2 * BYTES_OF["fp32"]
+        return moments + (BYTES_OF["fp32"] if self.main_weights == "bf16" else 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:

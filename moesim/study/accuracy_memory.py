@@ -1,0 +1,182 @@
+"""Peak memory of measured runs, and of single MoE layers, predicted from rows of a table.
+
+A row's peak is torch's max_memory_allocated of its fullest rank. Number formats, loss and dispatcher are taken from the
+row, which has them from its run's recipe; nothing is fitted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moesim.cost.activations import MEGATRON, layer_tensors, workspace_bytes
+from moesim.cost.moments import Moment, forward_moments, layer_moments
+from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn, Router
+from moesim.describe.parallel import Parallelism
+from moesim.describe.workload import BYTES_OF, Dispatcher
+from moesim.door.records import Record
+from moesim.errors import InputError
+from moesim.metrics.memory import memory_by_stage
+from moesim.scenario import Scenario
+from moesim.study.accuracy_cases import catalog_gpu, catalog_model, default_cluster, given, number, whole
+from moesim.timeline.load import step_load
+from moesim.units import GIB, MILLI, parse_quantity
+
+VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by, times tp
+# A layer out of Megatron-LM's own test: experts without a gate, the activation apart from the product with its weight.
+LAYER_TEST = dataclasses.replace(MEGATRON, fused_activation=False, placeholder_gradients=False)
+ROUTED = ("router", "dispatch", "experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRow:
+    """One measured peak and its predictions [bytes]; SimuMax's as published, None where it published none.
+
+    simumax_step_s: its published step time [s], for the same run.
+    """
+
+    id: str
+    group: str
+    predicted_bytes: float
+    measured_bytes: float
+    moment: str
+    simumax_bytes: float | None
+    simumax_step_s: float | None
+    reasons: tuple[str, ...]
+    source: str
+
+    @property
+    def error_fraction(self) -> float:
+        return self.predicted_bytes / self.measured_bytes - 1.0
+
+    @property
+    def simumax_error_fraction(self) -> float | None:
+        return None if self.simumax_bytes is None else self.simumax_bytes / self.measured_bytes - 1.0
+
+
+def memory_rows(records: Sequence[Record], owner: str) -> tuple[MemoryRow, ...]:
+    """Every row of a table predicted, in its order. Raises InputError naming the row and the column.
+
+    >>> from moesim.study.accuracy import CARRIED
+    >>> from moesim.door.records import read_records
+    >>> rows = memory_rows(read_records(CARRIED / "memory.csv")[:1], "memory.csv")
+    >>> abs(rows[0].error_fraction) < 0.01
+    True
+    """
+    return tuple(_row(record, f"{owner}: {record.get('id', '?')}") for record in records)
+
+
+def _row(record: Record, owner: str) -> MemoryRow:
+    is_layer = bool(record.get("tokens_per_rank"))
+    predicted, moment, kind = _layer(record, owner) if is_layer else _step(record, owner)
+    is_fp8 = "fp8" in record.get("precision", "").lower()
+    simumax_gib = given(record, "simumax_peak_gib", owner)
+    simumax_ms = given(record, "simumax_step_ms", owner)
+    return MemoryRow(
+        id=record["id"],
+        group=kind,
+        predicted_bytes=predicted,
+        measured_bytes=_peak_bytes(record, owner),
+        moment=moment,
+        simumax_bytes=None if simumax_gib is None else simumax_gib * GIB,
+        simumax_step_s=None if simumax_ms is None else simumax_ms * MILLI,
+        reasons=("FP8 copies are not modelled",) if is_fp8 else (),
+        source=record.get("source", ""),
+    )
+
+
+def _peak_bytes(record: Record, owner: str) -> float:
+    try:
+        return parse_quantity(f"{number(record, 'peak', owner)} {record.get('peak_unit', '')}", "bytes")
+    except ValueError as error:
+        raise InputError(owner, "peak_unit", f"must be {error}", record.get("peak_unit", "")) from None
+
+
+def _step(record: Record, owner: str) -> tuple[float, str, str]:
+    """(peak of the fullest rank [bytes], its moment, group) of a training run."""
+    scenario = express(record, owner)
+    memories = memory_by_stage(scenario, step_load(scenario))
+    fullest = max(memories, key=lambda memory: memory.allocated_bytes)
+    kind = "MoE" if scenario.model.is_moe else "dense"
+    return fullest.allocated_bytes, fullest.moment, f"training step, {scenario.cluster.gpu.name}, {kind}"
+
+
+def express(record: Record, owner: str) -> Scenario:
+    """The row's run, routing even. Raises InputError naming the column."""
+    tp, cp = (whole(record, name, owner, default=1) for name in ("tp", "cp"))
+    model = catalog_model(record, owner)
+    multiple = VOCAB_MULTIPLE * tp
+    # The tokenizer adds an end of text; the table is padded for the tensor-parallel ranks.
+    model = dataclasses.replace(model, vocab=-(-(model.vocab + 1) // multiple) * multiple)
+    recompute = record.get("recompute", "")
+    recompute = record.get("recompute", "")
+    leaves: dict[str, Any] = {name: record[name] for name in ("gradients", "main_weights", "moments") if record[name]}
+    if cp > 1:
+        leaves["cp_kind"] = record["cp_kind"]
+    base = Scenario.make(
+        model="llama-3-8b",
+        cluster=default_cluster(catalog_gpu(record, owner)),
+        num_gpus=whole(record, "n_gpus", owner),
+    )
+    return base.with_(
+        model=model,
+        tp=tp,
+        pp=whole(record, "pp", owner),
+        cp=cp,
+        ep=whole(record, "ep", owner, default=1),
+        popularity="balanced",
+        seq_len=whole(record, "seq_len", owner),
+        micro_batch=whole(record, "mbs", owner),
+        global_batch=whole(record, "gbs", owner),
+        recompute="none" if recompute in ("", "[]", "none") else recompute,
+        fused_loss=record.get("fused_loss") == "true",
+        **leaves,
+    )
+
+
+def _layer(record: Record, owner: str) -> tuple[float, str, str]:
+    """(peak [bytes], its moment, group) of one MoE layer alone, forward and backward in turn."""
+    ep, tokens = whole(record, "ep", owner), whole(record, "tokens_per_rank", owner)
+    router = Router(
+        top_k=whole(record, "topk", owner),
+        num_groups=whole(record, "n_groups", owner, default=1),
+        top_groups=whole(record, "top_groups", owner, default=1),
+    )
+    expert = Ffn(width=whole(record, "moe_ffn", owner), gated=False)
+    ffn = MoeFfn(num_experts=whole(record, "n_experts", owner), expert=expert, router=router)
+    attention = GroupedQueryAttention(num_heads=8, num_kv_heads=8, head_dim=64)  # has no part in the layer alone
+    layer = Layer(attention=attention, ffn=ffn)
+    model = Model(name="layer", hidden=whole(record, "hidden", owner), vocab=1024, layers=(layer,))
+    dispatcher: Dispatcher = "deepep" if record.get("dispatcher", "").lower() == "deepep" else "alltoall"
+    peak, moment = layer_alone_bytes(model, Parallelism(ep=ep), tokens=tokens, dispatcher=dispatcher)
+    return peak, moment, f"MoE layer, {'FP8' if 'fp8' in record.get('precision', '').lower() else 'BF16'}"
+
+
+def layer_alone_bytes(
+    model: Model, parallel: Parallelism, *, tokens: int, dispatcher: Dispatcher = "alltoall"
+) -> tuple[float, str]:
+    """(peak [bytes], its moment) of a model's first layer, a MoE layer, run alone over and over with even routing.
+
+    In the forward the input, and the output and its gradient of the run before, are there; in the backward half of the
+    weights' BF16 gradients at the activation, none before it.
+    """
+    layer = model.layers[0]
+    assert isinstance(layer.ffn, MoeFfn)
+    rows = tokens * layer.ffn.router.top_k
+    in_and_out = model.hidden * BYTES_OF["bf16"] * tokens
+    products = 2 * model.hidden * layer.ffn.expert.width * layer.ffn.num_experts / parallel.ep * BYTES_OF["bf16"]
+    router = model.hidden * layer.ffn.num_experts * BYTES_OF["bf16"]
+    kept = [tensor for tensor in layer_tensors(model, layer, parallel, LAYER_TEST) if tensor.part in ROUTED]
+    saved = sum(tensor.bytes * (tokens if tensor.per == "token" else rows) for tensor in kept)
+    standing = products + router + saved + workspace_bytes((layer,), LAYER_TEST) + 3 * in_and_out
+
+    def at(moment: Moment) -> float:
+        return standing + sum(moment.per_token) * tokens + sum(moment.per_assignment) * rows
+
+    found = [(at(moment), f"forward: {moment.name}") for moment in forward_moments(model, layer, parallel, dispatcher)]
+    for moment in layer_moments(model, layer, parallel, dispatcher, LAYER_TEST):
+        gradients = products / 2 if moment.name == "activation" else 0.0
+        found.append((at(moment) - in_and_out + gradients, f"backward: {moment.name}"))
+    return max(found)
