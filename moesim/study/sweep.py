@@ -166,13 +166,18 @@ def run_points(points: Sequence[Point], by: str, workers: Workers, keep: Keep) -
     alone: deque[tuple[Point, int]] = deque()  # whose worker died in company, or alone so many times
     running: dict[Future[Any], tuple[list[Point], int]] = {}
     size = 1
+
+    def next_task() -> tuple[list[Point], int] | None:
+        """Points to hand in now, and how many deaths count against them; -1: the first in company is forgiven."""
+        if alone and (not workers.blames_company or not (waiting or running)):
+            point, num_deaths = alone.popleft()
+            return [point], num_deaths
+        forgiven = -1 if workers.blames_company else 0
+        return ([waiting.popleft() for _ in range(min(size, len(waiting)))], forgiven) if waiting else None
+
     while waiting or alone or running:
-        while (waiting or alone) and len(running) < workers.num_workers * TASKS_PER_WORKER:
-            if alone:
-                point, num_deaths = alone.popleft()
-                task = [point]
-            else:
-                task, num_deaths = [waiting.popleft() for _ in range(min(size, len(waiting)))], 0
+        while len(running) < workers.num_workers * TASKS_PER_WORKER and (next_one := next_task()):
+            task, num_deaths = next_one
             scenarios = [p.scenario for p in task if p.scenario is not None]
             running[workers.executor.submit(compute, by, scenarios)] = task, num_deaths
         known: list[tuple[Point, Outcome]] = []

@@ -35,7 +35,8 @@ class Workers:
 
     executor: Executor
     num_workers: int
-    max_attempts: int  # before a point whose worker dies is given up
+    max_attempts: int  # of a point alone, before it is given up since its worker dies
+    blames_company: bool = False  # a worker's death counts against every task that it held, not only the one at work
     check_reachable: Callable[[], None] = lambda: None  # raises MoesimError where the executor itself is gone
 
 
@@ -207,8 +208,13 @@ def dask(address: str | None = None, scheduler_file: str | None = None) -> Itera
 
         executor = client.get_executor(pure=False)
         try:
-            # Dask itself has tried on other workers (distributed.scheduler.allowed-failures) before it gives a task up.
-            yield Workers(executor=executor, num_workers=num, max_attempts=1, check_reachable=check_reachable)
+            yield Workers(
+                executor=executor,
+                num_workers=num,
+                max_attempts=1,  # Dask itself tries on other workers (distributed.scheduler.allowed-failures)
+                blames_company=True,
+                check_reachable=check_reachable,
+            )
         except BaseException:
             executor.shutdown(wait=False)
             raise
