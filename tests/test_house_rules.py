@@ -139,7 +139,7 @@ def requirement(text: str) -> tuple[str, str]:
 def test_environment_yml_says_what_pyproject_says() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = dict(requirement(text) for text in project["dependencies"])
-    for extra in ("dev", "hf"):
+    for extra in ("dask", "dev", "hf"):
         wanted |= dict(requirement(text) for text in project["optional-dependencies"][extra])
     wanted["python"] = project["requires-python"]
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
@@ -160,7 +160,7 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
     for line in filter(None, lines):
         pin = Requirement(line)
         pins.setdefault(canonicalize_name(pin.name), set()).update(spec.version for spec in pin.specifier)
-    extras = [text for extra in ("dev", "hf", "measured") for text in project["optional-dependencies"][extra]]
+    extras = [text for extra in ("dask", "dev", "hf", "measured") for text in project["optional-dependencies"][extra]]
     for text in [*project["dependencies"], *extras]:
         wanted = Requirement(text)
         versions = pins.get(canonicalize_name(wanted.name), set())

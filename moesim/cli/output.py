@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,30 @@ def working(call: Call, text: str) -> Iterator[None]:
 
     with Console(stderr=True).status(text):
         yield
+
+
+@contextmanager
+def counting(call: Call, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Tell how many units are done: a bar with rate and time left on a terminal, elsewhere a message per tenth."""
+    if sys.stderr.isatty() and call.verbosity >= 0:
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit=unit, file=sys.stderr, smoothing=0.05) as bar:
+
+            def move(num: int) -> None:
+                bar.update(num)
+
+            yield move
+        return
+    num_done = 0
+
+    def tell(num: int) -> None:
+        nonlocal num_done
+        before, num_done = num_done, num_done + num
+        if num_done * 10 // total != before * 10 // total:
+            call.note(f"{num_done} of {total} {unit}s")
+
+    yield tell
 
 
 def fields_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:

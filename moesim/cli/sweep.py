@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moesim.cli.call import DONE, GATE_FAILED, Call, verb
-from moesim.cli.output import Answer, Table, fields_table
+from moesim.cli.output import Answer, Table, counting, fields_table
 from moesim.cli.verbs import app
 from moesim.errors import check
 
@@ -70,7 +69,7 @@ def sweep(
     what = read_sweep(file)
     base, folder = base_of(what, file.parent)
     asked = ask_points([*what.settings()], mapping_of(call, base, typed_parameters(call)), folder)
-    with _progress(call, len(asked.points)) as progress:
+    with counting(call, len(asked.points), "point") as progress:
         found = run_sweep(asked, call.out or Path("out/sweep"), by=by, workers=chosen, resume=resume, progress=progress)
     call.note(f"{found.num_computed} points computed, {len(found.rows) - found.num_computed} were there")
     if found.num_torn:
@@ -109,30 +108,6 @@ def _workers(
     found = scheduler_file is None or scheduler_file.is_file()
     check(found, "--dask-scheduler-file", "", "must be a file that a scheduler wrote", str(scheduler_file))
     return dask(address, str(scheduler_file) if scheduler_file else None)
-
-
-@contextmanager
-def _progress(call: Call, num_points: int) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on a terminal; elsewhere a message per tenth."""
-    if sys.stderr.isatty() and call.verbosity >= 0:
-        from tqdm import tqdm
-
-        with tqdm(total=num_points, unit="point", desc="Sweeping", file=sys.stderr, smoothing=0.05) as bar:
-
-            def move(num: int) -> None:
-                bar.update(num)
-
-            yield move
-        return
-    num_done = 0
-
-    def tell(num: int) -> None:
-        nonlocal num_done
-        before, num_done = num_done, num_done + num
-        if num_done * 10 // num_points != before * 10 // num_points:
-            call.note(f"{num_done} of {num_points} points")
-
-    yield tell
 
 
 def _tables(found: SweepResult, num_points: int) -> list[Table]:

@@ -9,6 +9,7 @@ import typer
 
 from moesim.cli.call import Call, Verbs, show_version, verb
 from moesim.cli.output import Answer, Table, envelope_of, fields_table, working, write_results
+from moesim.errors import check
 
 if TYPE_CHECKING:
     from moesim.metrics.step import StepResult
@@ -307,8 +308,6 @@ def parse_ranks(text: str, num_gpus: int) -> list[int] | None:
     >>> parse_ranks("0,8-10", 64)
     [0, 8, 9, 10]
     """
-    from moesim.errors import check
-
     if text == "representative":
         return None
     ranks: set[int] = set()
@@ -330,6 +329,9 @@ REPORT_EXAMPLES = _examples(
     "moesim report 20_routing_and_drops --capacity-factor 1.5 -p wanted_drop 0.001",
     "moesim report 30_expert_placement scenario.yaml --out out/placement",
     "moesim report 50_quality_vs_active_flops --out out/training",
+    "moesim report 20_routing_and_drops --grid grid.yaml --out out/reports",
+    "A grid: base (flat parameters) and grid (names to lists) or points (a list of names to values); index.html "
+    "compares and links the reports.",
     "What is not named keeps the notebook's default, as with papermill: DeepSeek-V3 on 2,048 H800 (PP16, EP64). "
     "A scenario file takes the scenario's own defaults instead.",
 )
@@ -358,10 +360,23 @@ def report(
             "-f", "--params", metavar="FILE", help="YAML of flat parameters, as papermill's -f.", show_default=False
         ),
     ] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Many reports: a grid or list of parameter sets.", show_default=False),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Reports at a time, with --grid; by default one a core.", min=1)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="With --grid: keep the reports that are there.")] = False,
 ) -> Answer:
     """Render a report: planning (does it fit, how fast, what binds, what to change), routing, or placement."""
     from moesim.cli.rendering import render_report
 
+    if grid is not None:
+        from moesim.cli.report_grid import render_reports
+
+        return render_reports(call, notebook, scenario_file, params_file, grid, workers, resume)
+    check(workers is None and not resume, "--workers, --resume", "", "go with --grid", None)
     return render_report(call, notebook, scenario_file, params_file)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moesim.door.files import read_json, write_bytes_atomically, write_text_atomically
 from moesim.door.journal import Journal, held_folder, line_of, open_journal
@@ -29,8 +29,10 @@ TASK_S = 0.25  # tasks are made of so many points that one takes about this long
 MAX_TASK_POINTS = 256
 TASKS_PER_WORKER = 2  # handed in at a time: one at work, one waiting
 
-Outcome = Mapping[str, Any]
-Keep = Callable[[Sequence[tuple[Point, Outcome]]], None]
+P = TypeVar("P")
+Outcome = Mapping[str, Any]  # "result", or "kind" and "error"
+Submit = Callable[[Sequence[P]], Future[tuple[list[dict[str, Any]], float]]]  # outcomes, seconds taken
+Keep = Callable[[Sequence[tuple[P, Outcome]]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,10 @@ def _compute(
             failed.extend(refusals)
             progress(len(outcomes))
 
-        run_points(points, by, ready, keep)
+        def submit(task: Sequence[Point]) -> Future[tuple[list[dict[str, Any]], float]]:
+            return ready.executor.submit(compute, by, [p.scenario for p in task if p.scenario is not None])
+
+        run_points(points, submit, ready, keep)
     return new
 
 
@@ -156,18 +161,19 @@ def _failure(point: Point, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def run_points(points: Sequence[Point], by: str, workers: Workers, keep: Keep) -> None:
+def run_points(points: Sequence[P], submit: Submit[P], workers: Workers, keep: Keep[P]) -> None:
     """Compute points on workers; keep is told the outcomes as they come, each point once.
 
-    A task whose worker dies is taken apart into single points; a single point whose worker dies max_attempts times is
-    given up as kind ``worker``. Quick points travel many to a task.
+    submit hands a task of some points to the workers' executor; the task itself raises nothing. A task whose worker
+    dies is taken apart into single points; a single point whose worker dies max_attempts times is given up as kind
+    ``worker``. Quick points travel many to a task.
     """
     waiting = deque(points)
-    alone: deque[tuple[Point, int]] = deque()  # whose worker died in company, or alone so many times
-    running: dict[Future[Any], tuple[list[Point], int]] = {}
+    alone: deque[tuple[P, int]] = deque()  # whose worker died in company, or alone so many times
+    running: dict[Future[Any], tuple[list[P], int]] = {}
     size = 1
 
-    def next_task() -> tuple[list[Point], int] | None:
+    def next_task() -> tuple[list[P], int] | None:
         """Points to hand in now, and how many deaths count against them; -1: the first in company is forgiven."""
         if alone and (not workers.blames_company or not (waiting or running)):
             point, num_deaths = alone.popleft()
@@ -178,14 +184,13 @@ def run_points(points: Sequence[Point], by: str, workers: Workers, keep: Keep) -
     while waiting or alone or running:
         while len(running) < workers.num_workers * TASKS_PER_WORKER and (next_one := next_task()):
             task, num_deaths = next_one
-            scenarios = [p.scenario for p in task if p.scenario is not None]
-            running[workers.executor.submit(compute, by, scenarios)] = task, num_deaths
-        known: list[tuple[Point, Outcome]] = []
+            running[submit(task)] = task, num_deaths
+        known: list[tuple[P, Outcome]] = []
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             task, num_deaths = running.pop(future)
             try:
                 outcomes, took_s = future.result()
-            except Exception as error:  # compute raises nothing: whatever comes, the worker or the way to it is gone
+            except Exception as error:  # tasks raise nothing: whatever comes, the worker or the way to it is gone
                 workers.check_reachable()
                 if len(task) > 1:
                     alone.extend((point, 0) for point in task)

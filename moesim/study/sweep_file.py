@@ -35,9 +35,6 @@ class SweepFile:
         check(bool(self.grid or self.points), "sweep", "grid", "must name what varies (or give points)", "nothing")
         for name, values in self.grid.items():
             check(len(values) > 0, "sweep.grid", name, "must be a list of at least one value", list(values))
-        for name in {*self.grid, *(name for settings in self.points for name in settings)}:
-            known = name in LEAVES or name.partition(".")[0] in GROUPS
-            check(known, "sweep", name, "is neither a flat name nor a.b", name, near_match(name, LEAVES))
         for settings in self.points:
             for name in settings.keys() & self.grid.keys():
                 raise InputError("sweep.points", name, "stands in the grid too: give it in one of them", settings[name])
@@ -80,7 +77,11 @@ class Asked:
 
 def read_sweep(path: str | Path) -> SweepFile:
     """A sweep from its YAML file. Raises InputError."""
-    return parse_as(SweepFile, read_yaml(path), str(path))
+    sweep = parse_as(SweepFile, read_yaml(path), str(path))
+    for name in dict.fromkeys([*sweep.grid, *(name for settings in sweep.points for name in settings)]):
+        known = name in LEAVES or name.partition(".")[0] in GROUPS
+        check(known, str(path), name, "is neither a flat name nor a.b", name, near_match(name, LEAVES))
+    return sweep
 
 
 def base_of(sweep: SweepFile, folder: Path) -> tuple[dict[str, Any], Path]:
