@@ -151,7 +151,8 @@ class Scenario:
             rule, hint = f"names what no layer of {model.name} has", f"It has {', '.join(useful)}."
             check(module in useful, "scenario.train", "recompute", rule, module, hint)
         held_by_stage(len(model.layers), p, len(model.mtp_layers) if self.train.mtp else 0)
-        check_schedule(self.train.schedule, pp=p.pp, vpp=p.vpp, num_micro_batches=self.num_micro_batches)
+        paired = "forward_backward" in self.train.overlaps
+        check_schedule(self.train.schedule, pp=p.pp, vpp=p.vpp, num_micro_batches=self.num_micro_batches, paired=paired)
         if p.vpp > 1 and self.train.num_micro_batches(layout.dp) % p.pp:
             rule = f"interleaving (vpp={p.vpp}) needs a multiple of pp={p.pp} micro-batches"
             raise InputError("scenario.parallel", "vpp", rule, self.train.num_micro_batches(layout.dp))

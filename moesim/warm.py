@@ -8,6 +8,7 @@ from moesim.fabric import exact, port_kernels
 from moesim.placement import search
 from moesim.routing import sampler
 from moesim.routing.balancing import LossFreeBias, TrainingSetting, simulate_balancing
+from moesim.timeline import stream_kernels
 
 
 def warm() -> None:
@@ -16,6 +17,7 @@ def warm() -> None:
     port_kernels.warm()
     sampler.warm()
     search.warm()
+    stream_kernels.warm()
     setting = TrainingSetting(
         num_experts=4, top_k=1, num_layers=1, num_steps=2, sequences_per_batch=8, seq_len=16, learning_rate=1e-3
     )

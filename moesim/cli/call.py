@@ -62,8 +62,11 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
             "none|full|MODULES",
             "Recompute activations in the backward pass: all, or modules such as moe_act,layernorm.",
         ),
-        "schedule": ("1f1b|gpipe|zb-h1", "Pipeline schedule."),
-        "overlap": ("none|grad_reduce", "Communication hidden behind compute."),
+        "schedule": ("1f1b|gpipe|zb-h1|dualpipe", "Pipeline schedule."),
+        "overlap": (
+            "none|NAME,NAME...",
+            "What runs beside computing: grad_reduce, forward_backward, shared_experts...",
+        ),
         "offload": ("none|PARTS", "What lies in the host's memory: optimizer, activations, or both."),
         "gradients": ("fp32|bf16", "Number format of accumulated gradients."),
         "main_weights": ("fp32|remainder|bf16|none", "The optimizer's own copy of the weights."),

@@ -36,7 +36,7 @@ from moesim.cost.recompute import kept_tensors
 from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.parameters import layer_parameters
-from moesim.describe.pipeline import Placed, mtp_stage, stage_chunks
+from moesim.describe.pipeline import Placed, chunk_depths, mtp_stage, stage_chunks
 from moesim.describe.schedules import Operation, make_schedule
 from moesim.describe.workload import Dispatcher, Training
 
@@ -163,6 +163,12 @@ def outer_parameters(model: Model, parallel: Parallelism, train: Training, stage
     Tied embeddings stand on the first and, with pp > 1, once more on the last stage. So does the embedding on the stage
     where multi-token-prediction layers are trained, which look up their tokens there; a tied head is that copy.
     """
+    if train.schedule == "dualpipe":  # the stage holds its mirrored one's part as well
+        return sum(_outer_parameters(model, parallel, train, part) for part in (stage, parallel.pp - 1 - stage))
+    return _outer_parameters(model, parallel, train, stage)
+
+
+def _outer_parameters(model: Model, parallel: Parallelism, train: Training, stage: int) -> float:
     is_first, is_last = stage == 0, stage == parallel.pp - 1
     table = model.vocab * model.hidden / parallel.tp
     num_tables = int(is_first) + int(is_last and not (model.tie_embeddings and is_first))
@@ -289,12 +295,13 @@ def stage_profile(
     tokens = train.micro_batch * train.seq_len / parallel.cp
     memories = []
     for v, chunk in enumerate(chunks):
-        head = stage == parallel.pp - 1 and v == parallel.vpp - 1
-        embedding = stage == 0 and v == 0
+        depth = chunk_depths(parallel, train, stage)[v]
+        head, embedding = depth == parallel.pp * parallel.vpp - 1, depth == 0
         memories.append(
             _chunk_memory(model, parallel, train, software, dispatcher, chunk, received, tokens, head, embedding)
         )
-    schedule = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp)
+    paired = "forward_backward" in train.overlaps
+    schedule = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp, paired=paired)
     operations = [
         one for op in schedule(stage, train.num_micro_batches(layout.dp)) for one in (op, op.beside) if one is not None
     ]

@@ -59,20 +59,31 @@ def stage_chunks(model: Model, parallel: Parallelism, train: Training, stage: in
     """
     stack = model.layers + (model.mtp_layers if train.mtp else ())
     start, start_mtp = 0, len(model.layers)
+    numbers_by_depth: list[tuple[int, ...]] = []
+    for held in held_by_stage(len(model.layers), parallel, len(stack) - len(model.layers)):
+        numbers_by_depth.append((*range(start, start + held.num_layers), *range(start_mtp, start_mtp + held.num_mtp)))
+        start, start_mtp = start + held.num_layers, start_mtp + held.num_mtp
     chunks: list[tuple[Placed, ...]] = []
     num_moe = 0
-    for c, held in enumerate(held_by_stage(len(model.layers), parallel, len(stack) - len(model.layers))):
-        numbers = (*range(start, start + held.num_layers), *range(start_mtp, start_mtp + held.num_mtp))
-        start, start_mtp = start + held.num_layers, start_mtp + held.num_mtp
-        if c % parallel.pp != stage:
-            continue
+    for depth in chunk_depths(parallel, train, stage):
         placed = []
-        for i in numbers:
+        for i in numbers_by_depth[depth]:
             moe_index = num_moe if stack[i].is_moe else -1
             placed.append(Placed(layer=stack[i], moe_index=moe_index, number=i, is_mtp=i >= len(model.layers)))
             num_moe += stack[i].is_moe
         chunks.append(tuple(placed))
     return tuple(chunks)
+
+
+def chunk_depths(parallel: Parallelism, train: Training, stage: int) -> tuple[int, ...]:
+    """Which parts of the model, in order of depth, a stage's chunks are. DualPipe's second is the mirrored one.
+
+    >>> chunk_depths(Parallelism(pp=2, vpp=2), Training(), 1)
+    (1, 3)
+    """
+    if train.schedule == "dualpipe":
+        return stage, parallel.pp - 1 - stage
+    return tuple(range(stage, parallel.pp * parallel.vpp, parallel.pp))
 
 
 def mtp_stage(model: Model, parallel: Parallelism, train: Training) -> int | None:

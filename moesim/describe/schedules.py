@@ -2,7 +2,8 @@
 
 A schedule is a frozen dataclass that you call: stage in, its operations in order out. It also says where its chunks
 stand: a *line* is a way through the pipeline, and a chunk's depth its place on that line (0: where micro-batches
-enter). Micro-batches are numbered line by line. See docs/model.md#schedules.
+enter). Micro-batches are numbered line by line. num_copies: how often a pipeline holds every parameter. See
+docs/model.md#schedules.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class Operation(NamedTuple):
     micro_batch: int
     beside: Operation | None = None
 
+    @property
+    def is_backward(self) -> bool:
+        return self.way != "forward"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpipe:
@@ -40,7 +45,7 @@ class Gpipe:
 
     pp: int
     kind: Literal["gpipe"] = "gpipe"
-    num_chunks = num_lines = 1
+    num_chunks = num_lines = num_copies = 1
 
     def __call__(self, stage: int, num_micro_batches: int) -> list[Operation]:  # noqa: ARG002 - all stages alike
         """Operations of one stage in order."""
@@ -69,7 +74,7 @@ class OneForwardOneBackward:
     vpp: int = 1
     paired: bool = False
     kind: Literal["1f1b"] = "1f1b"
-    num_lines = 1
+    num_lines = num_copies = 1
 
     @property
     def num_chunks(self) -> int:
@@ -118,7 +123,7 @@ class ZeroBubbleH1:
 
     pp: int
     kind: Literal["zb-h1"] = "zb-h1"
-    num_chunks = num_lines = 1
+    num_chunks = num_lines = num_copies = 1
 
     def __call__(self, stage: int, num_micro_batches: int) -> list[Operation]:
         """Operations of one stage in order."""
@@ -152,7 +157,7 @@ class DualPipe:
 
     pp: int
     kind: Literal["dualpipe"] = "dualpipe"
-    num_chunks = num_lines = 2
+    num_chunks = num_lines = num_copies = 2
 
     def __call__(self, stage: int, num_micro_batches: int) -> list[Operation]:
         """Operations of one stage in order; num_micro_batches counts both lines."""
@@ -255,9 +260,11 @@ def make_schedule(name: ScheduleName, *, pp: int, vpp: int = 1, paired: bool = F
             return DualPipe(pp=pp)
 
 
-def check_schedule(name: ScheduleName, *, pp: int, vpp: int, num_micro_batches: int) -> None:
-    """Raises InputError where a schedule cannot run so many stages and micro-batches."""
+def check_schedule(name: ScheduleName, *, pp: int, vpp: int, num_micro_batches: int, paired: bool = False) -> None:
+    """Raises InputError where a schedule cannot run so many stages and micro-batches, or not in pairs."""
     owner, field = "scenario.train", "schedule"
+    rule = "must be 1f1b or dualpipe where forwards run beside backwards (overlap: forward_backward)"
+    check(not paired or name in ("1f1b", "dualpipe"), owner, field, rule, name)
     check(vpp == 1 or name == "1f1b", owner, field, f"must be 1f1b with vpp={vpp} virtual stages", name)
     if name == "dualpipe":
         check(pp % 2 == 0, owner, field, f"dualpipe needs an even number of stages, not pp={pp}", name)

@@ -51,7 +51,18 @@ __all__ = [
 Precision = Literal["bf16", "fp8"]
 Module = Literal["core_attn", "mla_up_proj", "mlp", "moe", "moe_act", "layernorm", "shared_experts"]  # Megatron's
 MODULES: tuple[Module, ...] = get_args(Module)
-Overlap = Literal["none", "grad_reduce"]
+# What runs beside computing; docs/model.md#overlap.
+Overlap = Literal[
+    "grad_reduce",
+    "param_gather",
+    "tensor_parallel",
+    "forward_backward",
+    "two_batch",
+    "weight_gradient",
+    "shared_experts",
+    "chunked_dispatch",
+]
+OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 Offload = Literal["optimizer", "activations"]
 MainWeights = Literal["fp32", "remainder", "bf16", "none"]
 Moments = Literal["fp32", "bf16", "fp8"]
@@ -102,6 +113,7 @@ class Training:
     """One optimizer step: global_batch sequences of seq_len tokens, micro_batch at a time on each replica.
 
     recompute: none, full, or modules that the backward computes again: a list, or a text such as ``moe_act,layernorm``.
+    overlap: none, or what runs beside computing: a list or text of names of OVERLAPS.
     offload: none, or what lies in the host's memory: optimizer, activations, or both as ``optimizer,activations``.
     fused_loss: the loss writes its gradient over the bf16 logits instead of keeping fp32 ones.
 
@@ -115,7 +127,7 @@ class Training:
     precision: Precision = "bf16"
     recompute: str | tuple[str, ...] = "none"  # a text once it is born
     schedule: ScheduleName = "1f1b"
-    overlap: Overlap = "none"
+    overlap: str | tuple[str, ...] = "none"  # as recompute: a text once it is born
     mtp: bool = False  # train the model's multi-token-prediction layers as well
     optimizer: Optimizer = field(default_factory=Optimizer)
     offload: str | tuple[str, ...] = "none"  # a text once it is born
@@ -125,10 +137,17 @@ class Training:
         for name in ("seq_len", "micro_batch", "global_batch"):
             check_whole("train", name, getattr(self, name))
         check_choice("train", "precision", self.precision, get_args(Precision))
-        object.__setattr__(self, "recompute", _recompute_text(self.recompute))
-        object.__setattr__(self, "offload", _offload_text(self.offload))
-        check_choice("train", "schedule", self.schedule, ("gpipe", "1f1b", "zb-h1"))
-        check_choice("train", "overlap", self.overlap, get_args(Overlap))
+        object.__setattr__(
+            self, "recompute", _names_text("recompute", self.recompute, MODULES, "none, full or modules")
+        )
+        object.__setattr__(self, "offload", _names_text("offload", self.offload, get_args(Offload), "none or parts"))
+        check_choice("train", "schedule", self.schedule, get_args(ScheduleName))
+        object.__setattr__(self, "overlap", _names_text("overlap", self.overlap, OVERLAPS, "none or names"))
+        rule = "halves each micro-batch, so micro_batch must be even"
+        check("two_batch" not in self.overlaps or self.micro_batch % 2 == 0, "train", "overlap", rule, self.overlap)
+        in_pairs = "forward_backward" in self.overlaps or self.schedule == "dualpipe"
+        rule = "must not name two_batch where forwards run beside backwards"
+        check("two_batch" not in self.overlaps or not in_pairs, "train", "overlap", rule, self.overlap)
 
     @property
     def recomputed_modules(self) -> tuple[Module, ...]:
@@ -143,6 +162,13 @@ class Training:
         assert isinstance(self.offload, str)
         return tuple(part for part in get_args(Offload) if part in self.offload.split(","))
 
+    @property
+    def overlaps(self) -> tuple[Overlap, ...]:
+        """What runs beside computing."""
+        assert isinstance(self.overlap, str)
+        named = self.overlap.split(",")
+        return tuple(name for name in OVERLAPS if name in named)
+
     def num_micro_batches(self, dp: int) -> int:
         """Micro-batches that each data-parallel replica runs in one step, or InputError."""
         per_round = self.micro_batch * dp
@@ -151,30 +177,20 @@ class Training:
         return self.global_batch // per_round
 
 
-def _recompute_text(asked: str | tuple[str, ...]) -> str:
-    """none, full, or the modules in the order of MODULES, joined by commas. Raises InputError."""
-    rule = f"must be none, full or modules among {', '.join(MODULES)}"
+def _names_text(field_name: str, asked: str | tuple[str, ...], known: tuple[str, ...], may_be: str) -> str:
+    """none or full, where it may be that, or the known names in their order, joined by commas. Raises InputError."""
+    whole = {"none", "full"} & set(may_be.replace(",", "").split())
+    rule = f"must be {may_be} among {', '.join(known)}"
     is_list = isinstance(asked, (list, tuple)) and all(isinstance(name, str) for name in asked)
-    check(isinstance(asked, str) or is_list, "train", "recompute", rule, asked)
+    check(isinstance(asked, str) or is_list, "train", field_name, rule, asked)
     names = asked.split(",") if isinstance(asked, str) else asked
     named = {name.strip() for name in names} or {"none"}
-    if len(named) == 1 and named <= {"none", "full"}:
+    if len(named) == 1 and named <= whole:
         return named.pop()
-    for name in sorted(named - set(MODULES)):
-        hint = near_match(name, (*MODULES, "none", "full"))
-        raise InputError("train", "recompute", rule, name, hint if hint.startswith("Did you mean") else "")
-    return ",".join(module for module in MODULES if module in named)
-
-
-def _offload_text(asked: str | tuple[str, ...]) -> str:
-    """none, or the parts in the order of Offload, joined by commas. Raises InputError."""
-    parts = get_args(Offload)
-    names = asked.split(",") if isinstance(asked, str) else asked
-    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    named = {name.strip() for name in names} or {"none"} if is_list else {"?"}
-    good = named == {"none"} or named <= set(parts)
-    check(good, "train", "offload", f"must be none or parts among {', '.join(parts)}", asked)
-    return ",".join(part for part in parts if part in named) or "none"
+    for name in sorted(named - set(known)):
+        hint = near_match(name, (*known, *sorted(whole)))
+        raise InputError("train", field_name, rule, name, hint if hint.startswith("Did you mean") else "")
+    return ",".join(name for name in known if name in named)
 
 
 @dataclass(frozen=True, kw_only=True)

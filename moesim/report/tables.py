@@ -63,7 +63,8 @@ def question(scenario: Scenario) -> GT:
         (
             "Arithmetic",
             f"{train.precision.upper()} products, {train.schedule.upper()} pipeline, "
-            f"recomputation of activations: {train.recompute}, overlap: {train.overlap.replace('_', ' ')}",
+            f"recomputation of activations: {train.recompute}, "
+            f"overlap: {str(train.overlap).replace('_', ' ').replace(',', ', ')}",
         ),
     ]
     if scenario.model.is_moe:

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
+# Of a phase, on wires.
+COMM_PARTS = ("tensor_parallel_comm", "dispatch", "combine", "gradient_reduction", "host_transfer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,9 @@ class Phase:
     """One step of an operation. seconds broadcasts to (M, R); ranks_in_step > 1: that many consecutive ranks wait for
     each other first.
 
-    weights_s: those of its seconds that make weight gradients, for which no later phase waits.
+    weights_s: those of its seconds that make weight gradients, for which no later phase waits. products_s: those that a
+    tensor-parallel collective could hide behind. aside: no later phase waits for it. back: it waits for the phase that
+    stands so many places before it in line. The last two matter where phases run beside one another (overlap.py).
     """
 
     name: str
@@ -36,6 +40,21 @@ class Phase:
     ranks_in_step: int = 1
     is_backward: bool = False
     weights_s: Floats | float = 0.0
+    products_s: float = 0.0
+    aside: bool = False
+    back: int = 1
+
+    @property
+    def is_comm(self) -> bool:
+        return self.part in COMM_PARTS
+
+    def without_weights(self) -> Phase:
+        """A phase of the backward that leaves its weight gradients for later."""
+        return replace(self, seconds=self.seconds - self.weights_s, weights_s=0.0)
+
+    def weights_alone(self) -> Phase:
+        """What it left."""
+        return replace(self, name=f"{self.name} weights", seconds=self.weights_s, weights_s=0.0)
 
     def of_runs(self, micro_batches: NDArray[np.int64]) -> Phase:
         """The phase of some of the micro-batches that it was written for."""
@@ -52,6 +71,7 @@ class OperationTimes:
     is_backward_P: NDArray[np.bool_]
     duration_MB: Floats  # how long the block is busy
     part_R: Mapping[str, Floats]  # seconds by part and rank, summed over runs; with wait_for_slowest sums to duration
+    hidden_comm_R: Floats  # seconds of collectives while something was computed, summed over runs
     start_PMV: Floats  # of the traced ranks, from the start of the operation
     seconds_PMV: Floats
 
@@ -68,7 +88,7 @@ def lay_out(
     starts, lengths = [], []
     for phase in phases:
         if phase.ranks_in_step > 1:
-            ready = _slowest_of(clock, phase.ranks_in_step)
+            ready = slowest_of(clock, phase.ranks_in_step)
             part_R["wait_for_slowest"] += (ready - clock).sum(axis=0)
             clock = ready
         seconds = np.broadcast_to(np.asarray(phase.seconds, dtype=np.float64), clock.shape)
@@ -76,7 +96,7 @@ def lay_out(
         lengths.append(seconds[:, traced])
         clock = clock + seconds
         part_R[phase.part] = part_R.get(phase.part, 0.0) + seconds.sum(axis=0)
-    end = _slowest_of(clock, block_size)
+    end = slowest_of(clock, block_size)
     part_R["wait_for_slowest"] += (end - clock).sum(axis=0)
     shape = (len(phases), num_runs, len(traced))
     return OperationTimes(
@@ -86,12 +106,13 @@ def lay_out(
         is_backward_P=np.array([phase.is_backward for phase in phases], dtype=bool),
         duration_MB=end[:, ::block_size].copy(),
         part_R=part_R,
+        hidden_comm_R=np.zeros(num_ranks),
         start_PMV=np.array(starts).reshape(shape),
         seconds_PMV=np.array(lengths).reshape(shape),
     )
 
 
-def _slowest_of(clock_MR: Floats, group_size: int) -> Floats:
+def slowest_of(clock_MR: Floats, group_size: int) -> Floats:
     """Every rank's clock set to the latest of its group of consecutive ranks."""
     num_runs, num_ranks = clock_MR.shape
     groups = clock_MR.reshape(num_runs, num_ranks // group_size, group_size)

@@ -9,14 +9,17 @@ from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s
 from moesim.scenario import Scenario
 
 
-def _group_shape(scenario: Scenario, kind: str) -> tuple[int, int]:
-    """Ranks of a reduction group, and how many of them share a node: of the group that has the fewest together."""
+def _group_shape(scenario: Scenario, kind: str, copies: int) -> tuple[int, int]:
+    """Ranks of a reduction group, and how many of them share a node: of the group that has the fewest together.
+
+    copies: how often a pipeline holds its parameters, on stages that lie apart.
+    """
     nodes = np.sort(scenario.layout.groups(kind) // scenario.cluster.ranks_per_node, axis=1)
     together = [int(np.unique(own, return_counts=True)[1].max()) for own in np.unique(nodes, axis=0)]
-    return nodes.shape[1], min(together)
+    return nodes.shape[1] * copies, min(together)
 
 
-def gradient_reduction_s(scenario: Scenario, dense: float, expert: float) -> tuple[float, float]:
+def gradient_reduction_s(scenario: Scenario, dense: float, expert: float, copies: int = 1) -> tuple[float, float]:
     """Seconds after the last backward to reduce gradients, and after the optimizer to gather weights. Both are booked
     as the part gradient_reduction, as are ZeRO-3's gathers in every pass. See docs/model.md#gradient-reduction.
     """
@@ -24,7 +27,7 @@ def gradient_reduction_s(scenario: Scenario, dense: float, expert: float) -> tup
     gradient_bytes = scenario.train.optimizer.gradient_bytes
     reduce_s = gather_s = 0.0
     for kind, count in (("dpcp", dense), ("edp", expert)):
-        size, in_node = _group_shape(scenario, kind)
+        size, in_node = _group_shape(scenario, kind, copies)
         if size == 1 or not count:
             continue
         if zero == 0:
@@ -41,14 +44,14 @@ def gradient_reduction_s(scenario: Scenario, dense: float, expert: float) -> tup
     return reduce_s, gather_s
 
 
-def sharded_weights_s(scenario: Scenario, dense: float, expert: float) -> tuple[float, float]:
+def sharded_weights_s(scenario: Scenario, dense: float, expert: float, copies: int = 1) -> tuple[float, float]:
     """Seconds of each pass of a chunk to gather its weights (ZeRO-3), of each backward to scatter its gradients
     (ZeRO-2, 3).
     """
     gradient_bytes = scenario.train.optimizer.gradient_bytes
     gather_s = scatter_s = 0.0
     for kind, count in (("dpcp", dense), ("edp", expert)):
-        size, in_node = _group_shape(scenario, kind)
+        size, in_node = _group_shape(scenario, kind, copies)
         if size == 1 or not count:
             continue
         if scenario.parallel.zero >= 3:
@@ -64,7 +67,7 @@ def hidden_reduction_s(scenario: Scenario, reduce_s: float, *, last_s: float, nu
     last_s: the stage's last backward, through in_last of its num_buckets. Contention of the buckets with the backward's
     own all-to-alls is not modelled. See docs/model.md#gradient-reduction.
     """
-    if scenario.train.overlap == "none" or not reduce_s:
+    if "grad_reduce" not in scenario.train.overlaps or not reduce_s:
         return 0.0
     layer_s, bucket_s = last_s / in_last, reduce_s / num_buckets
     # Chunks that ended earlier reduced while later ones ran; the buckets of the last chunk follow one another.

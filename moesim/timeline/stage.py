@@ -43,8 +43,6 @@ from moesim.timeline.phases import Phase
 
 Floats = NDArray[np.floating]
 SCATTER = "scatter gradients"
-# Of a phase, on wires.
-COMM_PARTS = ("tensor_parallel_comm", "dispatch", "combine", "gradient_reduction", "host_transfer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +69,8 @@ class StagePlan:
     stage: int
     chunks: tuple[tuple[Placed, ...], ...]  # layers of each virtual stage
     first_layers: tuple[int, ...]  # number of each chunk's first layer in the model
+    depths: tuple[int, ...]  # where each chunk stands in the model; the last of all is last_depth
+    last_depth: int
     load: StageLoad | None  # None: no MoE layer here
     weight_gather_C: tuple[float, ...]  # seconds to gather a chunk's weights before each pass (ZeRO-3), else 0
     gradient_scatter_C: tuple[
@@ -89,9 +89,9 @@ class StagePlan:
         passes = [phase for phase in backward if phase.name != SCATTER]
         match way:
             case "input_gradient":
-                return [without_weights(phase) for phase in passes]
+                return [phase.without_weights() for phase in passes]
             case "weight_gradient":
-                return [weights_alone(phase) for phase in passes if np.any(phase.weights_s)] + scatter
+                return [phase.weights_alone() for phase in passes if np.any(phase.weights_s)] + scatter
         return backward
 
     def _forward(self, chunk: int) -> list[Phase]:
@@ -135,7 +135,7 @@ class StagePlan:
             return phases
         return [
             phase
-            if phase.part in COMM_PARTS
+            if phase.is_comm
             else replace(
                 phase, seconds=np.asarray(phase.seconds) / speed_R, weights_s=np.asarray(phase.weights_s) / speed_R
             )
@@ -143,14 +143,14 @@ class StagePlan:
         ]
 
     def _is_first(self, chunk: int) -> bool:
-        return self.stage == 0 and chunk == 0
+        return self.depths[chunk] == 0
 
     def _is_last(self, chunk: int) -> bool:
-        return self.stage == self.scenario.parallel.pp - 1 and chunk == len(self.chunks) - 1
+        return self.depths[chunk] == self.last_depth
 
     def _layer_forward(self, index: int, placed: Placed) -> list[Phase]:
         layer, cost = placed.layer, self._cost(placed.layer)
-        phases = [*self._joining(index, placed, backward=False), *self._around(index, cost, cost.forward)]
+        phases = [*self._joining(index, placed, backward=False), *self._around(index, layer, cost, cost.forward)]
         if isinstance(layer.ffn, MoeFfn):
             phases += self._moe_forward(index, placed.moe_index, layer.ffn, cost.forward)
         if cost.forward.dense_ffn_s:
@@ -162,9 +162,7 @@ class StagePlan:
     def _layer_backward(self, index: int, placed: Placed) -> list[Phase]:
         layer, cost = placed.layer, self._cost(placed.layer)
         again = operations_again(layer, self.scenario.train)
-        attention_weights_s, ffn_weights_s = weight_gradients_s(
-            self.scenario.model, layer, parallel=self.scenario.parallel, train=self.scenario.train, device=self.device
-        )
+        _, ffn_weights_s = self._weight_gradients_s(layer)
         phases = []
         for operation in again:
             phases += self._again(index, placed, cost, operation) if operation in FFN_OPERATIONS else []
@@ -176,8 +174,7 @@ class StagePlan:
             phases += self._moe_backward(index, placed.moe_index, layer.ffn, cost.backward, activates=activates)
         for operation in again:
             phases += self._again(index, placed, cost, operation) if operation in ATTENTION_OPERATIONS else []
-        around = self._around(index, cost, cost.backward, attention_weights_s)
-        return [*phases, *around, *self._joining(index, placed, backward=True)]
+        return [*phases, *self._around(index, layer, cost, cost.backward), *self._joining(index, placed, backward=True)]
 
     def _joining(self, index: int, placed: Placed, *, backward: bool) -> list[Phase]:
         """What a multi-token-prediction layer does before its block."""
@@ -187,12 +184,22 @@ class StagePlan:
         seconds = mtp_projection_s(model, parallel=parallel, train=train, device=self.device, backward=backward)
         return [_local("join next token", "embedding_head", index, seconds)]
 
-    def _around(self, index: int, cost: LayerCost, one_pass: PassCost, weights_s: float = 0.0) -> list[Phase]:
+    def _around(self, index: int, layer: Layer, cost: LayerCost, one_pass: PassCost) -> list[Phase]:
         """Attention with the collectives of its tensor- and context-parallel group, all of the layer's in one span."""
-        return [
-            *self._in_step(index, cost, one_pass.num_tp_collectives, one_pass),
-            _local("attention", "attention", index, one_pass.attention_s, weights_s),
-        ]
+        # A forward's products have the FLOPs of their weight gradients, a backward's twice as many.
+        attention_s, ffn_s = self._weight_gradients_s(layer)
+        is_backward = one_pass is cost.backward
+        attention = _local("attention", "attention", index, one_pass.attention_s, attention_s * is_backward)
+        products_s = (attention_s + ffn_s) * (1 + is_backward)
+        in_step = self._in_step(index, cost, one_pass.num_tp_collectives, one_pass)
+        return [*in_step, replace(attention, products_s=products_s)]
+
+    def _weight_gradients_s(self, layer: Layer) -> tuple[float, float]:
+        """Of a layer's attention and of its dense or shared block."""
+        scenario = self.scenario
+        return weight_gradients_s(
+            scenario.model, layer, parallel=scenario.parallel, train=scenario.train, device=self.device
+        )
 
     def _in_step(self, index: int, cost: LayerCost, num_tp_collectives: int, attention: PassCost | None) -> list[Phase]:
         """Collectives of the tensor- and context-parallel group; attention: the pass whose exchange is among them."""
@@ -322,16 +329,6 @@ class StagePlan:
         )
 
 
-def without_weights(phase: Phase) -> Phase:
-    """A phase of the backward that leaves its weight gradients for later."""
-    return replace(phase, seconds=phase.seconds - phase.weights_s, weights_s=0.0)
-
-
-def weights_alone(phase: Phase) -> Phase:
-    """What it left."""
-    return replace(phase, name=f"{phase.name} weights", seconds=phase.weights_s, weights_s=0.0, ranks_in_step=1)
-
-
 def _moved(name: str, index: int, seconds: Floats | float) -> list[Phase]:
     """A phase that moves rows in memory, where there is any."""
     return [_local(name, "permute", index, seconds)] if np.any(seconds) else []
@@ -343,8 +340,7 @@ def _local(name: str, part: str, layer: int, seconds: Floats | float, weights_s:
 
 def _as_recompute(phase: Phase) -> Phase:
     """A forward phase done again: its compute counts as recomputation, its communication as communication."""
-    is_comm = phase.part in COMM_PARTS
-    return replace(phase, name=f"{phase.name} again", part=phase.part if is_comm else "recompute")
+    return replace(phase, name=f"{phase.name} again", part=phase.part if phase.is_comm else "recompute")
 
 
 def context_s(scenario: Scenario, cost: LayerCost, one_pass: PassCost) -> float:

@@ -15,12 +15,13 @@ from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.memory import outer_parameters, rank_parameters
 from moesim.cost.offload import optimizer_transfer_s
-from moesim.describe.pipeline import stage_chunks
+from moesim.describe.pipeline import chunk_depths, stage_chunks
 from moesim.describe.schedules import Operation, Schedule, Way, make_schedule
 from moesim.errors import check
 from moesim.fabric.collectives import send_s
 from moesim.scenario import Scenario
 from moesim.timeline.load import StepLoad, step_load
+from moesim.timeline.overlap import WITHIN, alone, beside, halved, lay_out_program, overlapped, sm_share
 from moesim.timeline.phases import Floats, OperationTimes, Phase, lay_out
 from moesim.timeline.pipeline import StageClock, StageWork, run_pipeline
 from moesim.timeline.reduction import gradient_reduction_s, hidden_reduction_s, sharded_weights_s
@@ -30,12 +31,16 @@ from moesim.timeline.trace import OperationRun, StageRun, Trace
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """All operations of one kind on a stage: a way through a chunk, one run for each micro-batch of its line."""
+    """All operations of one kind on a stage: a way through a chunk, one run for each micro-batch of its line; or a
+    forward and the backward beside it.
+    """
 
     way: Way
     chunk: int
     micro_batches_N: NDArray[np.int64]
     times: OperationTimes
+    beside: int | None = None  # chunk of the backward
+    beside_N: NDArray[np.int64] | None = None  # its micro-batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,8 @@ def run_step(scenario: Scenario, trace_ranks: Sequence[int] = ()) -> Trace:
     )
     device = device_cost(scenario.cluster.gpu, scenario.train.precision, scenario.profile)
     load = step_load(scenario)
-    schedule = make_schedule(scenario.train.schedule, pp=parallel.pp, vpp=parallel.vpp)
+    paired = "forward_backward" in scenario.train.overlaps
+    schedule = make_schedule(scenario.train.schedule, pp=parallel.pp, vpp=parallel.vpp, paired=paired)
     stages = [_lay_out_stage(scenario, device, load, schedule, stage, trace_ranks) for stage in range(parallel.pp)]
     times = [kind.times for stage in stages for kind in stage.kinds]
     num_blocks = 1 if _all_blocks_same(times) else layout.num_blocks
@@ -101,9 +107,12 @@ def _lay_out_stage(
     ]
     outer = outer_parameters(model, parallel, scenario.train, stage)
     with_outer = 0 if stage == 0 else len(chunks) - 1  # the chunk that needs the embedding, or the head
+    copies = schedule.num_copies
     gathers, scatters = zip(
         *(
-            sharded_weights_s(scenario, sum(d for d, _ in chunk) + outer * (c == with_outer), sum(e for _, e in chunk))
+            sharded_weights_s(
+                scenario, sum(d for d, _ in chunk) + outer * (c == with_outer), sum(e for _, e in chunk), copies
+            )
             for c, chunk in enumerate(parameters)
         ),
         strict=True,
@@ -114,6 +123,8 @@ def _lay_out_stage(
         stage=stage,
         chunks=chunks,
         first_layers=tuple(chunk[0].number if chunk else 0 for chunk in chunks),
+        depths=chunk_depths(parallel, scenario.train, stage),
+        last_depth=parallel.pp * parallel.vpp - 1,
         load=here,
         weight_gather_C=gathers,
         gradient_scatter_C=scatters,
@@ -125,7 +136,7 @@ def _lay_out_stage(
     kinds = _kinds(plan, schedule, operations, traced_R)
     dense = sum(d for chunk in parameters for d, _ in chunk) + outer
     expert = sum(e for chunk in parameters for _, e in chunk)
-    reduce_s, gather_s = gradient_reduction_s(scenario, dense, expert)
+    reduce_s, gather_s = gradient_reduction_s(scenario, dense, expert, copies)
     last = next(kind for kind in kinds if (kind.way, kind.chunk) == operations[-1][:2])
     hidden_s = hidden_reduction_s(
         scenario,
@@ -134,7 +145,7 @@ def _lay_out_stage(
         num_buckets=sum(max(len(chunk), 1) for chunk in chunks),  # what holds no layer may hold embedding or head
         in_last=max(len(chunks[last.chunk]), 1),
     )
-    split = (layout.dp * parallel.cp, layout.edp) if parallel.zero >= 1 else (1, 1)
+    split = (layout.dp * parallel.cp * copies, layout.edp * copies) if parallel.zero >= 1 else (1, 1)
     slowest = float(scenario.speed_of_rank[layout.stage_ranks(stage)].min())
     shard = dense / split[0] + expert / split[1]
     update_s = optimizer_s(shard, scenario.train, device) / slowest
@@ -154,28 +165,59 @@ def _kinds(
     plan: StagePlan, schedule: Schedule, operations: Sequence[Operation], traced_R: NDArray[np.int64]
 ) -> tuple[_Kind, ...]:
     """A stage's operations by kind, laid out."""
-    layout = plan.scenario.layout
-    by_kind: dict[tuple[Way, int], list[int]] = {}
+    scenario = plan.scenario
+    per_line = scenario.num_micro_batches // schedule.num_lines
+    by_kind: dict[tuple[Way, int, int | None], list[tuple[int, int]]] = {}
     for op in operations:
-        by_kind.setdefault((op.way, op.chunk), []).append(op.micro_batch)
+        partner = None if op.beside is None else op.beside.chunk
+        micro_batches = (op.micro_batch, -1 if op.beside is None else op.beside.micro_batch)
+        by_kind.setdefault((op.way, op.chunk, partner), []).append(micro_batches)
 
-    def laid_out(phases: Sequence[Phase], num_runs: int) -> OperationTimes:
-        return lay_out(
-            phases,
-            num_runs=num_runs,
-            num_ranks=layout.ranks_per_stage,
-            block_size=layout.block_size,
-            traced=traced_R,
-        )
+    def chain(way: Way, chunk: int, micro_batches: NDArray[np.int64]) -> list[Phase]:
+        of_load = micro_batches + schedule.place(plan.stage, chunk)[0] * per_line
+        phases = [phase.of_runs(of_load) for phase in plan.phases(way, chunk)]
+        latency_s = float(scenario.cluster.latency_inter_s)
+        return overlapped(phases, scenario.train.overlaps, tp=scenario.parallel.tp, latency_s=latency_s)
 
     kinds = []
-    for (way, chunk), micro_batches in by_kind.items():
-        line, _ = schedule.place(plan.stage, chunk)
-        of_load = np.array(micro_batches) + line * (plan.scenario.num_micro_batches // schedule.num_lines)
-        phases = [phase.of_runs(of_load) for phase in plan.phases(way, chunk)]
-        times = laid_out(phases, len(of_load))
-        kinds.append(_Kind(way=way, chunk=chunk, micro_batches_N=np.array(micro_batches), times=times))
+    for (way, chunk, partner), runs in by_kind.items():
+        own_N, beside_N = (np.array(column) for column in zip(*runs, strict=True))
+        chains = [chain(way, chunk, own_N)]
+        if partner is not None:  # the backward takes the first turn: its exchange runs beside the forward's attention
+            chains.insert(0, chain("backward", partner, beside_N))
+        times = _laid_out(scenario, chains, len(own_N), traced_R)
+        kinds.append(
+            _Kind(
+                way=way,
+                chunk=chunk,
+                micro_batches_N=own_N,
+                times=times,
+                beside=partner,
+                beside_N=None if partner is None else beside_N,
+            )
+        )
     return tuple(kinds)
+
+
+def _laid_out(
+    scenario: Scenario, chains: Sequence[Sequence[Phase]], num_runs: int, traced_R: NDArray[np.int64]
+) -> OperationTimes:
+    """An operation's phases, or two operations' side by side, on the clocks of a stage's ranks."""
+    layout, overlaps = scenario.layout, set(scenario.train.overlaps)
+    size = {
+        "num_runs": num_runs,
+        "num_ranks": layout.ranks_per_stage,
+        "block_size": layout.block_size,
+    }
+    phases = [phase for chain in chains for phase in chain]
+    if (len(chains) == 1 and not overlaps & set(WITHIN)) or len({phase.is_comm for phase in phases}) < 2:
+        return lay_out(phases, traced=traced_R, **size)
+    if "two_batch" in overlaps:
+        half = halved(chains[0], float(scenario.cluster.latency_inter_s))
+        chains = [half, half]
+    program = alone(chains[0]) if len(chains) == 1 else beside(*chains)
+    share = sm_share(scenario.routing.dispatcher, scenario.cluster.gpu)
+    return lay_out_program(program, traced=traced_R, sm_share=share, **size)
 
 
 def _all_blocks_same(times: Sequence[OperationTimes]) -> bool:
@@ -199,16 +241,18 @@ def _work(
     the first one's next chunk.
     """
     pp, num_chunks = scenario.parallel.pp, schedule.num_chunks
-    num_micro_batches = scenario.num_micro_batches // schedule.num_lines
+    shape = (num_chunks, num_blocks, scenario.num_micro_batches // schedule.num_lines)
+    pairs = np.zeros(shape)
     seconds: dict[Way, NDArray[np.float64]] = {}
     for kind in stage.kinds:
-        own = seconds.setdefault(kind.way, np.zeros((num_chunks, num_blocks, num_micro_batches)))
+        own = pairs if kind.beside_N is not None else seconds.setdefault(kind.way, np.zeros(shape))
         own[kind.chunk][:, kind.micro_batches_N] = kind.times.duration_MB[:, :num_blocks].T
     last = pp * num_chunks // schedule.num_lines - 1
     depths = [schedule.place(s, c)[1] for c in range(num_chunks)]
     wraps = schedule.num_lines == 1  # to the first stage again
     return StageWork(
         seconds_CBM=seconds,
+        pair_CBM=pairs,
         forward_send_C=np.array([0.0 if d == last else send[wraps and s == pp - 1] for d in depths]),
         backward_send_C=np.array([0.0 if d == 0 else send[wraps and s == 0] for d in depths]),
         reduce_s=stage.reduce_s - stage.hidden_s,
@@ -245,9 +289,10 @@ def _stage_run(scenario: Scenario, s: int, stage: _Stage, work: StageWork, clock
             way=kind.way,
             chunk=kind.chunk,
             micro_batches_N=kind.micro_batches_N,
+            beside_N=kind.beside_N,
             times=kind.times,
             start_BN=clock.start_CBM[kind.way][kind.chunk][:, kind.micro_batches_N],
-            send_s=work.send_s(Operation(kind.way, kind.chunk, 0)),
+            send_s=_send_after_s(work, kind),
         )
         for kind in stage.kinds
     ]
@@ -258,8 +303,14 @@ def _stage_run(scenario: Scenario, s: int, stage: _Stage, work: StageWork, clock
         operations=tuple(runs),
         tail=tail,
         part_R=part_R,
-        hidden_comm_s=stage.hidden_s,
+        hidden_comm_s=stage.hidden_s + float(sum(kind.times.hidden_comm_R.mean() for kind in stage.kinds)),
     )
+
+
+def _send_after_s(work: StageWork, kind: _Kind) -> float:
+    """What a kind's runs spend handing on; a pair's both ways at once."""
+    own = work.send_s(Operation(kind.way, kind.chunk, 0))
+    return own if kind.beside is None else max(own, work.send_s(Operation("backward", kind.beside, 0)))
 
 
 def _send_s(scenario: Scenario) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from moesim.describe.schedules import Way
 from moesim.errors import InputError
 from moesim.scenario import Scenario
 from moesim.timeline.load import StepLoad
-from moesim.timeline.phases import Floats, OperationTimes
+from moesim.timeline.phases import COMM_PARTS, Floats, OperationTimes
 from moesim.units import MEGA, MICRO
 
 MAX_BYTES = int(50 * MEGA)
@@ -34,6 +34,7 @@ class OperationRun:
     way: Way
     chunk: int
     micro_batches_N: NDArray[np.int64]
+    beside_N: NDArray[np.int64] | None  # micro-batches of the backward that runs beside it
     times: OperationTimes
     start_BN: Floats
     send_s: float
@@ -67,6 +68,7 @@ class Spans:
     layer: NDArray[np.int64]  # -1: not of a layer
     micro_batch: NDArray[np.int64]  # -1: not of a micro-batch
     is_backward: NDArray[np.bool_]
+    is_comm: NDArray[np.bool_]
     start_s: Floats
     seconds: Floats
     names: tuple[str, ...]
@@ -99,11 +101,11 @@ class Trace:
         names: dict[str, int] = {}
         columns = [_stage_columns(run, self, set(ranks) if ranks is not None else known, names) for run in self.stages]
         merged = [np.concatenate(column) for column in zip(*columns, strict=True)]
-        order = np.lexsort((merged[5], merged[0]))
-        rank, name, layer, micro_batch, is_backward, start_s, seconds = (column[order] for column in merged)
+        order = np.lexsort((merged[6], merged[0]))
+        rank, name, layer, micro_batch, is_backward, is_comm, start_s, seconds = (column[order] for column in merged)
         return Spans(
             rank=rank, name=name, layer=layer, micro_batch=micro_batch, is_backward=is_backward.astype(bool),
-            start_s=start_s, seconds=seconds, names=tuple(names),
+            is_comm=is_comm.astype(bool), start_s=start_s, seconds=seconds, names=tuple(names),
         )  # fmt: skip
 
     def representative_ranks(self) -> list[int]:
@@ -138,7 +140,7 @@ def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[st
     offset = run.stage * trace.ranks_per_stage
     keep_V = np.array([int(r) + offset in wanted for r in run.traced_R], dtype=bool)
     ranks_V = run.traced_R[keep_V] + offset
-    columns: list[list[NDArray[np.generic]]] = [[] for _ in range(7)]
+    columns: list[list[NDArray[np.generic]]] = [[] for _ in range(8)]
     for op in run.operations:
         times = op.times
         shape = (*times.start_PMV.shape[:2], len(ranks_V))
@@ -148,8 +150,9 @@ def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[st
             np.broadcast_to(ranks_V, shape),
             np.broadcast_to(name_P[:, None, None], shape),
             np.broadcast_to(np.array(times.layers, dtype=np.int64)[:, None, None], shape),
-            np.broadcast_to(op.micro_batches_N[:, None], shape),
+            np.broadcast_to(_micro_batches(op)[:, :, None], shape),
             np.broadcast_to(times.is_backward_P[:, None, None], shape),
+            np.broadcast_to(np.array([part in COMM_PARTS for part in times.parts])[:, None, None], shape),
             began_MV + times.start_PMV[:, :, keep_V],
             times.seconds_PMV[:, :, keep_V],
         )
@@ -158,7 +161,7 @@ def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[st
         if op.send_s:
             ended_MV = began_MV + times.duration_MB[:, run.block_of_traced[keep_V]]
             _append_sends(columns, names, ranks_V, op, ended_MV)
-    for name, _part, start_s, seconds in run.tail:
+    for name, part, start_s, seconds in run.tail:
         index, n = names.setdefault(name, len(names)), len(ranks_V)
         tail = (
             ranks_V,
@@ -166,12 +169,20 @@ def _stage_columns(run: StageRun, trace: Trace, wanted: set[int], names: dict[st
             np.full(n, -1),
             np.full(n, -1),
             np.full(n, False),
+            np.full(n, part in COMM_PARTS),
             np.full(n, start_s),
             np.full(n, seconds),
         )
         for column, value in zip(columns, tail, strict=True):
             column.append(value)
     return [np.concatenate(column) for column in columns]
+
+
+def _micro_batches(op: OperationRun) -> NDArray[np.int64]:
+    """(P, N): whose micro-batch a phase of a run is."""
+    own_N = op.micro_batches_N
+    beside_N = own_N if op.beside_N is None else op.beside_N
+    return np.where(op.times.is_backward_P[:, None], beside_N, own_N)
 
 
 def _append_sends(
@@ -189,6 +200,7 @@ def _append_sends(
         np.full(shape, -1),
         np.broadcast_to(op.micro_batches_N[:, None], shape),
         np.full(shape, op.is_backward),
+        np.full(shape, True),
         ended_MV,
         np.full(shape, op.send_s),
     )
@@ -197,19 +209,20 @@ def _append_sends(
 
 
 def _chrome_events(spans: Spans, rank: int, position: int) -> Iterator[str]:
-    """Events of one rank: two threads (forward, backward and the rest), whose ids no other rank of the file has."""
+    """Events of one rank: two threads (what computes, what communicates), whose ids no other rank of the file has."""
     pid, first_tid = rank + 1, 2 * position + 1
     yield json.dumps(
         {"ph": "M", "name": "process_name", "pid": pid, "tid": first_tid, "args": {"name": f"rank {rank}"}}
     )
-    for tid, title in ((first_tid, "forward"), (first_tid + 1, "backward and step end")):
+    for tid, title in ((first_tid, "computing"), (first_tid + 1, "communication")):
         yield json.dumps({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": title}})
     labels = [json.dumps(name) for name in spans.names]
-    rows = zip(spans.name.tolist(), spans.layer.tolist(), spans.micro_batch.tolist(), spans.is_backward.tolist(),
+    rows = zip(spans.name.tolist(), spans.layer.tolist(), spans.micro_batch.tolist(), spans.is_backward.tolist(), spans.is_comm.tolist(),
                (spans.start_s / MICRO).tolist(), (spans.seconds / MICRO).tolist(), strict=True)  # fmt: skip
-    for name, layer, micro_batch, is_backward, start_us, us in rows:
+    for name, layer, micro_batch, is_backward, is_comm, start_us, us in rows:
         if us <= 0:
             continue
-        tid = first_tid + (is_backward or micro_batch < 0)
-        args = f',"args":{{"layer":{layer},"micro_batch":{micro_batch}}}' if micro_batch >= 0 else ""
+        tid = first_tid + is_comm
+        way = "backward" if is_backward else "forward"
+        args = f',"args":{{"layer":{layer},"micro_batch":{micro_batch},"way":"{way}"}}' if micro_batch >= 0 else ""
         yield f'{{"ph":"X","name":{labels[name]},"pid":{pid},"tid":{tid},"ts":{start_us:.3f},"dur":{us:.3f}{args}}}'
