@@ -98,7 +98,8 @@ def static_memory(
     layers = [rank_parameters(model, item, parallel, expert_copies) for item in placed]
     outer = outer_parameters(model, parallel, train, stage)
     dense, expert = outer + sum(d for d, _ in layers), sum(e for _, e in layers)
-    split_dense, split_expert = layout.dp * parallel.cp, layout.edp
+    copies = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp).num_copies
+    split_dense, split_expert = layout.dp * parallel.cp * copies, layout.edp * copies
 
     def total_bytes(element_bytes: float, *, sharded: bool, num_whole: int) -> float:
         if not sharded:

@@ -178,7 +178,8 @@ def _envelope(trace: Trace) -> list[str]:
     ]
     reasons += ["Host launch overhead beyond a kernel's start, and CUDA graphs, are not modelled."]
     if scenario.parallel.ep > 1:
-        reasons += ["All-to-alls do not overlap with compute."]
+        if train.overlap in ("none", "grad_reduce") and train.schedule != "dualpipe":
+            reasons += ["All-to-alls do not overlap with compute (train.overlap is what runs beside it)."]
         if scenario.fidelity == "port":
             reasons += ["In an all-to-all every rank's time is that of its busiest port."]
     if train.precision == "fp8":
@@ -193,8 +194,8 @@ def _envelope(trace: Trace) -> list[str]:
         ]
     if scenario.parallel.zero >= 2:
         reasons += ["ZeRO-2 and ZeRO-3 collectives are fully exposed, and replicas do not wait for each other in them."]
-    if train.overlap == "grad_reduce":
-        reasons += ["Gradient buckets that overlap the last backward do not slow its all-to-alls."]
+    if "forward_backward" in train.overlaps or train.schedule == "dualpipe":
+        reasons += ["Handing micro-batches to the neighbouring stage is not overlapped."]
     if any(layer.cross_attention is not None for layer in model.layers):
         reasons += ["Encoder and decoder are given the same number of tokens."]
     return reasons

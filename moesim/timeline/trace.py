@@ -217,7 +217,8 @@ def _chrome_events(spans: Spans, rank: int, position: int) -> Iterator[str]:
     for tid, title in ((first_tid, "computing"), (first_tid + 1, "communication")):
         yield json.dumps({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": title}})
     labels = [json.dumps(name) for name in spans.names]
-    rows = zip(spans.name.tolist(), spans.layer.tolist(), spans.micro_batch.tolist(), spans.is_backward.tolist(), spans.is_comm.tolist(),
+    rows = zip(spans.name.tolist(), spans.layer.tolist(), spans.micro_batch.tolist(), spans.is_backward.tolist(),
+               spans.is_comm.tolist(),
                (spans.start_s / MICRO).tolist(), (spans.seconds / MICRO).tolist(), strict=True)  # fmt: skip
     for name, layer, micro_batch, is_backward, is_comm, start_us, us in rows:
         if us <= 0:
