@@ -208,9 +208,12 @@ def stage_memory(
         dispatcher=dispatcher,
         software=software,
     )
-    total_KGR = profile.peak_KGRP.sum(axis=-1)
-    event, group, rank = (int(i) for i in np.unravel_index(int(total_KGR.argmax()), total_KGR.shape))
-    in_passes, in_update = profile.at(event, group, rank), profile.at_update()
+    return fullest_of(profile)
+
+
+def fullest_of(profile: StageProfile) -> RankMemory:
+    """The stage's fullest rank at its worst moment: in some operation, or in the optimizer step."""
+    in_passes, in_update = profile.at(*profile.fullest()), profile.at_update()
     return max(in_passes, in_update, key=lambda memory: memory.peak_bytes)
 
 
@@ -246,6 +249,12 @@ class StageProfile:
     reserve_fraction: float
     worst_K: tuple[_Worst, ...]
 
+    def fullest(self) -> tuple[int, int, int]:
+        """Operation, group and rank of the largest peak in a pass."""
+        total_KGR = self.peak_KGRP.sum(axis=-1)
+        event, group, rank = (int(i) for i in np.unravel_index(int(total_KGR.argmax()), total_KGR.shape))
+        return event, group, rank
+
     def at(self, event: int, group: int, rank: int) -> RankMemory:
         """Memory of one rank in one pass, at that pass's worst moment."""
         activations, dispatch = (float(part) for part in self.peak_KGRP[event, group, rank])
@@ -255,6 +264,16 @@ class StageProfile:
     def at_update(self) -> RankMemory:
         """Memory of the stage's first rank while the optimizer runs; no chunk is in flight."""
         return self._memory(int(self.ranks_GR.flat[0]), 0.0, 0.0, self.static.update_bytes, "optimizer step")
+
+    def held_bytes(self, kept_bytes: Floats | float, copies_bytes: float = 0.0) -> Floats | float:
+        """Memory of a GPU that keeps this much of chunks: with all that stands, the reserve and what is outside torch.
+
+        copies_bytes: of the optimizer's states, while it runs.
+        """
+        static = self.static
+        standing = static.weights_bytes + static.gradients_bytes + static.optimizer_bytes + copies_bytes
+        allocated = standing + self.standing_bytes + self.pipeline_bytes + kept_bytes
+        return allocated * (1.0 + self.reserve_fraction) + self.communicator_bytes + self.context_bytes
 
     def _memory(self, rank: int, activations: float, dispatch: float, copies: float, moment: str) -> RankMemory:
         static = self.static

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.memory import RankMemory, stage_memory
+from moesim.cost.memory import RankMemory, StageProfile, fullest_of, stage_profile
 from moesim.describe.workload import Balanced, Recorded, Training
 from moesim.errors import check
 from moesim.routing.popularity import Popularities, popularity_LE
@@ -103,19 +103,21 @@ def memory_by_stage(scenario: Scenario, load: StepLoad | None, train: Training |
 
     train: the scenario's own by default; another where the load is a sample of fewer micro-batches.
     """
-    return [
-        stage_memory(
-            scenario.model,
-            scenario.parallel,
-            scenario.layout,
-            train or scenario.train,
-            stage=stage,
-            received_GMLR=None if load is None else load.received_GMLR(stage),
-            expert_copies=scenario.expert_copies,
-            dispatcher=scenario.routing.dispatcher,
-        )
-        for stage in range(scenario.parallel.pp)
-    ]
+    return [fullest_of(profile_of(scenario, load, stage, train)) for stage in range(scenario.parallel.pp)]
+
+
+def profile_of(scenario: Scenario, load: StepLoad | None, stage: int, train: Training | None = None) -> StageProfile:
+    """Memory of one stage's ranks, operation by operation. train: as for ``memory_by_stage``."""
+    return stage_profile(
+        scenario.model,
+        scenario.parallel,
+        scenario.layout,
+        train or scenario.train,
+        stage=stage,
+        received_GMLR=None if load is None else load.received_GMLR(stage),
+        expert_copies=scenario.expert_copies,
+        dispatcher=scenario.routing.dispatcher,
+    )
 
 
 def expected_redraw(scenario: Scenario) -> Redraw:
