@@ -14,6 +14,7 @@ from moesim.metrics.summary import step_parts
 from moesim.scenario import Scenario
 from moesim.timeline.overlap import alone, beside, halved, lay_out_program, overlapped
 from moesim.timeline.phases import Phase, lay_out
+from moesim.timeline.reduction import hidden_behind_s
 from moesim.timeline.step import run_step
 
 SMALL = {
@@ -158,6 +159,7 @@ OVERLAPS = [
     {"schedule": "zb-h1", "overlap": "chunked_dispatch"},
     {"overlap": "tensor_parallel", "tp": 2},
     {"overlap": "shared_experts", "model": "deepseek-v2"},
+    {"overlap": "grad_reduce,param_gather"},
 ]
 
 
@@ -215,3 +217,18 @@ def test_faster_links_and_faster_computing_together_never_slow_a_step(asked):
 def test_an_overlap_or_schedule_that_cannot_run_is_refused_by_name(asked, message):
     with pytest.raises(InputError, match=message):
         Scenario.make(**SMALL | asked)
+
+
+def test_buckets_hide_behind_what_a_pass_computes_not_behind_its_exchanges():
+    def hidden_s(chain, total_s):
+        times = lay_out(chain, num_runs=1, num_ranks=1, block_size=1, traced=np.arange(1))
+        return hidden_behind_s(total_s, times, -1, num_buckets=4, in_pass=4)
+
+    free, shared = [compute(4.0)], [compute(2.0), comm(2.0)]
+    # Four buckets of half a second, each as its second of backward ends: the last one shows.
+    assert hidden_s(free, 2.0) == pytest.approx(1.5)
+    # Half of the ports' time is taken: each bucket takes a second of the pass, and again the last one shows.
+    assert hidden_s(shared, 2.0) == pytest.approx(1.5)
+    # Buckets of a whole second queue behind one another there: 1.5 s of them fit between 1 s and 4 s.
+    assert hidden_s(free, 4.0) == pytest.approx(3.0)
+    assert hidden_s(shared, 4.0) == pytest.approx(1.5)

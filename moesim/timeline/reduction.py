@@ -7,6 +7,7 @@ import numpy as np
 from moesim.cost.layer import ACTIVATION_BYTES
 from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s, send_s
 from moesim.scenario import Scenario
+from moesim.timeline.phases import OperationTimes
 
 
 def _group_shape(scenario: Scenario, kind: str, copies: int) -> tuple[int, int]:
@@ -61,18 +62,23 @@ def sharded_weights_s(scenario: Scenario, dense: float, expert: float, copies: i
     return gather_s, scatter_s
 
 
-def hidden_reduction_s(scenario: Scenario, reduce_s: float, *, last_s: float, num_buckets: int, in_last: int) -> float:
-    """How much of the reduction hides behind the last backward: one bucket a layer, sent as soon as the layer is done.
+def hidden_behind_s(total_s: float, times: OperationTimes, run: int, *, num_buckets: int, in_pass: int) -> float:
+    """How much of a reduction hides behind the last backward of its stage: one bucket a layer, sent as soon as the
+    layer is done. The same, time reversed, of gathering weights behind the first forward.
 
-    last_s: the stage's last backward, through in_last of its num_buckets. Contention of the buckets with the backward's
-    own all-to-alls is not modelled. See docs/model.md#gradient-reduction.
+    run: which of the operation's runs, through in_pass of num_buckets layers. While it runs, the exchanges of experts
+    leave the ports to the buckets only for the rest of the time. See docs/model.md#gradient-reduction.
     """
-    if "grad_reduce" not in scenario.train.overlaps or not reduce_s:
+    pass_s = float(times.duration_MB[run].min())
+    if not total_s or not pass_s:
         return 0.0
-    layer_s, bucket_s = last_s / in_last, reduce_s / num_buckets
+    is_exchange_P = np.array([part in ("dispatch", "combine") for part in times.parts], dtype=bool)
+    free = max(1.0 - float(times.seconds_PMV[is_exchange_P, run, 0].sum()) / pass_s, 0.0)
+    bucket_s = total_s / num_buckets
     # Chunks that ended earlier reduced while later ones ran; the buckets of the last chunk follow one another.
     done_s = 0.0
-    for i in range(in_last):
-        done_s = max(done_s, (i + 1) * layer_s) + bucket_s
-    exposed_s = done_s - in_last * layer_s
-    return max(reduce_s - exposed_s, 0.0)
+    for i in range(in_pass):
+        start_s = max(done_s, (i + 1) * pass_s / in_pass)
+        room_s = max(pass_s - start_s, 0.0) * free
+        done_s = start_s + bucket_s / free if bucket_s < room_s else max(start_s, pass_s) + bucket_s - room_s
+    return max(total_s - (done_s - pass_s), 0.0)

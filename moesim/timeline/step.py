@@ -24,7 +24,7 @@ from moesim.timeline.load import StepLoad, step_load
 from moesim.timeline.overlap import WITHIN, alone, beside, halved, lay_out_program, overlapped, sm_share
 from moesim.timeline.phases import Floats, OperationTimes, Phase, lay_out
 from moesim.timeline.pipeline import StageClock, StageWork, run_pipeline
-from moesim.timeline.reduction import gradient_reduction_s, hidden_reduction_s, sharded_weights_s
+from moesim.timeline.reduction import gradient_reduction_s, hidden_behind_s, sharded_weights_s
 from moesim.timeline.stage import StageLoad, StagePlan
 from moesim.timeline.trace import OperationRun, StageRun, Trace
 
@@ -49,8 +49,8 @@ class _Stage:
 
     kinds: tuple[_Kind, ...]
     traced_R: NDArray[np.int64]
-    reduce_s: float
-    hidden_s: float  # of the reduction, behind the last backward
+    reduce_s: float  # what shows of it
+    hidden_s: float  # of reducing gradients and gathering weights, behind the last backward and the next forward
     optimizer_s: float
     host_s: float  # of the optimizer's states on the host link, beyond the update itself
     gather_s: float
@@ -137,14 +137,16 @@ def _lay_out_stage(
     dense = sum(d for chunk in parameters for d, _ in chunk) + outer
     expert = sum(e for chunk in parameters for _, e in chunk)
     reduce_s, gather_s = gradient_reduction_s(scenario, dense, expert, copies)
-    last = next(kind for kind in kinds if (kind.way, kind.chunk) == operations[-1][:2])
-    hidden_s = hidden_reduction_s(
-        scenario,
-        reduce_s,
-        last_s=float(last.times.duration_MB[-1].min()),
-        num_buckets=sum(max(len(chunk), 1) for chunk in chunks),  # what holds no layer may hold embedding or head
-        in_last=max(len(chunks[last.chunk]), 1),
-    )
+    hidden = {"grad_reduce": 0.0, "param_gather": 0.0}
+    for name, total_s, op, run in (
+        ("grad_reduce", reduce_s, operations[-1], -1),
+        ("param_gather", gather_s, operations[0], 0),
+    ):
+        if name in scenario.train.overlaps:
+            kind = next(kind for kind in kinds if (kind.way, kind.chunk) == op[:2] and kind.beside_N is None)
+            num_buckets = sum(max(len(chunk), 1) for chunk in chunks)  # what holds no layer may hold embedding or head
+            in_pass = max(len(chunks[kind.chunk]), 1)
+            hidden[name] = hidden_behind_s(total_s, kind.times, run, num_buckets=num_buckets, in_pass=in_pass)
     split = (layout.dp * parallel.cp * copies, layout.edp * copies) if parallel.zero >= 1 else (1, 1)
     slowest = float(scenario.speed_of_rank[layout.stage_ranks(stage)].min())
     shard = dense / split[0] + expert / split[1]
@@ -153,11 +155,11 @@ def _lay_out_stage(
     return _Stage(
         kinds=kinds,
         traced_R=traced_R,
-        reduce_s=reduce_s,
-        hidden_s=hidden_s,
+        reduce_s=reduce_s - hidden["grad_reduce"],
+        hidden_s=sum(hidden.values()),
         optimizer_s=update_s,
         host_s=max(transfer_s - update_s, 0.0),
-        gather_s=gather_s,
+        gather_s=gather_s - hidden["param_gather"],
     )
 
 
@@ -255,7 +257,7 @@ def _work(
         pair_CBM=pairs,
         forward_send_C=np.array([0.0 if d == last else send[wraps and s == pp - 1] for d in depths]),
         backward_send_C=np.array([0.0 if d == 0 else send[wraps and s == 0] for d in depths]),
-        reduce_s=stage.reduce_s - stage.hidden_s,
+        reduce_s=stage.reduce_s,
         optimizer_s=stage.optimizer_s + stage.host_s,
         gather_s=stage.gather_s,
     )
