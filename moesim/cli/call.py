@@ -193,7 +193,7 @@ def verb(
         def command(**values: Any) -> None:
             mine = {parameter.name: values.pop(parameter.name) for parameter in own}
             call = Call(
-                command=function.__name__,
+                command=function.__name__.replace("_", "-"),
                 as_json=values["as_json"],
                 out=values["out"],
                 seed=_whole(values["seed"]) if values.get("seed") is not None else None,

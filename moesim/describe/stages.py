@@ -131,3 +131,16 @@ def check_layout(layout: str | Sequence[int], pp: int, vpp: int) -> tuple[Held, 
         hint = f"With pp={pp} it needs vpp={len(held) // pp}." if len(held) % pp == 0 and held else ""
         raise InputError("parallel", "layout", rule, layout, hint)
     return held
+
+
+def text_of_held(held: Sequence[Held]) -> str:
+    """The layout text of virtual stages.
+
+    >>> text_of_held([Held(3), Held(2), Held(0, 1)])
+    'Et*3|t*2|mL'
+    """
+
+    def letters(letter: str, count: int) -> str:
+        return letter if count == 1 else f"{letter}*{count}" if count else ""
+
+    return "E" + "|".join(letters("t", stage.num_layers) + letters("m", stage.num_mtp) for stage in held) + "L"

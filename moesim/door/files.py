@@ -75,6 +75,23 @@ def parse_yaml(text: str, owner: str) -> Any:
         raise InputError(owner, "", "must be valid YAML", _one_line(error)) from None
 
 
+def read_toml(path: str | Path, *, max_bytes: int = MAX_YAML_BYTES) -> Any:
+    """The plain value of a TOML file. Raises InputError."""
+    import tomllib
+
+    try:
+        return tomllib.loads(read_text(path, max_bytes=max_bytes))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(str(path), "", "must be valid TOML", _one_line(error)) from None
+
+
+def to_yaml(value: Any) -> str:
+    """Plain values as YAML that `parse_yaml` reads back, keys in the order given."""
+    import yaml
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None))
+
+
 def _build(events: Iterator[Any], owner: str) -> Any:
     """One Python value from the events of one document."""
     import yaml
