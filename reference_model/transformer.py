@@ -7,15 +7,20 @@ V vocabulary, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from reference_model.attention import Attention, rotary_turns
 from reference_model.capacity import DropPolicy
 from reference_model.layer import FeedForward, LayerResult, MoeLayer
+from reference_model.norm import RmsNorm
 from reference_model.routers import Router
+
+Module = Literal["core_attn", "mlp", "moe", "moe_act"]  # of Megatron-LM's names, those that this model has
+Recompute = Literal["none", "full"] | tuple[Module, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,48 +81,21 @@ class TransformerResult(NamedTuple):
     moe: dict[int, LayerResult]
 
 
-class Attention(nn.Module):
-    """Causal grouped-query attention (arXiv 2305.13245) with rotary positions, without biases."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        num_projected = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = nn.Linear(config.hidden, num_projected * config.head_dim, bias=False)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden, bias=False)
-
-    def forward(self, x_BSH: Tensor, turns_S: Tensor) -> Tensor:
-        """(B, S, H) -> (B, S, H); turns_S: (S, D/2) complex factors of ``rotary_turns``."""
-        heads = self.qkv(x_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q_BNSD, k_BGSD, v_BGSD = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        mixed_BNSD = functional.scaled_dot_product_attention(
-            rotate(q_BNSD, turns_S), rotate(k_BGSD, turns_S), v_BGSD, is_causal=True, enable_gqa=True
-        )
-        return self.out(mixed_BNSD.transpose(1, 2).flatten(2))
-
-
-def rotary_turns(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """(S, D/2) unit complex numbers: position p turns pair i by p / theta**(2i/D). arXiv 2104.09864 section 3.2."""
-    pair = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), theta ** (-pair / head_dim))
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(x: Tensor, turns_S: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of the last dimension by its position's angle: (..., S, D) -> (..., S, D)."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.complex(first, second) * turns_S
-    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
-
-
 class Block(nn.Module):
     """One layer: attention, then a dense feed-forward block or a mixture of experts, each behind a norm."""
 
-    def __init__(self, config: TransformerConfig, moe: MoeConfig | None) -> None:
+    def __init__(self, config: TransformerConfig, moe: MoeConfig | None, recompute: Recompute = "none") -> None:
         super().__init__()
-        hidden = config.hidden
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(hidden, eps=1e-6), nn.RMSNorm(hidden, eps=1e-6)
-        self.attention = Attention(config)
+        hidden, modules = config.hidden, recompute if isinstance(recompute, tuple) else ()
+        self.recompute_all, self.recompute_mlp = recompute == "full", "mlp" in modules
+        self.attention_norm, self.ffn_norm = RmsNorm(hidden), RmsNorm(hidden)
+        self.attention = Attention(
+            hidden=hidden,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            recompute="core_attn" in modules,
+        )
         self.ffn: MoeLayer | FeedForward
         if moe is None:
             self.ffn = FeedForward(hidden=hidden, width=config.dense_width)
@@ -131,20 +109,32 @@ class Block(nn.Module):
                 capacity_factor=moe.capacity_factor,
                 drop_policy=moe.drop_policy,
                 router_in_float32=moe.router_in_float32,
+                recompute="full" if "moe" in modules else "moe_act" if "moe_act" in modules else "none",
             )
 
     def forward(self, x_BSH: Tensor, turns_S: Tensor) -> tuple[Tensor, LayerResult | None]:
         """(B, S, H) -> (B, S, H), and what an MoE layer decided."""
+        if self.recompute_all and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_BSH, turns_S, use_reentrant=False)
+        return self._forward(x_BSH, turns_S)
+
+    def _forward(self, x_BSH: Tensor, turns_S: Tensor) -> tuple[Tensor, LayerResult | None]:
         x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), turns_S)
-        inner_BSH = self.ffn_norm(x_BSH)
         if not isinstance(self.ffn, MoeLayer):
-            return x_BSH + self.ffn(inner_BSH), None
-        result = self.ffn(inner_BSH.flatten(0, 1))
+            if self.recompute_mlp and torch.is_grad_enabled():
+                return x_BSH + checkpoint(self._dense, x_BSH, use_reentrant=False), None
+            return x_BSH + self._dense(x_BSH), None
+        result = self.ffn(self.ffn_norm(x_BSH).flatten(0, 1))
         return x_BSH + result.output_TH.view_as(x_BSH), result
+
+    def _dense(self, x_BSH: Tensor) -> Tensor:
+        return self.ffn(self.ffn_norm(x_BSH))
 
 
 class Transformer(nn.Module):
     """A decoder that predicts the next token. The head has its own matrix.
+
+    recompute: what the backward computes again: nothing, whole layers, or the modules named. It changes no number.
 
     >>> config = TransformerConfig(hidden=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, dense_width=16,
     ...                            vocab=32)
@@ -152,13 +142,14 @@ class Transformer(nn.Module):
     torch.Size([1, 5, 32])
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.hidden)
         moe = config.moe_layers
-        self.blocks = nn.ModuleList(Block(config, config.moe if i in moe else None) for i in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden, eps=1e-6)
+        layers = [config.moe if i in moe else None for i in range(config.num_layers)]
+        self.blocks = nn.ModuleList(Block(config, layer, recompute) for layer in layers)
+        self.norm = RmsNorm(config.hidden)
         self.head = nn.Linear(config.hidden, config.vocab, bias=False)
 
     def forward(self, tokens_BS: Tensor) -> TransformerResult:
@@ -179,11 +170,11 @@ class Transformer(nn.Module):
         return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoeLayer)}
 
 
-def build(config: TransformerConfig, *, seed: int) -> Transformer:
+def build(config: TransformerConfig, *, seed: int, recompute: Recompute = "none") -> Transformer:
     """A transformer with weights drawn from this seed alone; the global generator is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Transformer(config)
+        return Transformer(config, recompute)
 
 
 def parameters_by_part(model: Transformer) -> dict[str, int]:

@@ -12,9 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import moesim  # noqa: E402
+from reference_model.attention import Attention, rotary_turns, rotate  # noqa: E402
 from reference_model.routers import NoisyTopK, SoftmaxTopK  # noqa: E402
 from reference_model.transformer import (  # noqa: E402
-    Attention,
     MoeConfig,
     Transformer,
     TransformerConfig,
@@ -23,8 +23,6 @@ from reference_model.transformer import (  # noqa: E402
     equal_flops_width,
     forward_flops_per_token,
     parameters_by_part,
-    rotary_turns,
-    rotate,
 )
 
 MOE = MoeConfig(num_experts=6, width=24, router=SoftmaxTopK(top_k=2))
@@ -96,7 +94,7 @@ def test_every_other_layer_is_a_mixture_unless_told_otherwise() -> None:
 
 def test_attention_is_the_textbooks_sum_over_earlier_tokens() -> None:
     torch.manual_seed(0)
-    attention = Attention(CONFIG)
+    attention = Attention(hidden=32, num_heads=4, num_kv_heads=2, head_dim=CONFIG.head_dim)
     x_BSH = torch.randn(2, 7, CONFIG.hidden)
     turns_S = rotary_turns(7, CONFIG.head_dim, CONFIG.rope_theta, x_BSH.device)
     heads = attention.qkv(x_BSH).unflatten(-1, (8, CONFIG.head_dim))
