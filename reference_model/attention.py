@@ -43,8 +43,8 @@ class Attention(nn.Module):
 
 def _mix(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> Tensor:
     """Causal attention alone: (B, S, N*D)."""
-    heads_first = (x.transpose(1, 2) for x in (q_BSND, k_BSGD, v_BSGD))
-    mixed_BNSD = functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+    q_BNSD, k_BGSD, v_BGSD = q_BSND.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2)
+    mixed_BNSD = functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True)
     return mixed_BNSD.transpose(1, 2).flatten(2)
 
 

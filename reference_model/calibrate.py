@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from reference_model.cases import Case, all_cases
+from reference_model.devices import find_device
 from reference_model.exchange import exchange_cases
 from reference_model.fit import (
     GOAL_MEDIAN_FRACTION,
@@ -132,17 +133,6 @@ def _point(case: Case, samples_by_pass: Sequence[Sequence[float]]) -> dict[str, 
         "num_samples": int(samples.size),
         "pass_medians_s": medians,
     }
-
-
-def find_device(device: str) -> torch.device:
-    """The device of a name: auto, cpu or cuda. Raises ValueError for one that is not there."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: must be auto, cpu or cuda; got {device!r}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: must be one that is there; got 'cuda', and torch sees no CUDA device")
-    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
 def ranks_at_hand(device: torch.device) -> int:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from reference_model.expert_parallel import ExpertParallelMoe
 from reference_model.layer import LayerResult, MoeLayer
 
 _ROUTER_NAMES = ("gate", "router")
@@ -107,15 +108,18 @@ def record_layers(model: nn.Module) -> Iterator[RoutingRecorder]:
     """Record every ``MoeLayer`` inside a module (or the module itself) while the block lasts.
 
     Layers are numbered in the order of ``model.modules()``. Choices are recorded as made, before any capacity drops
-    copies. Raises ValueError without such layers, or where their sizes differ.
+    copies; of a layer over several ranks (``ExpertParallelMoe``) each rank records its own tokens. Raises ValueError
+    without such layers, or where their sizes differ.
 
     >>> layer = MoeLayer(hidden=8, width=16, num_experts=4, router=SoftmaxTopK(top_k=2))
     >>> with record_layers(layer) as recorder:
     ...     _ = layer(torch.zeros(3, 8)); recorder.end_step().shape
     (3, 1, 2)
     """
-    found = [module for module in model.modules() if isinstance(module, MoeLayer)]
-    sizes = {(module.router_weight.shape[0], module.router.top_k) for module in found}
+    shared_out = {module.layer: module for module in model.modules() if isinstance(module, ExpertParallelMoe)}
+    layers = [module for module in model.modules() if isinstance(module, MoeLayer)]
+    found = [shared_out.get(layer, layer) for layer in layers]  # the module whose forward runs
+    sizes = {(layer.num_experts, layer.router.top_k) for layer in layers}
     recorder = _recorder(range(len(found)), sizes)
 
     def hook(number: int) -> Callable[..., None]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_model.capacity import expert_counts
+from reference_model.devices import find_device
 from reference_model.layer import LayerResult, MoeLayer
 from reference_model.losses import BALANCE_WEIGHT, Z_WEIGHT, balance_loss, router_z_loss, update_bias_
 from reference_model.recorder import RoutingRecorder
@@ -101,8 +102,12 @@ class _State:
     model: Transformer
     optimizer: torch.optim.Optimizer
     step: int
-    counts_LE: Tensor
+    counts_LE: Tensor  # on the host
     wall_s: float
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head.weight.device
 
 
 def train(
@@ -110,6 +115,7 @@ def train(
     folder: Path | str,
     *,
     seed: int = 0,
+    device: str = "cpu",
     corpus: Corpus | None = None,
     stop_after: int | None = None,
     progress: Callable[[int, float], None] | None = None,
@@ -117,14 +123,16 @@ def train(
     """Train, or go on where a killed run stopped; returns the folder.
 
     stop_after: finished steps after which to stop for now; progress: called with each finished step and its loss.
-    Raises ValueError where the folder holds another run (another configuration, seed or text).
+    device: auto, cpu or cuda; a run may go on on another one, with other roundings. Raises ValueError where the folder
+    holds another run (another configuration, seed or text), and for a device that is not there.
 
     >>> train(small_config(num_steps=2), "out/run")  # doctest: +SKIP
     """
+    place = find_device(device)
     target, text = Path(folder), corpus or build_corpus()
     target.mkdir(parents=True, exist_ok=True)
     asked = {"config": dataclasses.asdict(config), "seed": seed, "text": text.fingerprint}
-    state = _start_or_resume(config, seed, target, asked)
+    state = _start_or_resume(config, seed, target, asked, place)
     heldout = heldout_batch(text, sequences_per_domain=config.heldout_per_domain, seq_len=config.seq_len)
     last = min(config.num_steps, stop_after or config.num_steps)
     started = time.perf_counter() - state.wall_s
@@ -149,9 +157,9 @@ def train(
 def _one_step(state: _State, config: TrainConfig, folder: Path, batch: Batch, seed: int) -> float:
     """Forward, losses, backward, update, and what the step leaves in the tables; returns the loss [nats per token]."""
     model, step = state.model, state.step
-    tokens_BS = torch.from_numpy(batch.tokens_BS)
+    tokens_BS = torch.from_numpy(batch.tokens_BS).to(state.device)
     model.train()
-    with _draws_of_step(seed, step), _autocast(config):
+    with _draws_of_step(seed, step), _autocast(config, state.device):
         result = model(tokens_BS[:, :-1])
     nats_BS = _nats(result.logits_BSV, tokens_BS)
     loss = nats_BS.mean()
@@ -177,7 +185,7 @@ def _one_step(state: _State, config: TrainConfig, folder: Path, batch: Batch, se
     state.counts_LE += counts_LE
     for layer, counts_E in zip(model.moe_layers().values(), counts_LE, strict=True):
         if config.bias_rate and layer.router_bias is not None:
-            update_bias_(layer.router_bias, counts_E, rate=config.bias_rate)
+            update_bias_(layer.router_bias, counts_E.to(state.device), rate=config.bias_rate)
     state.step += 1
     if state.step % config.log_every == 0 or state.step == 1 or not is_finite:
         row = {
@@ -203,15 +211,15 @@ def _nats(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
 
 def _by_domain(nats_BS: Tensor, batch: Batch) -> dict[str, float]:
     """Mean loss of each domain's sequences; NaN where the batch has none."""
-    mean_B = nats_BS.detach().mean(dim=1).numpy()
+    mean_B = nats_BS.detach().mean(dim=1).cpu().numpy()
     chosen = {name: mean_B[batch.domain_B == i] for i, name in enumerate(DOMAINS)}
     return {f"loss_{name}": float(losses.mean()) if losses.size else math.nan for name, losses in chosen.items()}
 
 
 def _counts(model: Transformer, layers: Sequence[LayerResult]) -> Tensor:
-    """Tokens that chose each expert, before drops: (L, E)."""
+    """Tokens that chose each expert, before drops: (L, E), on the host."""
     num_experts = model.config.moe.num_experts if model.config.moe else 0
-    rows = [expert_counts(layer.choice.experts_TK, num_experts) for layer in layers]
+    rows = [expert_counts(layer.choice.experts_TK, num_experts).cpu() for layer in layers]
     return torch.stack(rows) if rows else torch.zeros(0, num_experts, dtype=torch.int64)
 
 
@@ -236,9 +244,9 @@ def _histogram_rows(state: _State) -> list[dict[str, float]]:
 @torch.no_grad()
 def _evaluate(state: _State, config: TrainConfig, folder: Path, heldout: Batch) -> None:
     """Held-out loss by domain, and how many tokens' experts the router's precision flips, as a row of heldout.csv."""
-    model, tokens_BS = state.model, torch.from_numpy(heldout.tokens_BS)
+    model, tokens_BS = state.model, torch.from_numpy(heldout.tokens_BS).to(state.device)
     model.eval()
-    with _inputs_of(model.moe_layers()) as inputs, _autocast(config):
+    with _inputs_of(model.moe_layers()) as inputs, _autocast(config, state.device):
         result = model(tokens_BS[:, :-1])
     nats_BS = _nats(result.logits_BSV, tokens_BS)
     row: dict[str, float] = {"step": state.step, "loss": nats_BS.mean().item()} | _by_domain(nats_BS, heldout)
@@ -303,15 +311,17 @@ def _draws_of_step(seed: int, step: int) -> Iterator[None]:
         yield
 
 
-def _autocast(config: TrainConfig) -> torch.autocast:
+def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     dtype = getattr(torch, config.precision)
     return torch.autocast(
-        "cpu", dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype != torch.float32
+        device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype != torch.float32
     )
 
 
-def _start_or_resume(config: TrainConfig, seed: int, folder: Path, asked: dict[str, Any]) -> _State:
-    model = build(config.model, seed=seed)
+def _start_or_resume(
+    config: TrainConfig, seed: int, folder: Path, asked: dict[str, Any], device: torch.device
+) -> _State:
+    model = build(config.model, seed=seed).to(device)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -323,7 +333,7 @@ def _start_or_resume(config: TrainConfig, seed: int, folder: Path, asked: dict[s
         state.counts_LE = torch.zeros(len(config.model.moe_layers), config.model.moe.num_experts, dtype=torch.int64)
     sizes = dict.fromkeys(TABLES, 0)
     if (folder / CHECKPOINT).exists():
-        saved = torch.load(folder / CHECKPOINT, weights_only=True)
+        saved = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
         kept, wanted = json.loads(saved["asked"]), json.loads(json.dumps(asked))
         differing = [name for name in wanted if kept.get(name) != wanted[name]]
         if differing:
@@ -360,7 +370,9 @@ def _facts(state: _State, config: TrainConfig, asked: dict[str, Any]) -> dict[st
         "forward_flops_per_token": forward_flops_per_token(config.model, config.seq_len),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "processor": torch.cuda.get_device_name(state.device)
+        if state.device.type == "cuda"
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "wall_s": round(state.wall_s, 1),
@@ -396,13 +408,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dense", action="store_true", help="no experts, as many FLOPs per token")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--checkpoint-every", type=int, default=1, metavar="STEPS", help="1 loses at most one step")
     asked = parser.parse_args(arguments)
     config = small_config(
         num_steps=asked.steps, dense=asked.dense, precision=asked.precision, checkpoint_every=asked.checkpoint_every
     )
-    print(train(config, asked.folder, seed=asked.seed, progress=_print_progress))
+    print(train(config, asked.folder, seed=asked.seed, device=asked.device, progress=_print_progress))
 
 
 def _print_progress(step: int, loss: float) -> None:

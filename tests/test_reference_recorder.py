@@ -13,7 +13,9 @@ torch = pytest.importorskip("torch")
 from moesim.routing.consistency import agreement_of  # noqa: E402
 from moesim.routing.histogram import recorded_histogram  # noqa: E402
 from moesim.routing.recorded import load_LE, read_recorded  # noqa: E402
+from reference_model.expert_parallel import ExpertParallelMoe, Placement  # noqa: E402
 from reference_model.layer import MoeLayer  # noqa: E402
+from reference_model.ranks import run_on_ranks  # noqa: E402
 from reference_model.recorder import chosen_experts, record_layers, record_transformers  # noqa: E402
 from reference_model.routers import GshardTop2, SoftmaxTopK  # noqa: E402
 
@@ -216,3 +218,26 @@ def test_a_group_limited_router_is_recorded_by_its_own_ids() -> None:
 def test_a_dense_transformers_model_has_nothing_to_record() -> None:
     with pytest.raises(ValueError, match="not a Mixture-of-Experts model"), record_transformers(tiny("llama")):
         pass
+
+
+def _recorded_by_rank(counts: list[int]) -> torch.Tensor:
+    torch.manual_seed(0)
+    layer = MoeLayer(hidden=16, width=8, num_experts=4, router=SoftmaxTopK(top_k=2))
+    x = torch.randn(sum(counts), 16)
+    rank = torch.distributed.get_rank()
+    group = torch.nn.Sequential(ExpertParallelMoe(layer, Placement.of([2, 0, 3, 1], num_ranks=len(counts))))
+    with record_layers(group) as recorder:
+        group(x.split(counts)[rank])
+        recorder.end_step()
+    return torch.from_numpy(recorder.experts_TLK)
+
+
+def test_ranks_of_a_layer_together_record_what_the_layer_in_one_process_chooses() -> None:
+    by_rank = run_on_ranks(_recorded_by_rank, 2, [5, 3])
+    assert [len(part) for part in by_rank] == [5, 3]
+    torch.manual_seed(0)
+    layer = MoeLayer(hidden=16, width=8, num_experts=4, router=SoftmaxTopK(top_k=2))
+    with record_layers(layer) as recorder:
+        layer(torch.randn(8, 16))
+        recorder.end_step()
+    assert torch.cat(by_rank).tolist() == recorder.experts_TLK.tolist()

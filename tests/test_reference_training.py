@@ -382,3 +382,21 @@ def test_a_live_run_repeats_the_first_steps_of_the_same_recorded_run(tmp_path: P
     assert live.heldout["step"].tolist() == [0, 1, 2, 3]
     assert np.array_equal(live.heldout["loss"], again.heldout["loss"])
     assert live.facts["steps_done"] == 3
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        train(tiny(1), tmp_path / "run", device="cuda", corpus=TEXT)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
+def test_a_run_on_the_gpu_starts_with_the_cpus_loss_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    folder = train(tiny(4), tmp_path / "gpu-s0", device="cuda", corpus=TEXT, stop_after=2)
+    run = read_run(train(tiny(4), folder, device="cuda", corpus=TEXT))
+    plain = read_run(train(tiny(4), tmp_path / "cpu-s0", corpus=TEXT))
+    np.testing.assert_allclose(run.heldout["loss"][0], plain.heldout["loss"][0], rtol=1e-4)
+    assert run.facts["processor"] == torch.cuda.get_device_name()

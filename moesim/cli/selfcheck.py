@@ -143,7 +143,7 @@ def _calibrated(call: Call, device: str, folder: Path, ranks: int | None) -> Pro
 
 def _check_device(profile: Profile, device: str, ranks: int | None) -> list[str]:
     """Warnings about a profile of this device; raises InputError for another's, or one of another number of ranks."""
-    from reference_model.calibrate import find_device
+    from reference_model.devices import find_device
     from reference_model.timing import device_description
 
     here = device_description(find_device(device))
@@ -174,7 +174,7 @@ def _time(
     """Seconds of each work in every pass, on the device itself."""
     from dataclasses import asdict
 
-    from reference_model.calibrate import find_device
+    from reference_model.devices import find_device
     from reference_model.rank_group import time_groups
     from reference_model.rank_share import FULL, QUICK, time_shares
     from reference_model.shapes import LayerShapes
