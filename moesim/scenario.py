@@ -71,7 +71,17 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     },
     **{
         name: ("train", name)
-        for name in ("seq_len", "micro_batch", "global_batch", "precision", "recompute", "schedule", "overlap", "mtp")
+        for name in (
+            "seq_len",
+            "micro_batch",
+            "global_batch",
+            "precision",
+            "recompute",
+            "schedule",
+            "overlap",
+            "mtp",
+            "cuda_graphs",
+        )
     },
     **{name: ("train", name) for name in ("offload", "fused_loss")},
     **{name: ("train", "optimizer", name) for name in ("gradients", "main_weights", "moments")},

@@ -1,4 +1,5 @@
-"""How far step times are from measured ones today. Nothing here was fitted; the bands are what README and report say.
+"""How far step times are from measured ones today. The 70b rows took part in the fit of the step's constants, 405b and
+DeepSeek-V3 did not (moesim/study/accuracy_step.py).
 
 A band that no longer holds fails: then the statement in README.md and in metrics/summary.py must change with it.
 """
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from test_memory_b200 import deepseek_v3_of_four_layers, llama
 
+from moesim.catalog.step import NO_LOSS
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn, Router
 from moesim.metrics.summary import summarise
 from moesim.scenario import Scenario
@@ -47,7 +49,7 @@ def layer_errors(sizes: tuple[int, int, int, int], measured_ms: tuple[float, flo
     attention = GroupedQueryAttention(num_heads=8, num_kv_heads=8, head_dim=64)
     model = Model(name="layer", hidden=hidden, vocab=1024, layers=(Layer(attention=attention, ffn=moe),))
     base = Scenario.make(model="llama-3-8b", cluster="h100-8x-ib400", num_gpus=8, global_batch=8, popularity="balanced")
-    trace = run_step(base.with_(model=model, ep=8))
+    trace = run_step(base.with_(model=model, ep=8), constants=NO_LOSS)
     errors = []
     for operation, measured in zip(trace.stages[0].operations, measured_ms, strict=True):
         parts = ("router", "permute", "dispatch", "experts", "combine")
@@ -78,11 +80,15 @@ def test_one_moe_layer_on_eight_h100_is_within_a_sixth_of_the_measured_time(name
     assert max(abs(error) for error in errors) < 1 / 6
 
 
-def test_steps_on_b200_come_out_a_quarter_to_a_half_too_short_as_said() -> None:
-    errors = np.array(dense_errors())
-    assert -0.50 < errors.min() <= errors.max() < -0.20
+def test_dense_steps_on_b200_that_no_constant_was_fitted_on_are_within_4_percent_in_the_mean() -> None:
+    tested = np.array([error for run, error in zip(B200_RUNS, dense_errors(), strict=True) if run[0] == "405b"])
+    assert np.abs(tested).mean() < 0.04
+    assert np.abs(tested).max() < 0.08
+
+
+def test_a_moe_step_on_b200_comes_out_within_a_sixth() -> None:
     model = dataclasses.replace(deepseek_v3_of_four_layers(), vocab=129280)
-    assert -0.50 < b200_error(model, 1, 1, 1, 4096, 32, 603.2) < -0.20
+    assert abs(b200_error(model, 1, 1, 1, 4096, 32, 603.2)) < 1 / 6
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from moesim.report.memory_page import memory_section
 from moesim.study.accuracy import CARRIED, KINDS, Accuracy, carried_cases, score, summarise_errors
 from moesim.study.accuracy_dispatch import express, has_fit_setting, scored
 from moesim.study.accuracy_memory import memory_rows
+from moesim.study.accuracy_step import FITS
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -43,8 +44,11 @@ def said_of(accuracy: Accuracy) -> list[str]:
         return ["Nothing is fitted. FP8 rows leave the casts out. The MoE layer alone; attention is left out."]
     if accuracy.kind == "training":
         return [
-            "Nothing is fitted: these are the errors of ideal kernels at assumed efficiencies without host overhead. A "
-            "row outside the envelope did something that moesim does not model; it was predicted without it."
+            "The step's constants (moesim/catalog/step.yaml) are fitted by tools/make_step_constants.py on the rows "
+            "that a rule names (moesim.study.accuracy_step.FITS): "
+            + "; ".join(fit.rule for fit in FITS)
+            + ". All else tests. A row outside the envelope did something that moesim does not model; it was predicted "
+            "without it. docs/decisions/step-constants.md tells what was seen before the rules were chosen."
         ]
     deepep = [row for row in accuracy.tested if row.like.is_moe]
     nccl = [row for row in accuracy.tested if not row.like.is_moe]

@@ -73,6 +73,10 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "moments": ("fp32|bf16|fp8", "Number format of the optimizer's two moments."),
         "fused_loss": ("true|false", "The loss writes its gradient over the bf16 logits."),
         "mtp": ("true|false", "Train the multi-token-prediction layers too."),
+        "cuda_graphs": (
+            "none|full|MODULES",
+            "What the host issues as one: the step, or modules such as attn,moe_router,moe_preprocess.",
+        ),
     },
     "Routing": {
         "popularity": ("KIND", "balanced, multinomial, lognormal, dirichlet, zipf, power_law, hot_experts, domains."),

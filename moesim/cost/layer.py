@@ -90,7 +90,8 @@ def layer_cost(model: Model, layer: Layer, *, parallel: Parallelism, train: Trai
             router_s=router[1],
             dense_ffn_s=dense[1],
             core_attention_s=_core_attention_s(model, layer, parallel, train, device, backward=True),
-            num_tp_collectives=num_collectives,
+            # Megatron keeps shards of what column-parallel products take in, and gathers them once more.
+            num_tp_collectives=num_collectives + num_collectives // 2,
         ),
         tp_bytes=group * model.hidden * ACTIVATION_BYTES,
         cp_bytes=group * parallel.cp * key_value_bytes(layer.attention, tp) if parallel.cp > 1 else 0.0,

@@ -67,6 +67,8 @@ Offload = Literal["optimizer", "activations"]
 MainWeights = Literal["fp32", "remainder", "bf16", "none"]
 Moments = Literal["fp32", "bf16", "fp8"]
 BYTES_OF: Mapping[str, float] = {"fp32": 4.0, "bf16": 2.0, "remainder": 2.0, "fp8": 1.0, "none": 0.0}
+GraphModule = Literal["attn", "mlp", "moe_router", "moe_preprocess", "moe"]  # Megatron's --cuda-graph-scope
+GRAPH_MODULES: tuple[GraphModule, ...] = get_args(GraphModule)
 Dispatcher = Literal["alltoall", "deepep"]  # deepep: once over the network to each node, then NVLink
 DropPolicy = Literal["probability", "position", "random", "reroute"]
 
@@ -116,6 +118,7 @@ class Training:
     overlap: none, or what runs beside computing: a list or text of names of OVERLAPS.
     offload: none, or what lies in the host's memory: optimizer, activations, or both as ``optimizer,activations``.
     fused_loss: the loss writes its gradient over the bf16 logits instead of keeping fp32 ones.
+    cuda_graphs: none, full (the whole step), or modules whose operations the host issues as one, told alike.
 
     >>> Training(recompute=("moe_act", "core_attn")).recompute
     'core_attn,moe_act'
@@ -132,6 +135,7 @@ class Training:
     optimizer: Optimizer = field(default_factory=Optimizer)
     offload: str | tuple[str, ...] = "none"  # a text once it is born
     fused_loss: bool = False
+    cuda_graphs: str | tuple[str, ...] = "none"  # a text once it is born
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "micro_batch", "global_batch"):
@@ -140,6 +144,8 @@ class Training:
         object.__setattr__(
             self, "recompute", _names_text("recompute", self.recompute, MODULES, "none, full or modules")
         )
+        graphs = _names_text("cuda_graphs", self.cuda_graphs, GRAPH_MODULES, "none, full or modules")
+        object.__setattr__(self, "cuda_graphs", graphs)
         object.__setattr__(self, "offload", _names_text("offload", self.offload, get_args(Offload), "none or parts"))
         check_choice("train", "schedule", self.schedule, get_args(ScheduleName))
         object.__setattr__(self, "overlap", _names_text("overlap", self.overlap, OVERLAPS, "none or names"))
@@ -168,6 +174,13 @@ class Training:
         assert isinstance(self.overlap, str)
         named = self.overlap.split(",")
         return tuple(name for name in OVERLAPS if name in named)
+
+    @property
+    def graphed_modules(self) -> tuple[GraphModule, ...]:
+        """The modules that CUDA graphs hold; nothing where none or the whole step is."""
+        assert isinstance(self.cuda_graphs, str)
+        named = self.cuda_graphs.split(",")
+        return tuple(module for module in GRAPH_MODULES if module in named)
 
     def num_micro_batches(self, dp: int) -> int:
         """Micro-batches that each data-parallel replica runs in one step, or InputError."""

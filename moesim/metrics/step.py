@@ -33,6 +33,7 @@ STEP_PARTS = (
     "gradient_reduction",
     "optimizer",
     "host_transfer",
+    "host",
     "wait_for_slowest",
     "pipeline_bubble",
 )

@@ -39,6 +39,7 @@ _IN_WORDS = {
     "gradient_reduction": "gradient reduction",
     "optimizer": "the optimizer step",
     "host_transfer": "the link to the host's memory",
+    "host": "the host, which issues operations slower than the GPU does them",
     "wait_for_slowest": "waiting for the most loaded rank",
     "pipeline_bubble": "the pipeline bubble",
 }

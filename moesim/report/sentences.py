@@ -27,6 +27,7 @@ _LEVERS = {
     "tensor_parallel_comm": "A smaller tensor-parallel size shortens it.",
     "recompute": "More memory per GPU, or a cut that needs less, would spare it.",
     "optimizer": "A larger global batch spreads it over more tokens.",
+    "host": "CUDA graphs (cuda_graphs), a fused dispatcher (deepep) or larger micro-batches shorten it.",
 }
 _DENSE = "This model has no experts, so there is nothing to compare here."
 

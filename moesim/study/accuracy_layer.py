@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from moesim.catalog.step import NO_LOSS
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn, Router
 from moesim.door.records import Record
 from moesim.errors import InputError
@@ -26,7 +27,7 @@ def predict(row: Record, owner: str) -> list[Prediction]:
     except InputError as error:
         return [NotExpressed(id=name, reason=f"{error.field} {error.rule}: {error.got}")]
     reasons = outside_envelope(scenario)
-    operations = run_step(scenario).stages[0].operations
+    operations = run_step(scenario, constants=NO_LOSS).stages[0].operations
     times = {"backward" if run.is_backward else "forward": run.times.part_R for run in operations}
     rows: list[Prediction] = []
     for way, measured_ms in measured.items():

@@ -1,8 +1,8 @@
 """Whole training steps, predicted from a row of a measurement table.
 
 A row must name model, GPU, counts, parallel sizes, batch and a step time, or it is listed as not expressed. Where the
-run did something that moesim does not model (overlapped all-to-alls, CUDA graphs, FP8 casts), the row is
-predicted without it and lies outside the envelope, with the reason.
+run did something that moesim does not model (overlapped all-to-alls, FP8 casts), the row is predicted without it and
+lies outside the envelope, with the reason.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import re
 from typing import Any
 
 from moesim.catalog.hardware import load_cluster
+from moesim.catalog.step import rows_of_fit
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model
-from moesim.describe.workload import MODULES
+from moesim.describe.workload import GRAPH_MODULES, MODULES
 from moesim.door.records import Record
 from moesim.errors import InputError, MoesimError
 from moesim.metrics.scored import step_likeness
@@ -40,21 +41,26 @@ def predict(row: Record, owner: str) -> list[Prediction]:
         return [NotExpressed(id=name, reason=f"{error.field} {error.rule}: {error.got}")]
     except MoesimError as error:
         return [NotExpressed(id=name, reason=str(error))]
-    software = row.get("software") or row.get("framework") or "Megatron-Bridge card"
     kind = "MoE" if scenario.model.is_moe else "dense"
     return [
         AccuracyRow(
             id=name,
-            group=f"{software.split(' + ')[0]}, {scenario.cluster.gpu.name}, {kind}",
+            group=f"{release_of(row)}, {scenario.cluster.gpu.name}, {kind}",
             predicted=predicted_s,
             measured=measured_s,
             inside_envelope=not reasons,
-            used_in_fit=False,
+            used_in_fit=name in rows_of_fit(),
             source=row.get("source", ""),
             reasons=reasons,
             like=step_likeness(scenario),
         )
     ]
+
+
+def release_of(row: Record) -> str:
+    """The software that the row ran, by its release: rows of one belong together."""
+    told = row.get("software") or row.get("framework") or "Megatron-Bridge card"
+    return told.split(" + ")[0]
 
 
 def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
@@ -82,8 +88,11 @@ def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
         "global_batch": whole(row, "gbs", owner),
         "precision": "fp8" if "fp8" in row.get("precision", "").lower() else "bf16",
         "recompute": _recompute(row) or "none",
+        "cuda_graphs": _cuda_graphs(row),
+        "mtp": bool(model.mtp_layers) and row.get("mtp") == "1",
         "dispatcher": "deepep" if re.search("deepep|hybridep", row.get("dispatcher", "").lower()) else "alltoall",
     }
+    leaves |= _layout(row, len(model.layers), leaves["pp"] * leaves["vpp"])
     if model.is_moe and not row.get("routing", "").startswith("natural"):
         leaves["popularity"] = "balanced"
     cluster = _cluster(gpu, num_gpus)
@@ -112,6 +121,27 @@ def _recompute(row: Record) -> str | None:
     return ",".join(names) if names == ["full"] or set(names) <= set(MODULES) else None
 
 
+def _layout(row: Record, num_layers: int, num_chunks: int) -> dict[str, Any]:
+    """Where the layers lie: as the row says; else, since Megatron's rules must divide them, with embedding and loss
+    counted as layers where that is what divides.
+    """
+    if row.get("layout"):
+        return {"layout": row["layout"]}
+    if num_layers % num_chunks and (num_layers + 2) % num_chunks == 0:
+        return {"embedding_as_layer": True, "loss_as_layer": True}
+    return {}
+
+
+def _cuda_graphs(row: Record) -> str:
+    """none, full, or the modules that the row says CUDA graphs hold."""
+    told = f"{row.get('cuda_graphs', '')} {row.get('overlap_and_other', '')} {row.get('extra_config', '')}"
+    if row.get("cuda_graphs"):
+        return row["cuda_graphs"]
+    found = re.search(r"(?:CUDA|TE) graphs ([a-z_]+(?:[,+][a-z_]+)*)", told)
+    names = re.split("[,+]", found[1]) if found else []
+    return ",".join(name for name in names if name in GRAPH_MODULES) or "none"
+
+
 def _default_etp(num_gpus: int, tp: int, pp: int, ep: int) -> int:
     """Megatron's default is the tensor-parallel size; where experts then do not fit, it must have been 1."""
     return tp if num_gpus % (tp * ep * pp) == 0 else 1
@@ -138,18 +168,16 @@ def outside_envelope(row: Record, model: Model, leaves: dict[str, Any]) -> tuple
     if _recompute(row) is None:
         reasons.append(f"recomputation is told in other words than Megatron's: {row['recompute']}")
     overlap = row.get("overlap_and_other", "") + row.get("extra_config", "")
-    if re.search(r"A2A overlap ON", overlap):
+    if row.get("a2a_overlap") == "1" or re.search(r"A2A overlap ON", overlap):
         reasons.append("overlapped all-to-alls are not modelled")
     if re.search(r"TP comm overlap on|ub_tp", overlap):
         reasons.append("overlapped tensor-parallel communication is not modelled")
-    if re.search(r"CUDA graphs (attn|moe|on)|TE graphs", overlap):
-        reasons.append("CUDA graphs are not modelled")
     if row.get("fsdp"):
         reasons.append("fully sharded data parallelism is predicted as ZeRO-1")
     if model.is_moe and not row.get("routing"):
         reasons.append("routing is not said; taken as even")
     if model.is_moe and row.get("routing", "").startswith("natural"):
         reasons.append("the natural load is not known; taken as moesim's default skew")
-    if model.mtp_layers and leaves["pp"] > 1:
+    if model.mtp_layers and row.get("mtp") != "1":
         reasons.append("whether the multi-token-prediction layer was trained is not said; left out")
     return tuple(reasons)

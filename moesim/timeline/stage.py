@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.catalog.libraries import load_library
 from moesim.cost.device import DeviceCost
+from moesim.cost.host import issued_operations
 from moesim.cost.layer import (
     LayerCost,
     MovingCost,
@@ -38,11 +40,14 @@ from moesim.describe.model import LatentAttention, Layer, MoeFfn
 from moesim.describe.pipeline import Placed
 from moesim.describe.schedules import Way
 from moesim.fabric.collectives import allgather_s, even_alltoall_s, send_s
+from moesim.fabric.nccl import NcclRates, nccl_s
+from moesim.fabric.ports import rate
 from moesim.scenario import Scenario
 from moesim.timeline.phases import Phase
 
 Floats = NDArray[np.floating]
 SCATTER = "scatter gradients"
+NCCL_RELEASE = "nccl-2.29"  # whose start of a collective counts, on the GPUs that it was timed on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,7 @@ class StagePlan:
     gradient_scatter_C: tuple[
         float, ...
     ]  # seconds to reduce-scatter a chunk's gradients after each backward (ZeRO-2, 3), else 0
+    issue_s: float = 0.0  # host time to issue one operation
 
     def phases(self, way: Way, chunk: int) -> list[Phase]:
         """Phases of one pass through a chunk; recomputation belongs to the backward, or to the input gradient."""
@@ -98,16 +104,16 @@ class StagePlan:
         phases = self._weights("gather weights", self.weight_gather_C[chunk])
         phases += self._embedding(backward=False) if self._is_first(chunk) else []
         for index, placed in enumerate(self.chunks[chunk], self.first_layers[chunk]):
-            phases += self._layer_forward(index, placed)
+            phases += self._issued(index, placed.layer, self._layer_forward(index, placed), backward=False)
         return phases + (self._head(backward=False) if self._is_last(chunk) else [])
 
     def _backward(self, chunk: int) -> list[Phase]:
         phases = self._weights("gather weights", self.weight_gather_C[chunk])
         phases += self._head(backward=True) if self._is_last(chunk) else []
         for index, placed in reversed(list(enumerate(self.chunks[chunk], self.first_layers[chunk]))):
-            if self.scenario.train.recompute == "full":
-                phases += [_as_recompute(phase) for phase in self._layer_forward(index, placed)]
-            phases += self._layer_backward(index, placed)
+            full = self.scenario.train.recompute == "full"
+            again = [_as_recompute(phase) for phase in self._layer_forward(index, placed)] if full else []
+            phases += self._issued(index, placed.layer, again + self._layer_backward(index, placed), backward=True)
         phases += self._embedding(backward=True) if self._is_first(chunk) else []
         return phases + self._weights(SCATTER, self.gradient_scatter_C[chunk])
 
@@ -135,12 +141,20 @@ class StagePlan:
             return phases
         return [
             phase
-            if phase.is_comm
+            if phase.is_comm or phase.part == "host"
             else replace(
                 phase, seconds=np.asarray(phase.seconds) / speed_R, weights_s=np.asarray(phase.weights_s) / speed_R
             )
             for phase in phases
         ]
+
+    def _issued(self, index: int, layer: Layer, phases: list[Phase], *, backward: bool) -> list[Phase]:
+        """The phases of one pass over a layer, and how much longer the host takes to issue them."""
+        parallel, train, routing = self.scenario.parallel, self.scenario.train, self.scenario.routing
+        issued = issued_operations(layer, parallel=parallel, train=train, routing=routing, backward=backward)
+        device_s = sum(np.asarray(phase.seconds) for phase in phases)
+        beyond_s = np.maximum(issued * self.issue_s - device_s, 0.0)
+        return [*phases, _local("issue", "host", index, beyond_s)] if beyond_s.any() else phases
 
     def _is_first(self, chunk: int) -> bool:
         return self.depths[chunk] == 0
@@ -363,8 +377,16 @@ def context_s(scenario: Scenario, cost: LayerCost, one_pass: PassCost) -> float:
 
 
 def _gather_s(group_size: int, stride: int, num_bytes: float, scenario: Scenario) -> float:
-    """Seconds to gather num_bytes over group_size ranks that lie stride apart."""
+    """Seconds to gather num_bytes over group_size ranks that lie stride apart: inside one NVLink domain as NCCL's
+    protocols do, at the cluster's derate; a ring of rings elsewhere.
+    """
     if group_size == 1:
         return 0.0
-    in_node = max(min(group_size, scenario.cluster.ranks_per_node // stride), 1)
-    return float(allgather_s(group_size, in_node, num_bytes, scenario.cluster))
+    cluster = scenario.cluster
+    in_node = max(min(group_size, cluster.ranks_per_node // stride), 1)
+    factor = load_library(NCCL_RELEASE).value("all_gather", "nccl", cluster.gpu.name, "latency")
+    if in_node < group_size or factor is None:
+        return float(allgather_s(group_size, in_node, num_bytes, cluster))
+    derate = rate(cluster, "nvlink", "allgather") / float(cluster.gpu.nvlink_bytes_per_s)
+    rates = NcclRates(derate=min(derate, 1.0), latency_factor=factor)
+    return float(nccl_s("all_gather", group_size, num_bytes, cluster.gpu, rates))

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.catalog.step import StepConstants
 from moesim.cost.device import DeviceCost, device_cost
+from moesim.cost.host import constants_of, once_a_step_s, sustained
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.memory import outer_parameters, rank_parameters
 from moesim.cost.offload import optimizer_transfer_s
@@ -56,10 +58,11 @@ class _Stage:
     gather_s: float
 
 
-def run_step(scenario: Scenario, trace_ranks: Sequence[int] = ()) -> Trace:
+def run_step(scenario: Scenario, trace_ranks: Sequence[int] = (), constants: StepConstants | None = None) -> Trace:
     """Simulate one training step. Same scenario, same trace, on any number of threads.
 
-    trace_ranks: global ranks whose spans are kept, besides the median and the hottest rank of each stage.
+    trace_ranks: global ranks whose spans are kept, besides the median and the hottest rank of each stage. constants:
+    what the step loses against its kernels alone; None: the catalog's of this GPU, none with a calibration profile.
 
     Raises InputError where the scenario breaks a rule that only shows here, NotModelledError for what is not modelled.
     """
@@ -68,11 +71,16 @@ def run_step(scenario: Scenario, trace_ranks: Sequence[int] = ()) -> Trace:
     check(
         all(rank in known for rank in trace_ranks), "trace", "ranks", f"must lie in 0..{known[-1]}", list(trace_ranks)
     )
-    device = device_cost(scenario.cluster.gpu, scenario.train.precision, scenario.profile)
+    gpu = scenario.cluster.gpu
+    alone = device_cost(gpu, scenario.train.precision, scenario.profile)
+    constants = constants_of(gpu, alone) if constants is None else constants
+    device = sustained(alone, constants, gpu)
     load = step_load(scenario)
     paired = "forward_backward" in scenario.train.overlaps
     schedule = make_schedule(scenario.train.schedule, pp=parallel.pp, vpp=parallel.vpp, paired=paired)
-    stages = [_lay_out_stage(scenario, device, load, schedule, stage, trace_ranks) for stage in range(parallel.pp)]
+    stages = [
+        _lay_out_stage(scenario, device, constants, load, schedule, stage, trace_ranks) for stage in range(parallel.pp)
+    ]
     times = [kind.times for stage in stages for kind in stage.kinds]
     num_blocks = 1 if _all_blocks_same(times) else layout.num_blocks
     send = _send_s(scenario)
@@ -94,6 +102,7 @@ def run_step(scenario: Scenario, trace_ranks: Sequence[int] = ()) -> Trace:
 def _lay_out_stage(
     scenario: Scenario,
     device: DeviceCost,
+    constants: StepConstants,
     load: StepLoad | None,
     schedule: Schedule,
     stage: int,
@@ -128,6 +137,7 @@ def _lay_out_stage(
         load=here,
         weight_gather_C=gathers,
         gradient_scatter_C=scatters,
+        issue_s=constants.issue_s,
     )
     asked = [rank - int(layout.stage_ranks(stage)[0]) for rank in trace_ranks if rank in layout.stage_ranks(stage)]
     traced_R = _traced_ranks(here, layout.ranks_per_stage, asked)
@@ -157,7 +167,7 @@ def _lay_out_stage(
         traced_R=traced_R,
         reduce_s=reduce_s - hidden["grad_reduce"],
         hidden_s=sum(hidden.values()),
-        optimizer_s=update_s,
+        optimizer_s=update_s + once_a_step_s(dense + expert, device, constants),
         host_s=max(transfer_s - update_s, 0.0),
         gather_s=gather_s - hidden["param_gather"],
     )
