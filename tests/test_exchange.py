@@ -56,7 +56,7 @@ torchrun ${DISTRIBUTED_ARGS} pretrain_gpt.py \
     --seq-length 4096 --micro-batch-size 2 \
     --global-batch-size 64 --lr $LR \
     --recompute-granularity selective --recompute-modules moe_act layernorm \
-    --moe-token-dispatcher-type alltoall --tp-comm-overlap --brand-new-flag 7 \
+    --moe-token-dispatcher-type alltoall --tp-comm-overlap-cfg x.yaml --brand-new-flag 7 \
     --use-distributed-optimizer --overlap-grad-reduce --bf16 > log.txt 2>&1
 """
 
@@ -85,7 +85,7 @@ def test_a_script_is_read_as_the_shell_would_have_it() -> None:
     }
     assert found.design is not None
     assert found.design["dense_first_layers"] == 2
-    assert found.left_out == ("tp-comm-overlap",)
+    assert found.left_out == ("tp-comm-overlap-cfg",)
     assert found.unknown == ("brand-new-flag",)
     assert found.without_effect == ("lr",)
     model = model_from_design(dict(found.design), owner="model.yaml")
@@ -165,7 +165,8 @@ def scenarios(draw: st.DrawFn, *, for_titan: bool = False) -> Scenario:
     leaves["recompute"] = draw(
         st.sampled_from(["none", "full"]) if for_titan else st.one_of(st.sampled_from(["none", "full"]), some)
     )
-    leaves |= {} if for_titan else {"overlap": draw(st.sampled_from(["none", "grad_reduce"]))}
+    overlaps = ["none", "grad_reduce", "grad_reduce,param_gather,tensor_parallel"]
+    leaves |= {} if for_titan else {"overlap": draw(st.sampled_from(overlaps))}
     if moe and not for_titan:
         leaves |= {"capacity_factor": draw(st.sampled_from([None, 1.0, 1.25]))}
         leaves |= (

@@ -20,7 +20,7 @@ from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import held_by_stage
 from moesim.describe.stages import held_of_text, text_of_held
-from moesim.describe.workload import MODULES, Multinomial, Precision, Routing, Training
+from moesim.describe.workload import MODULES, Multinomial, Optimizer, Precision, Routing, Training
 from moesim.door.files import read_yaml
 from moesim.door.flags import Flags, Values
 from moesim.errors import InputError, NotModelledError, check
@@ -42,6 +42,14 @@ AS_LAYERS = {
 }
 VIRTUAL = ("num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank")
 LAYOUT = "pipeline-model-parallel-layout"
+OVERLAP_FLAGS: Mapping[str, str] = {  # name of the scenario's overlap: flag
+    "grad_reduce": "overlap-grad-reduce",
+    "param_gather": "overlap-param-gather",
+    "tensor_parallel": "tp-comm-overlap",
+    "forward_backward": "overlap-moe-expert-parallel-comm",
+    "weight_gradient": "delay-wgrad-compute",
+    "shared_experts": "moe-shared-expert-overlap",
+}
 SHARDING = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 
 FLAGS_FILE = Path(__file__).parent / "megatron.yaml"
@@ -229,7 +237,27 @@ def _read_train(flags: Flags, found: _Found) -> None:
     into["precision"] = _precision(flags, found)
     recompute = _recompute(flags)
     into |= {"recompute": recompute} if recompute != "none" else {}
-    into |= {"overlap": "grad_reduce"} if "overlap-grad-reduce" in flags else {}
+    overlaps = [name for name, flag in OVERLAP_FLAGS.items() if flag in flags]
+    into |= {"overlap": ",".join(overlaps)} if overlaps else {}
+    into |= {"fused_loss": True} if "cross-entropy-loss-fusion" in flags else {}
+    states = _optimizer(flags)
+    into |= {"optimizer": states} if states else {}
+
+
+def _optimizer(flags: Flags) -> dict[str, str]:
+    """Number formats of gradients and states, where they are not fp32."""
+    states = {"gradients": "bf16"} if "grad-reduce-in-bf16" in flags else {}
+    if "use-precision-aware-optimizer" not in flags:
+        return states
+    rule = "must be one of fp32, bf16, fp8"
+    moments = {flags.one(f"exp-avg{end}-dtype") or "fp32" for end in ("", "-sq")}
+    if len(moments) > 1 or not moments <= {"fp32", "bf16", "fp8"}:
+        raise InputError(flags.owner, "--exp-avg-dtype", f"{rule}, the same as --exp-avg-sq-dtype", sorted(moments))
+    main = flags.one("main-params-dtype") or "fp32"
+    if main != "fp32":
+        raise NotModelledError(f"{flags.owner}: --main-params-dtype: {main} is not modelled")
+    # Megatron keeps only the bits that a bf16 weight lacks.
+    return states | {"main_weights": "remainder", "moments": moments.pop()}
 
 
 def _precision(flags: Flags, found: _Found) -> str:
@@ -328,9 +356,11 @@ def to_flags(model: Model, parallel: Parallelism, train: Training, routing: Rout
         "bf16": (),
     }
     training |= _precision_flags(train.precision) | _recompute_flags(train)
-    training |= {"overlap-grad-reduce": ()} if train.overlap == "grad_reduce" else {}
-    if train.overlap not in ("none", "grad_reduce"):
-        unsaid.append(f"train.overlap: {train.overlap}")
+    training |= {OVERLAP_FLAGS[name]: () for name in train.overlaps if name in OVERLAP_FLAGS}
+    unsaid += [f"train.overlap: {name}" for name in train.overlaps if name not in OVERLAP_FLAGS]
+    training |= {"cross-entropy-loss-fusion": ()} if train.fused_loss else {}
+    training |= _optimizer_flags(train.optimizer, unsaid)
+    unsaid += [f"train.offload: {train.offload}"] if train.offload != "none" else []
     if train.schedule != "1f1b":
         unsaid.append(f"train.schedule: {train.schedule}")
     sections = {"MODEL": described, "PARALLEL": layout, "TRAINING": training}
@@ -371,6 +401,16 @@ def _recompute_flags(train: Training) -> dict[str, Values]:
         }
     named = tuple(module for module in MODULES if module in train.recomputed_modules)
     return {"recompute-granularity": ("selective",), "recompute-modules": named}
+
+
+def _optimizer_flags(optimizer: Optimizer, unsaid: list[str]) -> dict[str, Values]:
+    flags: dict[str, Values] = {"grad-reduce-in-bf16": ()} if optimizer.gradients == "bf16" else {}
+    if optimizer.main_weights == "remainder":
+        kept = (optimizer.moments,)
+        return flags | {"use-precision-aware-optimizer": (), "exp-avg-dtype": kept, "exp-avg-sq-dtype": kept}
+    if optimizer.main_weights != "fp32" or optimizer.moments != "fp32":
+        unsaid.append(f"train.optimizer: main weights in {optimizer.main_weights}, moments in {optimizer.moments}")
+    return flags
 
 
 def _routing_flags(routing: Routing, unsaid: list[str]) -> dict[str, Values]:

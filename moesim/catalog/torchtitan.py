@@ -285,6 +285,7 @@ def to_toml(
     unsaid += [f"train.precision: {train.precision}"] if train.precision not in ("bf16", "fp8") else []
     unsaid += [f"train.schedule: {train.schedule}"] if train.schedule not in SCHEDULES.values() else []
     unsaid += ["train.mtp"] if train.mtp else []
+    unsaid += [f"train.offload: {train.offload}"] if train.offload != "none" else []
     unsaid += [f"train.overlap: {train.overlap}"] if train.overlap != "none" else []
     unsaid += ["routing.capacity_factor"] if routing.capacity_factor is not None else []
     lines = [f"# Not said: {what}." for what in unsaid]
