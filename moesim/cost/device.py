@@ -97,12 +97,13 @@ class DeviceCost:
         rows = np.asarray(rows_E, dtype=np.float64)
         if self.profile is not None:
             return self._profiled_s(self.profile, rows, reduced, columns, backward=False)
-        padded = np.ceil(rows / self.law.tile_rows) * self.law.tile_rows
+        padded = over_experts(np.ceil(rows / self.law.tile_rows)) * self.law.tile_rows
+        total, num_active = over_experts(rows), over_experts(rows > 0)
         overhead = 1.0 + self.law.reduce_overhead / reduced
-        flops = 2.0 * padded.sum(axis=-1) * reduced * columns * overhead
-        operands = (rows.sum(axis=-1) * reduced + (rows > 0).sum(axis=-1) * reduced * columns) * self.input_bytes
-        results = rows.sum(axis=-1) * columns * BYTES_PER_ELEMENT["bf16"]
-        return self._kernel_s(flops, operands + results, (rows > 0).any(axis=-1))
+        flops = 2.0 * padded * reduced * columns * overhead
+        operands = (total * reduced + num_active * reduced * columns) * self.input_bytes
+        results = total * columns * BYTES_PER_ELEMENT["bf16"]
+        return self._kernel_s(flops, operands + results, num_active > 0)
 
     def weight_gradient_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
         """Seconds of one kernel that makes E weight gradients (reduced, columns), each summed over rows_E[..., e] rows:
@@ -112,11 +113,12 @@ class DeviceCost:
         if self.profile is not None:
             return self._profiled_s(self.profile, rows, reduced, columns, backward=True) / 2
         padded_reduced = np.ceil(reduced / self.law.tile_rows) * self.law.tile_rows
-        flops = 2.0 * ((rows + self.law.reduce_overhead) * (rows > 0)).sum(axis=-1) * padded_reduced * columns
-        operands = rows.sum(axis=-1) * (reduced + columns) * self.input_bytes
+        total, num_active = over_experts(rows), over_experts(rows > 0)
+        flops = 2.0 * (total + self.law.reduce_overhead * num_active) * padded_reduced * columns
+        operands = total * (reduced + columns) * self.input_bytes
         # Summed over micro-batches in float32: what is there is read and written.
-        results = 2 * (rows > 0).sum(axis=-1) * reduced * columns * BYTES_PER_ELEMENT["float32"]
-        return self._kernel_s(flops, operands + results, (rows > 0).any(axis=-1))
+        results = 2 * num_active * reduced * columns * BYTES_PER_ELEMENT["float32"]
+        return self._kernel_s(flops, operands + results, num_active > 0)
 
     def backward_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
         """Seconds of the backward of grouped_s: the gradient of the rows, then of the weights."""
@@ -159,7 +161,12 @@ class DeviceCost:
 
 def smooth_max(compute_s: Floats, memory_s: Floats) -> Floats:
     """What computing and moving take together: where both bind, a kernel hides neither quite behind the other."""
-    return np.asarray((compute_s**4 + memory_s**4) ** 0.25)
+    return np.asarray(np.sqrt(np.sqrt(np.square(np.square(compute_s)) + np.square(np.square(memory_s)))))
+
+
+def over_experts(values_E: NDArray[Any]) -> Floats:
+    """The sum over a short last axis: as a product with ones several times as fast as numpy's own."""
+    return np.asarray(values_E.astype(np.float64, copy=False) @ np.ones(values_E.shape[-1]))
 
 
 @functools.cache

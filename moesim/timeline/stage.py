@@ -9,7 +9,7 @@ Legend: M micro-batches, L MoE layers of the stage, R ranks of the stage, E expe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,14 +83,14 @@ class StagePlan:
     ]  # seconds to reduce-scatter a chunk's gradients after each backward (ZeRO-2, 3), else 0
     issue_s: float = 0.0  # host time to issue one operation
 
+    backwards: dict[int, list[Phase]] = field(default_factory=dict, compare=False)  # by chunk, once written down
+
     def phases(self, way: Way, chunk: int) -> list[Phase]:
         """Phases of one pass through a chunk; recomputation belongs to the backward, or to the input gradient."""
         if way == "forward":
             forward = self._at_own_speed(self._forward(chunk))
             return forward + self._host_transfer("send activations to the host", chunk, forward)
-        own = self._at_own_speed(self._backward(chunk))
-        own = self._host_transfer("fetch activations from the host", chunk, own) + own
-        backward = [replace(phase, is_backward=True) for phase in own]
+        backward = self._whole_backward(chunk)
         scatter = [phase for phase in backward if phase.name == SCATTER]
         passes = [phase for phase in backward if phase.name != SCATTER]
         match way:
@@ -99,6 +99,13 @@ class StagePlan:
             case "weight_gradient":
                 return [phase.weights_alone() for phase in passes if np.any(phase.weights_s)] + scatter
         return backward
+
+    def _whole_backward(self, chunk: int) -> list[Phase]:
+        if chunk not in self.backwards:
+            own = self._at_own_speed(self._backward(chunk))
+            own = self._host_transfer("fetch activations from the host", chunk, own) + own
+            self.backwards[chunk] = [replace(phase, is_backward=True) for phase in own]
+        return self.backwards[chunk]
 
     def _forward(self, chunk: int) -> list[Phase]:
         phases = self._weights("gather weights", self.weight_gather_C[chunk])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,9 +186,11 @@ def _kinds(
         micro_batches = (op.micro_batch, -1 if op.beside is None else op.beside.micro_batch)
         by_kind.setdefault((op.way, op.chunk, partner), []).append(micro_batches)
 
+    phases_of = cache(plan.phases)
+
     def chain(way: Way, chunk: int, micro_batches: NDArray[np.int64]) -> list[Phase]:
         of_load = micro_batches + schedule.place(plan.stage, chunk)[0] * per_line
-        phases = [phase.of_runs(of_load) for phase in plan.phases(way, chunk)]
+        phases = [phase.of_runs(of_load) for phase in phases_of(way, chunk)]
         latency_s = float(scenario.cluster.latency_inter_s)
         return overlapped(phases, scenario.train.overlaps, tp=scenario.parallel.tp, latency_s=latency_s)
 
