@@ -7,14 +7,17 @@ from pathlib import Path
 import papermill
 import pytest
 
+from moesim.catalog.hardware import load_cluster
+from moesim.catalog.libraries import load_library
 from moesim.door import read_yaml
 from moesim.errors import InputError, NotModelledError
+from moesim.fabric.nccl import BULK_START_S
 from moesim.report.alltoall_export import read_lists
 from moesim.report.alltoall_sentences import about_size
 from moesim.report.parameters import ask, check_parameters, find_notebook, notebooks_folder, parameters_of
 from moesim.report.runner import run_notebook
 from moesim.scenario import LEAVES, Scenario
-from moesim.study.exchange import ALGORITHMS, dispatch_traffic, exchange_study
+from moesim.study.exchange import ALGORITHMS, dispatch_traffic, exchange_study, kernel_starts
 
 NOTEBOOK = find_notebook("35_all_to_all")
 OWN = {"tokens", "ginis", "out_dir"}
@@ -54,13 +57,38 @@ def test_its_lists_are_read_strictly() -> None:
         read_lists({"tokens": "", "ginis": "1"})
 
 
-def test_ways_that_take_alike_inside_a_node_are_not_told_as_a_gain() -> None:
+def test_inside_a_node_only_the_kernels_starts_tell_ways_of_sending_apart() -> None:
     study = exchange_study(
         Scenario.make(**{**SMALL, "model": "mixtral-8x7b", "ep": 8}), tokens=(16, 512), ginis=(0.0, 0.4)
     )
+    wires = {name: study.exact[name].completed.completion_s for name in ALGORITHMS}
+    assert max(wires.values()) == pytest.approx(min(wires.values()), rel=0.02)
     said = about_size(study).text
     assert "0% less" not in said
-    assert study.fastest == study.own or "takes as long to within half a per cent" in said
+    assert "Inside one node all three use the same NVLink ports" in said
+
+
+def test_small_messages_wait_for_kernels_and_large_ones_for_wires() -> None:
+    study = exchange_study(Scenario.make(**SMALL), tokens=(1, 65536), ginis=(0.0, 0.4))
+    for point in study.over_size:
+        share = 1 - point.completion_s / point.done_s
+        assert share > 0.5 if point.x == 1 else share < 0.1, point
+    assert study.algorithm_of_size()[0][1] != "hierarchical"  # the longest start of the three
+    assert study.algorithm_of_size()[1][1] == "hierarchical"  # the fewest bytes
+    for name in ALGORITHMS:
+        assert study.done_s(name) > study.exact[name].completed.completion_s
+
+
+def test_starts_are_those_of_the_catalogs_libraries() -> None:
+    h800, h200 = (load_cluster(name) for name in ("h800-8x-ib400", "h200-8x-ib400"))
+    starts = kernel_starts(h200, True, "bf16")
+    deepep = load_library("deepep-sglang-0.5.6").value("dispatch_bf16", "nic", "h200", "latency")
+    assert starts["hierarchical"].start_s == pytest.approx(deepep - float(h200.latency_inter_s))
+    assert starts["low_latency"].start_s < starts["hierarchical"].start_s
+    assert kernel_starts(h200, False, "bf16")["low_latency"].start_s < starts["low_latency"].start_s
+    factor = load_library("nccl-2.29").value("alltoall", "nccl", "h200", "latency")
+    assert starts["direct"].start_s == pytest.approx(factor * BULK_START_S)
+    assert kernel_starts(h800, True, "fp8")["direct"].start_s == BULK_START_S  # not fitted there: the tuner's own
 
 
 def test_the_study_counts_bytes_as_a_step_does_and_once_to_each_node_is_least() -> None:

@@ -29,6 +29,7 @@ ALGORITHM_WORDS: Mapping[str, str] = MappingProxyType(
 ALGORITHM_COLOURS: Mapping[str, str] = MappingProxyType(
     {"direct": COLOURS["attention"], "hierarchical": COLOURS["moe"], "low_latency": COLOURS["dispatch"]}
 )
+_WIDTHS = (5.5, 3.2, 1.4)
 _PORT_WORDS = MappingProxyType(
     {
         "nvlink_out": "NVLink out",
@@ -56,6 +57,7 @@ def ports(study: ExchangeStudy) -> Picture:
     from moesim.study.exchange import ALGORITHMS
 
     busy = {name: study.port_busy_s(name) for name in ALGORITHMS}
+    used = [port for port in _PORT_WORDS if any(of[port].any() for of in busy.values())]
     top = max(float(seconds_R.max()) for of in busy.values() for seconds_R in of.values())
     own = study.exact[study.own]
     title = f"The busiest port is {link_words(own.bottleneck)}: {format_seconds(own.lower_bound_s)}"
@@ -63,8 +65,8 @@ def ports(study: ExchangeStudy) -> Picture:
         figure = new_figure(9.6, 3.6)
         headline(figure, title)
         for axes, name in zip(figure.subplots(1, 3, sharey=True), ALGORITHMS, strict=True):
-            for port, seconds_R in busy[name].items():
-                order = np.sort(seconds_R)[::-1] / MILLI
+            for port in used:
+                order = np.sort(busy[name][port])[::-1] / MILLI
                 axes.plot(
                     np.arange(1, len(order) + 1), order, color=_PORT_COLOURS[port], label=_PORT_WORDS[port], linewidth=2
                 )
@@ -86,6 +88,8 @@ def finishes(study: ExchangeStudy) -> Picture:
     order = np.argsort(exact.completed.finish_R)
     first, last = exact.completed.finish_R.min(), exact.completed.finish_R.max()
     title = f"The first GPU is done after {format_seconds(first)}, the last after {format_seconds(last)}"
+    if format_seconds(first) == format_seconds(last):
+        title = f"All GPUs are done after {format_seconds(last)}"
     with house_style():
         figure = new_figure(9.6, 3.4)
         headline(figure, title)
@@ -105,7 +109,7 @@ def finishes(study: ExchangeStudy) -> Picture:
         axes.annotate(
             "busiest port at its rate",
             (1, exact.lower_bound_s / MILLI),
-            xytext=(0, 5),
+            xytext=(0, 8),
             textcoords="offset points",
             fontsize=9,
             color=COLOURS["alert"],
@@ -118,8 +122,8 @@ def finishes(study: ExchangeStudy) -> Picture:
     return finish(figure, f"{title}; the busiest port needs {format_seconds(exact.lower_bound_s)} at its rate.")
 
 
-def over_size(study: ExchangeStudy, start_s: float) -> Picture:
-    """Time of the three algorithms over tokens per GPU; below start_s kernels' own start counts, which is not shown."""
+def over_size(study: ExchangeStudy) -> Picture:
+    """Time of the three algorithms over tokens per GPU: with their kernels' starts, and thin the wires alone."""
     ratio = _ratio(study.over_size)
     title = f"With the most tokens, once to each node takes {ratio:.0%} of the time of once for each expert"
     with house_style():
@@ -129,20 +133,22 @@ def over_size(study: ExchangeStudy, start_s: float) -> Picture:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         _lines(axes, study.over_size, logarithmic=True)
-        bottom, top = axes.get_ylim()
-        axes.axhspan(min(bottom, start_s / MILLI), start_s / MILLI, color="#EEEEEE", zorder=0)
-        axes.set_ylim(bottom, top)
+        for name in ALGORITHM_WORDS:
+            mine = [point for point in study.over_size if point.algorithm == name]
+            wires = [point.completion_s / MILLI for point in mine]
+            axes.plot(
+                [point.x for point in mine], wires, color=ALGORITHM_COLOURS[name], linewidth=1, linestyle=(0, (4, 3))
+            )
+        sizes = sorted({point.x for point in study.over_size})
         axes.text(
             0.99,
-            start_s / MILLI,
-            f"below {format_seconds(start_s)} the kernels' own start decides, which is not modelled ",
-            transform=axes.get_yaxis_transform(),
+            0.03,
+            "dashed: wires alone, without the kernel's start",
+            transform=axes.transAxes,
             ha="right",
-            va="top",
             fontsize=8.5,
             color=COLOURS["quiet"],
         )
-        sizes = sorted({point.x for point in study.over_size})
         axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
         axes.minorticks_off()
         axes.set_xlabel("Tokens per GPU")
@@ -154,7 +160,7 @@ def over_size(study: ExchangeStudy, start_s: float) -> Picture:
 def over_skew(study: ExchangeStudy) -> Picture:
     """Time of the three algorithms over the Gini coefficient of the experts' popularity."""
     own = [point for point in study.over_skew if point.algorithm == study.own]
-    growth = own[-1].completion_s / own[0].completion_s
+    growth = own[-1].done_s / own[0].done_s
     title = f"From {own[0].x:g} to {own[-1].x:g} Gini the {study.own} dispatch takes {growth:.1f} times as long"
     with house_style():
         figure = new_figure(9.6, 3.8)
@@ -169,24 +175,30 @@ def over_skew(study: ExchangeStudy) -> Picture:
 
 
 def _lines(axes: Axes, points: Sequence[ExchangePoint], *, logarithmic: bool) -> None:
-    """One line for each algorithm, named at its end."""
+    """One line for each algorithm, told at its end; the first is the widest, so that equal ones show beneath others."""
     ends = {}
-    for name, words in ALGORITHM_WORDS.items():
+    for name, width in zip(ALGORITHM_WORDS, _WIDTHS, strict=True):
         mine = [point for point in points if point.algorithm == name]
-        seconds = [point.completion_s / MILLI for point in mine]
+        seconds = [point.done_s / MILLI for point in mine]
         axes.plot(
-            [point.x for point in mine], seconds, color=ALGORITHM_COLOURS[name], marker="o", linewidth=2, label=words
+            [point.x for point in mine],
+            seconds,
+            color=ALGORITHM_COLOURS[name],
+            marker="o",
+            markersize=width + 2.5,
+            linewidth=width,
+            label=ALGORITHM_WORDS[name],
         )
-        ends[name] = seconds[-1]
+        ends[f"{seconds[-1]:.3g} ms"] = seconds[-1], name
     axes.legend(loc="upper left")
     if not logarithmic:
-        top = max(ends.values())
-        heights = spread(list(ends.values()), 0.07 * top, 0.0, 1.1 * top)
-        for (name, value), height in zip(ends.items(), heights, strict=True):
+        top = max(value for value, _ in ends.values())
+        heights = spread([value for value, _ in ends.values()], 0.07 * top, 0.0, 1.1 * top)
+        for (words, (_, name)), height in zip(ends.items(), heights, strict=True):
             axes.annotate(
-                f"{value:.1f} ms",
+                words,
                 (max(point.x for point in points), height),
-                xytext=(6, 0),
+                xytext=(8, 0),
                 textcoords="offset points",
                 color=ALGORITHM_COLOURS[name],
                 va="center",
@@ -198,14 +210,14 @@ def _lines(axes: Axes, points: Sequence[ExchangePoint], *, logarithmic: bool) ->
 def _ratio(points: Sequence[ExchangePoint]) -> float:
     """Hierarchical over direct, with the most tokens."""
     most = max(point.x for point in points)
-    at = {point.algorithm: point.completion_s for point in points if point.x == most}
+    at = {point.algorithm: point.done_s for point in points if point.x == most}
     return at["hierarchical"] / at["direct"]
 
 
 def _spoken(points: Sequence[ExchangePoint], unit: str) -> str:
     return " ".join(
         f"{name.replace('_', ' ')}: "
-        + ", ".join(f"{format_seconds(p.completion_s)} at {p.x:g} {unit}" for p in points if p.algorithm == name)
+        + ", ".join(f"{format_seconds(p.done_s)} at {p.x:g} {unit}" for p in points if p.algorithm == name)
         + "."
         for name in ALGORITHM_WORDS
     )

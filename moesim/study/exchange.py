@@ -1,5 +1,7 @@
 """Where an all-to-all's time goes: a scenario's dispatch by three algorithms, over message size and over skew.
 
+Wires are timed by the fabric; a kernel's own start is a library's constant (catalog/libraries.yaml).
+
 Legend: G groups, M micro-batches, L MoE layers, R ranks of an expert-parallel group, N nodes, J links.
 """
 
@@ -13,10 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.catalog.libraries import load_library
 from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
+from moesim.describe.hardware import Cluster
 from moesim.errors import NotModelledError, check
 from moesim.fabric.algorithms import Algorithm, Direct, Fidelity, Hierarchical, LowLatency
 from moesim.fabric.each_message import topology_of_group
+from moesim.fabric.nccl import BULK_START_S, LOW_SHARE, LOW_START_S
 from moesim.fabric.port import link_bytes_J
 from moesim.fabric.topology import PORTS, Topology
 from moesim.fabric.traffic import Copies, expected_copies, node_bytes, pair_bytes
@@ -70,12 +75,36 @@ class DispatchTraffic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelStart:
+    """Seconds that a kernel takes before its bytes move, beyond the wires' latency, by a release of a library.
+
+    low_s: the start of NCCL's low-latency protocol, which halves the rate; the faster of the two counts.
+    """
+
+    release: str
+    start_s: float
+    low_s: float | None = None
+
+    def after(self, wire_s: float) -> float:
+        """Start and wires together [s].
+
+        >>> KernelStart(release="", start_s=2e-5, low_s=5e-6).after(1e-5)
+        2.5e-05
+        """
+        bulk_s = self.start_s + wire_s
+        return bulk_s if self.low_s is None else min(bulk_s, self.low_s + wire_s / LOW_SHARE)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExchangePoint:
-    """One dispatch by one algorithm. x: tokens per rank, or the popularity's Gini coefficient."""
+    """One dispatch by one algorithm. x: tokens per rank, or the popularity's Gini coefficient. completion_s: wires
+    alone; done_s: with the kernel's start.
+    """
 
     algorithm: str
     x: float
     max_mean: float
+    done_s: float
     completion_s: float
     lower_bound_s: float
     bottleneck: str
@@ -88,6 +117,7 @@ class ExchangeStudy:
     scenario: Scenario
     traffic: DispatchTraffic
     topology: Topology
+    starts: Mapping[str, KernelStart]
     exact: Mapping[str, TimedExchange]
     port: Mapping[str, TimedExchange]
     over_size: tuple[ExchangePoint, ...]
@@ -98,10 +128,14 @@ class ExchangeStudy:
         """The algorithm of the scenario's dispatcher."""
         return OF_DISPATCHER[self.scenario.routing.dispatcher]
 
+    def done_s(self, algorithm: str) -> float:
+        """Kernel's start and wires, by exact [s]."""
+        return self.starts[algorithm].after(self.exact[algorithm].completed.completion_s)
+
     @property
     def fastest(self) -> str:
-        """Of the three, by exact."""
-        return min(ALGORITHMS, key=lambda name: self.exact[name].completed.completion_s)
+        """Of the three, by exact, with their kernels' starts."""
+        return min(ALGORITHMS, key=self.done_s)
 
     def port_busy_s(self, algorithm: str) -> dict[str, Floats]:
         """Seconds that each rank's ports are busy at their rate, (R,) by port, planes together."""
@@ -117,9 +151,7 @@ class ExchangeStudy:
         """(tokens per rank, fastest algorithm) for each size."""
         sizes = sorted({point.x for point in self.over_size})
         points = [[point for point in self.over_size if point.x == size] for size in sizes]
-        return [
-            (int(size), min(at, key=lambda p: p.completion_s).algorithm) for size, at in zip(sizes, points, strict=True)
-        ]
+        return [(int(size), min(at, key=lambda p: p.done_s).algorithm) for size, at in zip(sizes, points, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """The results file's ``result``."""
@@ -129,6 +161,7 @@ class ExchangeStudy:
             "max_mean": self.traffic.max_mean,
             "own_algorithm": self.own,
             "fastest_algorithm": self.fastest,
+            "starts": {name: start.__dict__ for name, start in self.starts.items()},
             "exact": {name: timed.to_dict() for name, timed in self.exact.items()},
             "port": {name: timed.to_dict() for name, timed in self.port.items()},
             "over_size": [point.__dict__ for point in self.over_size],
@@ -142,7 +175,7 @@ class ExchangeStudy:
             for name, timed in found.items():
                 rows.append((fidelity, name, self.traffic.tokens_per_rank, timed.completed.completion_s, "s"))
         for section, points in (("over_size", self.over_size), ("over_skew", self.over_skew)):
-            rows += [(section, point.algorithm, point.x, point.completion_s, "s") for point in points]
+            rows += [(section, point.algorithm, point.x, point.done_s, "s") for point in points]
         return rows
 
 
@@ -160,6 +193,7 @@ def exchange_study(
     progress("the scenario's own dispatch")
     traffic = dispatch_traffic(scenario)
     topology = topology_of_group(scenario.cluster, traffic.copies.node_of_rank_R, scenario.seed)
+    starts = kernel_starts(scenario.cluster, topology.num_nodes > 1, scenario.train.precision)
     found: dict[Fidelity, dict[str, TimedExchange]] = {"exact": {}, "port": {}}
     for fidelity, by_name in found.items():
         for name in ALGORITHMS:
@@ -169,22 +203,45 @@ def exchange_study(
         progress(f"{count:,} tokens per GPU")
         for name in ALGORITHMS:
             timed = _timed(traffic, topology, name, "port", count / traffic.tokens_per_rank)
-            over_size.append(_point(timed, name, float(count), traffic))
+            over_size.append(_point(timed, starts[name], float(count), traffic))
     over_skew = []
     for gini in ginis:
         progress(f"skew {gini:g}")
         skewed = scenario.with_(popularity="lognormal", gini=gini) if gini else scenario.with_(popularity="balanced")
         other = dispatch_traffic(skewed)
-        over_skew += [_point(_timed(other, topology, name, "port"), name, gini, other) for name in ALGORITHMS]
+        over_skew += [_point(_timed(other, topology, name, "port"), starts[name], gini, other) for name in ALGORITHMS]
     return ExchangeStudy(
         scenario=scenario,
         traffic=traffic,
         topology=topology,
+        starts=starts,
         exact=found["exact"],
         port=found["port"],
         over_size=tuple(over_size),
         over_skew=tuple(over_skew),
     )
+
+
+def kernel_starts(cluster: Cluster, crosses_nodes: bool, precision: str) -> dict[str, KernelStart]:
+    """The start of each algorithm's kernel: NCCL for direct, DeepEP's two kinds (one release, fitted on H200) else.
+
+    A GPU on whose links NCCL was not fitted starts as NCCL's own tuner has it.
+
+    >>> from moesim.catalog.hardware import load_cluster
+    >>> round(kernel_starts(load_cluster("h100-8x-ib400"), True, "bf16")["hierarchical"].start_s, 7)
+    3.65e-05
+    """
+    gpu = cluster.gpu.name
+    nccl = load_library("nccl-2.27" if gpu.startswith("a100") else "nccl-2.29")
+    factor = nccl.value("alltoall", "nccl", gpu, "latency") or 1.0
+    starts = {"direct": KernelStart(release=nccl.title, start_s=factor * BULK_START_S, low_s=factor * LOW_START_S)}
+    own_s = float(cluster.latency_inter_s if crosses_nodes else cluster.latency_intra_s)  # a fitted start holds it
+    for name, release in (("hierarchical", "deepep-sglang-0.5.6"), ("low_latency", "deepep-sglang-0.5.6-low-latency")):
+        library = load_library(release)
+        fitted_s = library.value(f"dispatch_{precision}", "nic" if crosses_nodes else "nvlink", gpu, "latency")
+        assert fitted_s is not None, release
+        starts[name] = KernelStart(release=library.title, start_s=max(fitted_s - own_s, 0.0))
+    return starts
 
 
 def dispatch_traffic(scenario: Scenario) -> DispatchTraffic:
@@ -234,11 +291,12 @@ def _timed(
     return time_exchange(bytes_RR, topology, algorithm=policy, fidelity=fidelity)
 
 
-def _point(timed: TimedExchange, name: str, x: float, traffic: DispatchTraffic) -> ExchangePoint:
+def _point(timed: TimedExchange, start: KernelStart, x: float, traffic: DispatchTraffic) -> ExchangePoint:
     return ExchangePoint(
-        algorithm=name,
+        algorithm=timed.algorithm,
         x=x,
         max_mean=traffic.max_mean,
+        done_s=start.after(timed.completed.completion_s),
         completion_s=timed.completed.completion_s,
         lower_bound_s=timed.lower_bound_s,
         bottleneck=timed.bottleneck,
