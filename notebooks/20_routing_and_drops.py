@@ -44,6 +44,7 @@ precision: str = "bf16"  # bf16 or fp8
 recompute: str = "none"  # none, full, or modules such as moe_act,layernorm
 schedule: str = "1f1b"
 overlap: str = "none"  # none or grad_reduce
+cuda_graphs: str = "none"  # none, full, or modules whose operations the host issues as one
 offload: str = "none"  # optimizer, activations, or both as optimizer,activations
 gradients: str = "fp32"  # fp32 or bf16
 main_weights: str = "fp32"  # fp32, remainder, bf16 or none

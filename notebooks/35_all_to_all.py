@@ -44,6 +44,7 @@ precision: str = "fp8"  # bf16 or fp8
 recompute: str = "full"  # none or full
 schedule: str = "1f1b"
 overlap: str = "none"  # none or grad_reduce
+cuda_graphs: str = "none"  # none, full, or modules whose operations the host issues as one
 offload: str = "none"  # optimizer, activations, or both as optimizer,activations
 gradients: str = "fp32"  # fp32 or bf16
 main_weights: str = "fp32"  # fp32, remainder, bf16 or none
