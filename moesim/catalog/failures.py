@@ -16,6 +16,12 @@ from moesim.errors import check, near_match
 from moesim.units import GIGA, HOUR_S
 
 _FILE = Path(__file__).parent / "failures.yaml"
+_WORDS = {
+    "fraction": "slow by",
+    "per_gpu_hour": "how often",
+    "bytes_per_parameter": "bytes of a parameter",
+    "write_bytes_per_s": "rate of storage",
+}
 _SI = {"1/h": 1.0, "s": 1.0, "fraction": 1.0, "bytes": 1.0, "GB/s": GIGA}
 
 
@@ -118,9 +124,9 @@ def sources() -> list[tuple[str, str, str]]:
     found = [
         *[(f"failures of {fleet['title']}", fleet["per_gpu_hour"]) for fleet in table["fleets"].values()],
         ("restart", table["restart"]),
-        *[(f"detection, {name}", raw) for name, raw in table["detection"].items()],
-        *[(f"slow servers, {name}", raw) for name, raw in table["slow_servers"].items()],
-        *[(f"checkpoint, {name}", raw) for name, raw in table["checkpoint"].items()],
+        *[(f"detection: {name}", raw) for name, raw in table["detection"].items()],
+        *[(f"slow servers: {_WORDS.get(name, name)}", raw) for name, raw in table["slow_servers"].items()],
+        *[(f"checkpoint: {_WORDS[name]}", raw) for name, raw in table["checkpoint"].items()],
         ("repair", table["repair"]),
         ("swap", table["swap"]),
     ]

@@ -188,15 +188,18 @@ def changes(options: Sequence[Change], step: StepResult) -> GT:
 
 
 def provenance(result: StepResult) -> GT:
-    """Where each number came from, the measured first."""
+    """Where each number of a step came from, the measured first."""
+    return sources([(item.part, item.kind, item.source) for item in result.provenance])
+
+
+def sources(items: Sequence[tuple[str, str, str]]) -> GT:
+    """Numbers with their kind and source, the measured first; items: part, kind, source."""
     order = KINDS
-    items = sorted(
-        result.provenance, key=lambda item: (order.index(item.kind) if item.kind in order else len(order), item.part)
-    )
+    rows = sorted(items, key=lambda item: (order.index(item[1]) if item[1] in order else len(order), item[0]))
     frame = {
-        "Number": [_number_in_words(item.part) for item in items],
-        "Kind": [item.kind for item in items],
-        "Source": [_without_scheme(item.source) for item in items],
+        "Number": [_number_in_words(part) for part, _, _ in rows],
+        "Kind": [kind for _, kind, _ in rows],
+        "Source": [_without_scheme(source) for _, _, source in rows],
     }
     return _table("provenance", frame, right=[])
 
