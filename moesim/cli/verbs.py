@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from moesim.errors import check
 
 if TYPE_CHECKING:
     from moesim.metrics.step import StepResult
+    from moesim.study.fits import WayToFit
 
 app = typer.Typer(
     name="moesim",
@@ -28,6 +30,9 @@ ScenarioFile = Annotated[
     typer.Argument(
         metavar="[SCENARIO.yaml]", help="Scenario file; options given beside it overrule it.", show_default=False
     ),
+]
+FitOption = Annotated[
+    bool, typer.Option("--fit", help="Where it does not fit, say what would make it fit, and at what cost in time.")
 ]
 DEFAULT_QUESTION = "Without a scenario, a model or a cluster it takes DeepSeek-V3 on 2,048 H800."
 
@@ -192,13 +197,14 @@ SIMULATE_EXAMPLES = _examples(
     "moesim simulate",
     "moesim simulate --model mixtral-8x7b --cluster h100-8x-ib400 --num-gpus 64 --ep 8",
     "moesim simulate scenario.yaml --set routing.capacity_factor=1.25 --json --out out/step",
+    "moesim simulate --model mixtral-8x7b --cluster h100-8x-ib400 --num-gpus 32 --micro-batch 4 --fit",
     DEFAULT_QUESTION,
 )
 
 
 @app.command(epilog=SIMULATE_EXAMPLES)
 @verb(scenario=True, out_help="Write results.json and trace.json into this folder.")
-def simulate(call: Call, scenario_file: ScenarioFile = None) -> Answer:
+def simulate(call: Call, scenario_file: ScenarioFile = None, fit: FitOption = False) -> Answer:
     """Simulate one training step: time, throughput, memory, load and drops."""
     from moesim.cli.question import scenario_of
 
@@ -209,14 +215,21 @@ def simulate(call: Call, scenario_file: ScenarioFile = None) -> Answer:
     with working(call, f"Simulating {scenario.model.name} on {scenario.cluster.num_gpus:,} GPUs"):
         trace = run_step(scenario)
         step = summarise(trace)
+    ways: tuple[WayToFit, ...] = ()
+    if fit and not step.fits:
+        from moesim.study.fits import ways_to_fit
+
+        with working(call, "Trying what would make it fit"):
+            ways = ways_to_fit(scenario)
     title = f"{scenario.model.name} on {scenario.cluster.num_gpus:,} x {scenario.cluster.gpu.name}: one training step"
     reasons = [f"not modelled or not validated: {reason}" for reason in step.envelope.get("reasons", [])]
     answer = Answer(
         inputs={"scenario": scenario.to_dict()},
         result={
             name: value for name, value in step.to_dict().items() if name not in ("scenario", "provenance", "warnings")
-        },
-        tables=_step_tables(step, title, call.verbosity > 0),
+        }
+        | ({"ways_to_fit": [way.to_dict() for way in ways]} if fit else {}),
+        tables=[*_step_tables(step, title, call.verbosity > 0), *_fit_tables(ways, asked=fit and not step.fits)],
         provenance=[{"part": item.part, "kind": item.kind, "source": item.source} for item in step.provenance],
         warnings=[*step.warnings, *reasons],
         writes_own_files=True,
@@ -252,6 +265,19 @@ def _step_tables(step: StepResult, title: str, with_sources: bool) -> list[Table
         Table(title="Memory of the fullest rank", columns=("Part", "Size"), rows=memory, right=("Size",)),
         pedigree,
     ]
+
+
+def _fit_tables(ways: Sequence[WayToFit], *, asked: bool) -> list[Table]:
+    """What would make a step fit, the cheapest first; nothing where nobody asked."""
+    from moesim.units import format_bytes
+
+    if not asked:
+        return []
+    columns = ("Change", "Step time", "Free", "What it means")
+    rows = [(way.name, f"{way.cost_fraction:+.1%}", format_bytes(way.headroom_bytes), way.words) for way in ways] or [
+        ("none of those tried", "", "", "it takes GPUs with more memory, or more of them")
+    ]
+    return [Table(title="What would make it fit", columns=columns, rows=rows, right=("Step time", "Free"))]
 
 
 TRACE_EXAMPLES = _examples(

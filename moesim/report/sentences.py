@@ -29,6 +29,7 @@ _LEVERS = {
     "optimizer": "A larger global batch spreads it over more tokens.",
     "host": "CUDA graphs (cuda_graphs), a fused dispatcher (deepep) or larger micro-batches shorten it.",
 }
+_WITHOUT_LARGER = {"experts": "This is the work the model is for: faster GPUs shorten it."}  # micro-batches do not fit
 _DENSE = "This model has no experts, so there is nothing to compare here."
 
 
@@ -165,8 +166,17 @@ def _change(study: PlanningStudy, changes: Sequence[Change]) -> Sentence:
         return Sentence(question=question, text=text, tone="bad")
     part = _binding_part(step)
     words = "the exchange of tokens between GPUs" if part == "all_to_all" else WORDS[part]
-    text = f"The largest share of the time goes to {words}. {_LEVERS.get(part, 'A faster device shortens it.')}"
+    text = f"The largest share of the time goes to {words}. {_lever(part, changes)}"
     return Sentence(question=question, text=f"{_best(step, fitting)} {text}".strip())
+
+
+def _lever(part: str, changes: Sequence[Change]) -> str:
+    """What shortens a part; larger micro-batches are not named where they do not fit."""
+    faster = "A faster device shortens it."
+    too_large = any("micro_batch" in change.leaves and not change.fits for change in changes)
+    if too_large and "larger micro-batches" in _LEVERS.get(part, "").lower():
+        return _WITHOUT_LARGER.get(part, faster)
+    return _LEVERS.get(part, faster)
 
 
 def _best(step: StepResult, fitting: Sequence[Change]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from moesim.errors import MoesimError
 from moesim.metrics.memory import PLACED_BLINDLY
 from moesim.scenario import Scenario
+from moesim.study.fits import RECOMPUTE_ALL, name_of, ways_to_fit
 from moesim.study.simulate import simulate
 from moesim.study.sizes import rank_memories
 
@@ -32,19 +33,21 @@ class Change:
     @property
     def name(self) -> str:
         """The settings as they are typed: ``ep=32, recompute=full``."""
-        return ", ".join(f"{leaf}={value}" for leaf, value in self.leaves.items())
+        return name_of(self.leaves)
 
 
 def changes(scenario: Scenario, progress: Callable[[str], None] | None = None) -> list[Change]:
     """Single changes of the scenario; those that fit come first, the fastest leading, then the others by memory.
 
-    Where no single change fits, each is combined with full recomputation as well. Impossible ones are left out; of
-    those that fit, at most MAX_SIMULATED are simulated.
+    Where the scenario itself does not fit, ``fits.ways_to_fit`` come before the others; where nothing fits, each is
+    combined with full recomputation as well. Impossible ones are left out; of those that fit, at most MAX_SIMULATED are
+    simulated.
 
     >>> changes(scenario)[0].name  # doctest: +SKIP
     'recompute=full'
     """
-    singles = _candidates(scenario)
+    ways = [(dict(way.leaves), way.words) for way in ways_to_fit(scenario, progress)]
+    singles = [*ways, *(one for one in _candidates(scenario) if one[0] not in [leaves for leaves, _ in ways])]
     tried = _with_memory(scenario, singles)
     if not any(headroom >= 0 for _, _, headroom in tried) and scenario.train.recompute == "none":
         recompute = {"recompute": "full"}
@@ -58,7 +61,7 @@ def changes(scenario: Scenario, progress: Callable[[str], None] | None = None) -
         if headroom >= 0 and num_simulated < MAX_SIMULATED:
             num_simulated += 1
             if progress is not None:
-                progress(f"what if {', '.join(f'{leaf}={value}' for leaf, value in leaves.items())}")
+                progress(f"what if {name_of(leaves)}")
             speed = simulate(scenario.with_(**leaves)).tokens_per_s_per_gpu
         found.append(
             Change(
@@ -77,7 +80,7 @@ def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
     p, train = scenario.parallel, scenario.train
     found: list[tuple[dict[str, Any], str]] = []
     if train.recompute == "none":
-        found.append(({"recompute": "full"}, "activations are made again in the backward pass instead of kept"))
+        found.append(({"recompute": "full"}, RECOMPUTE_ALL))
     else:
         found.append(({"recompute": "none"}, "activations are kept instead of made again"))
     if scenario.model.is_moe:
