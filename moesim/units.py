@@ -15,7 +15,7 @@ KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86400.0
 
 BYTES_PER_ELEMENT: Mapping[str, float] = MappingProxyType(
-    {"float32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "mxfp8": 1, "int8": 1, "mxfp4": 0.5, "nvfp4": 0.5}
+    {"float32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "fp8_tensor": 1, "mxfp8": 1, "int8": 1, "mxfp4": 0.5, "nvfp4": 0.5}
 )
 
 _BY_DIMENSION: Mapping[str, Mapping[str, float]] = MappingProxyType(

@@ -72,7 +72,7 @@ def test_an_expert_parallel_size_that_does_not_divide_says_so():
         (["--capacity-factor", "nan"], "capacity_factor: must be a number; got 'nan'"),
         (["--set", "parallel.epp=8"], "parallel: epp: is an unknown key; got 8. Did you mean pp or ep"),
         (["--set", "nonsense"], "--set: nonsense: must read key=value"),
-        (["--precision", "fp7"], "must be bf16 or fp8; got 'fp7'. Did you mean fp8"),
+        (["--precision", "fp7"], "must be bf16 or fp8 or fp8_tensor or mxfp8 or nvfp4; got 'fp7'. Did you mean fp8"),
         (["--seed", "one"], "--seed: must be a whole number; got 'one'"),
         (["--seed", "-1"], "seed: must be at least 0; got -1"),
         (["-p", "epp", "8"], "parameters: epp: is not a parameter; got 8. Did you mean pp or ep"),

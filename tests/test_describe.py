@@ -104,7 +104,10 @@ LAYER = Layer(attention=GroupedQueryAttention(**ATTENTION), ffn=Ffn(width=4))  #
         (lambda: Parallelism(pp=True), "parallel: pp: must be a whole number; got True"),
         (lambda: Training(seq_len=0), "train: seq_len: must be at least 1; got 0"),
         (lambda: Training(global_batch=1e3), "train: global_batch: must be a whole number; got 1000.0"),
-        (lambda: Training(precision="fp4"), "train: precision: must be bf16 or fp8; got 'fp4'"),
+        (
+            lambda: Training(precision="fp4"),
+            "train: precision: must be bf16 or fp8 or fp8_tensor or mxfp8 or nvfp4; got 'fp4'",
+        ),
         (
             lambda: Training(recompute="ful"),
             "train: recompute: must be none, full or modules among core_attn, mla_up_proj, mlp, moe, moe_act, "

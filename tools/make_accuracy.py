@@ -41,7 +41,7 @@ def score_lines(accuracies: list[Accuracy]) -> list[str]:
 def said_of(accuracy: Accuracy) -> list[str]:
     """What the section says beside its tables."""
     if accuracy.kind == "layer":
-        return ["Nothing is fitted. FP8 rows leave the casts out. The MoE layer alone; attention is left out."]
+        return ["Nothing is fitted. The MoE layer alone; attention is left out."]
     if accuracy.kind == "training":
         return [
             "The step's constants (moesim/catalog/step.yaml) are fitted by tools/make_step_constants.py on the rows "

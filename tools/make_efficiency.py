@@ -158,7 +158,7 @@ def product_line(gpu: Gpu, dtype: str, precision: str) -> str:
         table, said = without_casts(table, gpu.name), ", scale and cast of the activations taken off"
     if dtype == "nvfp4":
         said = ", the activations' cast perhaps included"
-    element_bytes = {"bfloat16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}[dtype]
+    element_bytes = {"bfloat16": 2.0, "fp8": 1.0, "nvfp4": 0.5}[dtype]
     peak = gpu.peak_flops_per_s[precision].value
     law, errors = fit(table, peak, gpu.memory_bytes_per_s.value, element_bytes)
     score = f"median {np.median(np.abs(errors)):.1%}, 90th percentile {np.quantile(np.abs(errors), 0.9):.1%}"

@@ -57,7 +57,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "seq_len": ("TOKENS", "Tokens per sequence."),
         "micro_batch": ("N", "Sequences per micro-batch."),
         "global_batch": ("N", "Sequences per step."),
-        "precision": ("bf16|fp8", "Precision of the matrix products."),
+        "precision": ("bf16|fp8|fp8_tensor|mxfp8|nvfp4", "Number format of the matrix products; fp8: by blocks."),
         "recompute": (
             "none|full|MODULES",
             "Recompute activations in the backward pass: all, or modules such as moe_act,layernorm.",

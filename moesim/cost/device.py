@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moesim.cost.precision import RECIPES, Recipe
 from moesim.cost.profile import Profile, find_profile, load_profile
 from moesim.describe.hardware import Gpu
+from moesim.describe.workload import Precision
 from moesim.door.files import read_yaml
 from moesim.errors import check
 from moesim.units import BYTES_PER_ELEMENT, MICRO
@@ -74,7 +76,7 @@ class DeviceCost:
     stream_start_s: float
     attention_by_dims: Mapping[int, AttentionRate]  # forward, by a head's query and value elements
     attention_backward_share: float  # of the forward's rate
-    input_bytes: float  # of one element of a product's operands
+    recipe: Recipe = RECIPES["bf16"]
     profile: Profile | None = None
     bf16: DeviceCost | None = None  # the same device in BF16 where products run in FP8: router and head stay wide
     provenance: tuple[Provenance, ...] = ()
@@ -101,7 +103,7 @@ class DeviceCost:
         total, num_active = over_experts(rows), over_experts(rows > 0)
         overhead = 1.0 + self.law.reduce_overhead / reduced
         flops = 2.0 * padded * reduced * columns * overhead
-        operands = (total * reduced + num_active * reduced * columns) * self.input_bytes
+        operands = (total * reduced + num_active * reduced * columns) * self.recipe.element_bytes
         results = total * columns * BYTES_PER_ELEMENT["bf16"]
         return self._kernel_s(flops, operands + results, num_active > 0)
 
@@ -115,7 +117,7 @@ class DeviceCost:
         padded_reduced = np.ceil(reduced / self.law.tile_rows) * self.law.tile_rows
         total, num_active = over_experts(rows), over_experts(rows > 0)
         flops = 2.0 * (total + self.law.reduce_overhead * num_active) * padded_reduced * columns
-        operands = total * (reduced + columns) * self.input_bytes
+        operands = total * (reduced + columns) * self.recipe.element_bytes
         # Summed over micro-batches in float32: what is there is read and written.
         results = 2 * num_active * reduced * columns * BYTES_PER_ELEMENT["float32"]
         return self._kernel_s(flops, operands + results, num_active > 0)
@@ -131,6 +133,10 @@ class DeviceCost:
         """Seconds of a memory-bound kernel that reads and writes num_bytes in all. See docs/model.md#stream."""
         moved = np.asarray(num_bytes, dtype=np.float64)
         return np.where(moved > 0, self.stream_start_s + moved / self.stream_bytes_per_s, 0.0)
+
+    def cast_s(self, num_elements: ArrayLike) -> Floats:
+        """Seconds to cast a tensor to the recipe's format, in both layouts; none in BF16. See docs/model.md#casts."""
+        return self.stream_s(self.recipe.cast_bytes(1.0) * np.asarray(num_elements, dtype=np.float64))
 
     def attention_s(self, flops: float, *, dims: float, keys_seen: float, backward: bool) -> float:
         """Seconds of the attention kernel alone (scores, softmax, values) for a count of useful FLOPs.
@@ -177,7 +183,7 @@ def efficiencies() -> dict[str, Any]:
     return table
 
 
-def device_cost(gpu: Gpu, precision: str, profile: str = "auto") -> DeviceCost:
+def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto") -> DeviceCost:
     """The cost of a GPU at a precision of its products.
 
     profile: ``auto`` takes a shipped calibration profile of this GPU when there is one, else the datasheet;
@@ -185,8 +191,9 @@ def device_cost(gpu: Gpu, precision: str, profile: str = "auto") -> DeviceCost:
     as well, from the datasheet. Raises InputError for a profile of
     another device or precision, or a precision the GPU lacks.
     """
-    rule = f"must be one that {gpu.name} has a peak for: {', '.join(sorted(gpu.peak_flops_per_s))}"
-    check(precision in gpu.peak_flops_per_s, "scenario.train", "precision", rule, precision)
+    possible = [name for name, recipe in RECIPES.items() if recipe.peak in gpu.peak_flops_per_s]
+    rule = f"must be one that {gpu.name} has a peak for: {', '.join(possible)}"
+    check(precision in possible, "scenario.train", "precision", rule, precision)
     dtype = _PROFILED_DTYPE.get(precision)
     calibrated = None
     if profile == "auto":
@@ -207,10 +214,11 @@ def device_cost(gpu: Gpu, precision: str, profile: str = "auto") -> DeviceCost:
     return replace(device, bf16=wide, provenance=(*device.provenance, *told))
 
 
-def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> DeviceCost:
-    table, peak = efficiencies(), gpu.peak_flops_per_s[precision]
-    blockwise = precision == "fp8" and gpu.name in _HOPPER  # later ones have the scales in their tensor cores
-    product, product_gpu = _entry(table["products"]["fp8_block" if blockwise else precision], gpu.name)
+def _from_datasheet(gpu: Gpu, precision: Precision, calibrated: Profile | None) -> DeviceCost:
+    table, recipe = efficiencies(), RECIPES[precision]
+    peak = gpu.peak_flops_per_s[recipe.peak]
+    kernels = recipe.kernels_on_hopper if gpu.name in _HOPPER else recipe.kernels
+    product, product_gpu = _entry(table["products"][kernels], gpu.name)
     moving, moving_gpu = _entry(table["memory"]["stream"], gpu.name)
     attention, attention_gpu = _entry(table["attention"]["forward"], gpu.name)
     share = table["attention"]["backward_share"]
@@ -221,13 +229,15 @@ def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> Dev
         start_s=product["start_us"] * MICRO,
     )
     told = [
-        Provenance(part=f"peak {precision}", kind=peak.kind, source=peak.source),
+        Provenance(part=f"peak {recipe.peak}", kind=peak.kind, source=peak.source),
         Provenance(part="memory bandwidth", kind=gpu.memory_bytes_per_s.kind, source=gpu.memory_bytes_per_s.source),
         _told("product efficiency", product, product_gpu, gpu.name),
         _told("stream efficiency", moving, moving_gpu, gpu.name),
         _told("attention efficiency", attention, attention_gpu, gpu.name),
         Provenance(part="attention backward", kind=share["kind"], source=share["source"]),
     ]
+    if recipe.cast_reads:
+        told.append(Provenance(part="casts", kind="assumed", source=recipe.source))
     memory_rate = gpu.memory_bytes_per_s.value
     stream_rate, stream_start_s = memory_rate * moving["utilisation"], moving["start_us"] * MICRO
     if calibrated is not None:
@@ -253,7 +263,7 @@ def _from_datasheet(gpu: Gpu, precision: str, calibrated: Profile | None) -> Dev
             for dims, (utilisation, half) in attention["by_dims"].items()
         },
         attention_backward_share=share["value"],
-        input_bytes=BYTES_PER_ELEMENT[precision],
+        recipe=recipe,
         profile=calibrated,
         provenance=tuple(told),
     )

@@ -116,7 +116,7 @@ def again_s(
     assert operation == "up projections", operation
     assert isinstance(layer.attention, LatentAttention)
     rows, ups = own * parallel.tp, _up_projections(model.hidden, layer.attention, parallel.tp)
-    products_s = sum(float(device.grouped_s(np.array([rows]), reduced, columns)) for reduced, columns in ups)
+    products_s = sum(float(_linear_s(device, np.array([rows]), *shape, backward=False)) for shape in ups)
     return products_s + float(device.stream_s(2 * rows * sum(columns for _, columns in ups) * ACTIVATION_BYTES))
 
 
@@ -157,16 +157,35 @@ def experts_s(
 ) -> Floats:
     """Seconds of a rank's experts, given rows_E[..., e] tokens for each of them; the result drops the last axis.
 
-    Grouped products in and out with the activation between. See docs/model.md#experts.
+    Grouped products in and out with the activation between, casts of what they take in. See docs/model.md#experts.
     """
     width = moe.expert.width / parallel.etp
     inner = width * (2 if moe.expert.gated else 1)
     rows = rows_E.sum(axis=-1)
+    activation: Floats
     if backward:
-        products = device.backward_s(rows_E, model.hidden, inner) + device.backward_s(rows_E, width, model.hidden)
-        return products + device.stream_s(rows * (2 * inner + width) * ACTIVATION_BYTES)
-    products = device.grouped_s(rows_E, model.hidden, inner) + device.grouped_s(rows_E, width, model.hidden)
-    return products + expert_activation_s(moe, rows_E, parallel=parallel, device=device)
+        activation = device.stream_s(rows * (2 * inner + width) * ACTIVATION_BYTES)
+    else:
+        activation = expert_activation_s(moe, rows_E, parallel=parallel, device=device)
+    shapes = ((model.hidden, inner), (width, model.hidden))
+    products = sum((_linear_s(device, rows_E, *shape, backward=backward) for shape in shapes), np.zeros(rows.shape))
+    # Rows are copied to where each expert's fill whole tiles, and results from there.
+    padding = 2 * device.stream_s(2 * rows * model.hidden * ACTIVATION_BYTES) if device.recipe.pads_rows else 0.0
+    return products + activation + padding
+
+
+def weight_casts_s(
+    model: Model, layer: Layer, *, num_rank_experts: int, parallel: Parallelism, device: DeviceCost
+) -> dict[str, float]:
+    """Seconds to cast a layer's weights to the recipe's format, by part; once a step, before the first micro-batch."""
+    blocks = (layer.attention, layer.cross_attention)
+    of_part = {"attention": [shape for b in blocks if b is not None for shape in _projections(model, b, parallel.tp)]}
+    dense = layer.ffn.shared if isinstance(layer.ffn, MoeFfn) else layer.ffn
+    of_part["dense_ffn"] = [] if dense is None else _ffn_products(model, dense, parallel.tp)
+    if isinstance(layer.ffn, MoeFfn):
+        of_part["experts"] = _ffn_products(model, layer.ffn.expert, parallel.etp) * num_rank_experts
+    seconds = {part: float(sum(device.cast_s(k * n) for k, n in shapes)) for part, shapes in of_part.items()}
+    return {part: value for part, value in seconds.items() if value}
 
 
 def expert_activation_s(moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, device: DeviceCost) -> Floats:
@@ -236,8 +255,8 @@ def mtp_projection_s(
     own = rank_tokens(parallel, train)
     lookup, norms, joining = 2, 4, 4  # tensors of (own, hidden) read and written
     moved = (lookup + norms + joining) * own * model.hidden * ACTIVATION_BYTES
-    product = device.backward_s if backward else device.grouped_s
-    product_s = float(product(np.array([own * parallel.tp]), 2 * model.hidden, model.hidden / parallel.tp))
+    shape = (2 * model.hidden, model.hidden / parallel.tp)
+    product_s = float(_linear_s(device, np.array([own * parallel.tp]), *shape, backward=backward))
     return product_s + float(device.stream_s(moved * (2 if backward else 1)))
 
 
@@ -264,13 +283,12 @@ def _attention_s(
     model: Model, layer: Layer, *, parallel: Parallelism, train: Training, device: DeviceCost, backward: bool
 ) -> float:
     rows = np.array([rank_tokens(parallel, train) * parallel.tp])
-    product = device.backward_s if backward else device.grouped_s
     seconds = _core_attention_s(model, layer, parallel, train, device, backward=backward)
     for attention in (layer.attention, layer.cross_attention):
         if attention is None:
             continue
         projections = _projections(model, attention, parallel.tp)
-        seconds += sum(float(product(rows, reduced, columns)) for reduced, columns in projections)
+        seconds += sum(float(_linear_s(device, rows, *shape, backward=backward)) for shape in projections)
         rotated = 2 * float(rows[0]) * sum(columns for _, columns in projections[:-1])
         seconds += float(device.stream_s(rotated * ACTIVATION_BYTES))
     return seconds
@@ -333,19 +351,28 @@ def _router_s(model: Model, moe: MoeFfn, own: float, device: DeviceCost) -> tupl
 
 
 def _ffn_s(model: Model, ffn: Ffn, tokens: float, tp: int, device: DeviceCost) -> tuple[float, float]:
-    width = ffn.width / tp
-    inner = width * (2 if ffn.gated else 1)
-    rows = np.array([tokens])
-    act = tokens * (inner + width) * ACTIVATION_BYTES
-    forward = device.grouped_s(rows, model.hidden, inner) + device.grouped_s(rows, width, model.hidden)
-    backward = device.backward_s(rows, model.hidden, inner) + device.backward_s(rows, width, model.hidden)
-    return float(forward + device.stream_s(act)), float(backward + device.stream_s(2 * act))
+    shapes, rows = _ffn_products(model, ffn, tp), np.array([tokens])
+    inner, width = shapes[0][1], shapes[1][0]
+    forward, backward = (
+        sum(float(_linear_s(device, rows, *shape, backward=way)) for shape in shapes) for way in (False, True)
+    )
+    forward += float(device.stream_s(tokens * (inner + width) * ACTIVATION_BYTES))
+    return forward, backward + float(device.stream_s(tokens * (2 * inner + width) * ACTIVATION_BYTES))
 
 
 def _ffn_products(model: Model, ffn: Ffn, tp: int) -> list[tuple[float, float]]:
     """(reduced, columns) of a feed-forward block's products on one tensor-parallel rank."""
     width = ffn.width / tp
     return [(model.hidden, width * (2 if ffn.gated else 1)), (width, model.hidden)]
+
+
+def _linear_s(device: DeviceCost, rows_E: Floats, reduced: float, columns: float, *, backward: bool) -> Floats:
+    """Seconds of linear layers in one direction: their products, and the cast of what these take in: inputs forward,
+    gradients of the results backward.
+    """
+    cast_s = device.cast_s(rows_E.sum(axis=-1) * (columns if backward else reduced))
+    product = device.backward_s if backward else device.grouped_s
+    return product(rows_E, reduced, columns) + cast_s
 
 
 def _norms_and_residuals_bytes(model: Model, layer: Layer, own: float) -> float:

@@ -48,7 +48,8 @@ __all__ = [
     "Tutel",
     "Zipf",
 ]
-Precision = Literal["bf16", "fp8"]
+# fp8: by blocks, as DeepSeek-V3 trained; fp8_tensor: one scale a tensor. See moesim.cost.precision.
+Precision = Literal["bf16", "fp8", "fp8_tensor", "mxfp8", "nvfp4"]
 Module = Literal["core_attn", "mla_up_proj", "mlp", "moe", "moe_act", "layernorm", "shared_experts"]  # Megatron's
 MODULES: tuple[Module, ...] = get_args(Module)
 # What runs beside computing; docs/model.md#overlap.

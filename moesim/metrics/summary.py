@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moesim.cost.activations import MEGATRON
 from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory
+from moesim.cost.precision import RECIPES
 from moesim.describe.flops import training_flops_per_token
 from moesim.describe.hardware import Sourced
 from moesim.describe.popularity import popularity_words
@@ -51,7 +52,7 @@ def summarise(trace: Trace) -> StepResult:
     num_gpus = scenario.cluster.num_gpus
     parts = step_parts(trace)
     tokens = scenario.train.global_batch * scenario.train.seq_len
-    peak = scenario.cluster.gpu.peak_flops_per_s[scenario.train.precision].value
+    peak = scenario.cluster.gpu.peak_flops_per_s[RECIPES[scenario.train.precision].peak].value
     flops, flops_full = (
         tokens
         * training_flops_per_token(
@@ -183,10 +184,10 @@ def _envelope(trace: Trace) -> list[str]:
             reasons += ["All-to-alls do not overlap with compute (train.overlap is what runs beside it)."]
         if scenario.fidelity == "port":
             reasons += ["In an all-to-all every rank's time is that of its busiest port."]
-    if train.precision == "fp8":
+    if RECIPES[train.precision].cast_reads:
         reasons += [
-            "FP8: products run at FP8 rates, router and head in BF16, and dispatch sends FP8 rows; casts, scales in "
-            "memory and FP8 activations are not modelled."
+            f"{train.precision}: products run at that rate and casts around them are counted, router and head stay in "
+            "BF16; its copies of activations and weights in memory are not modelled."
         ]
     if model.mtp_layers and not train.mtp:
         reasons += [

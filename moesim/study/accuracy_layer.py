@@ -97,8 +97,6 @@ def _router(row: Record, owner: str) -> Router:
 def outside_envelope(scenario: Scenario) -> tuple[str, ...]:
     """Why a layer lies outside what the model covers; a function of its configuration alone."""
     reasons = []
-    if scenario.train.precision == "fp8":
-        reasons.append("FP8 casts are not modelled")
     if scenario.parallel.ep > scenario.cluster.ranks_per_node:
         reasons.append("no layer across nodes has been scored")
     return tuple(reasons)

@@ -1,7 +1,7 @@
 """Whole training steps, predicted from a row of a measurement table.
 
 A row must name model, GPU, counts, parallel sizes, batch and a step time, or it is listed as not expressed. Where the
-run did something that moesim does not model (overlapped all-to-alls, FP8 casts), the row is predicted without it and
+run did something that moesim does not model (overlapped all-to-alls), the row is predicted without it and
 lies outside the envelope, with the reason.
 """
 
@@ -15,7 +15,7 @@ from moesim.catalog.hardware import load_cluster
 from moesim.catalog.step import rows_of_fit
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model
-from moesim.describe.workload import GRAPH_MODULES, MODULES
+from moesim.describe.workload import GRAPH_MODULES, MODULES, Precision
 from moesim.door.records import Record
 from moesim.errors import InputError, MoesimError
 from moesim.metrics.scored import step_likeness
@@ -27,6 +27,12 @@ from moesim.units import MILLI
 
 RACK_SHARE = 64
 MOST_MICRO_BATCHES = 4096  # of a replica: eight times the most that was ever published
+PRECISIONS: tuple[tuple[str, Precision], ...] = (
+    (r"nvfp4", "nvfp4"),
+    (r"mxfp8|fp8mx", "mxfp8"),
+    (r"fp8.*(block|subchannel)|fp8sc", "fp8"),
+    (r"fp8", "fp8_tensor"),
+)
 NO_RECOMPUTE = ("", "none", "[]", "see yaml")
 
 
@@ -86,7 +92,7 @@ def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
         "seq_len": whole(row, "seq_len", owner),
         "micro_batch": whole(row, "mbs", owner),
         "global_batch": whole(row, "gbs", owner),
-        "precision": "fp8" if "fp8" in row.get("precision", "").lower() else "bf16",
+        "precision": _precision(row),
         "recompute": _recompute(row) or "none",
         "cuda_graphs": _cuda_graphs(row),
         "mtp": bool(model.mtp_layers) and row.get("mtp") == "1",
@@ -101,6 +107,15 @@ def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
     if scenario.num_micro_batches > MOST_MICRO_BATCHES:
         raise InputError(owner, "gbs", f"must make at most {MOST_MICRO_BATCHES} micro-batches", leaves["global_batch"])
     return scenario, outside_envelope(row, model, leaves)
+
+
+def _precision(row: Record) -> Precision:
+    """The recipe that the row's words name. FP8 without another word was one scale a tensor before blocks existed."""
+    words = row.get("precision", "").lower()
+    for pattern, precision in PRECISIONS:
+        if re.search(pattern, words):
+            return precision
+    return "bf16"
 
 
 def _cluster(gpu: str, num_gpus: int) -> Cluster:
@@ -163,8 +178,6 @@ def step_s(row: Record, owner: str) -> float:
 def outside_envelope(row: Record, model: Model, leaves: dict[str, Any]) -> tuple[str, ...]:
     """What the run did that its scenario leaves out; a function of the configuration alone."""
     reasons = []
-    if leaves["precision"] == "fp8":
-        reasons.append("FP8 casts are not modelled")
     if _recompute(row) is None:
         reasons.append(f"recomputation is told in other words than Megatron's: {row['recompute']}")
     overlap = row.get("overlap_and_other", "") + row.get("extra_config", "")

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.catalog.libraries import load_library
-from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
+from moesim.cost.layer import rank_tokens
+from moesim.cost.precision import RECIPES
 from moesim.describe.hardware import Cluster
 from moesim.errors import NotModelledError, check
 from moesim.fabric.algorithms import Algorithm, Direct, Fidelity, Hierarchical, LowLatency
@@ -28,7 +29,7 @@ from moesim.fabric.traffic import Copies, expected_copies, node_bytes, pair_byte
 from moesim.routing.visits import visit_probabilities
 from moesim.scenario import Scenario
 from moesim.study.alltoall import TimedExchange, time_exchange
-from moesim.timeline.load import FP8_SCALE_BYTES, step_load
+from moesim.timeline.load import step_load
 
 Floats = NDArray[np.float64]
 Progress = Callable[[str], None]
@@ -275,7 +276,7 @@ def dispatch_traffic(scenario: Scenario) -> DispatchTraffic:
         node_visits_GMLN=copies.node_visits_GMLN[:, :, at : at + 1],
         node_of_rank_R=node_R,
     )
-    element_bytes = 1 + FP8_SCALE_BYTES if train.precision == "fp8" else ACTIVATION_BYTES
+    element_bytes = RECIPES[train.precision].dispatch_element_bytes(scenario.routing.dispatcher)
     return DispatchTraffic(
         copies=one,
         token_bytes=scenario.model.hidden * element_bytes,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
+from moesim.cost.precision import RECIPES
 from moesim.describe.capacity import Megablocks, RankBuffer
 from moesim.describe.model import Layer, MoeFfn, Router
 from moesim.describe.pipeline import stage_chunks
@@ -37,14 +38,11 @@ from moesim.scenario import Scenario
 from moesim.seeds import stream
 from moesim.timeline.placed import PlacedExperts, placed_experts, scenario_ranks, sender_weights, token_choices
 from moesim.timeline.stage import StageLoad
-from moesim.units import BYTES_PER_ELEMENT
 
 Floats = NDArray[np.floating]
 Ranks = NDArray[np.int64]
 _Arrays = TypeVar("_Arrays", "StepLoad", ExpertLoad, "Exchange")
 Nodes = tuple[tuple[int, ...], ...]  # of each group, of each of its ranks
-# FP8 rows travel with one float32 scale for each 128 elements. arXiv 2412.19437, section 3.3.
-FP8_SCALE_BYTES = BYTES_PER_ELEMENT["float32"] / 128
 # alltoall sends a row for each of a token's experts (Megatron-LM's MoEAlltoAllTokenDispatcher permutes, then sends),
 # deepep a token once over the network to each node, and from there once to each rank.
 DEDUP: Mapping[str, Dedup] = {"alltoall": "none", "deepep": "node"}
@@ -290,7 +288,7 @@ def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, n
     num_rails = 1 if sent.dedup == "node" else int(np.unique(node_of_rank_R, return_counts=True)[1].max())
     ports = ports_of(cluster, num_rails=num_rails)
     wide = scenario.model.hidden * ACTIVATION_BYTES
-    narrow = scenario.model.hidden * (1 + FP8_SCALE_BYTES) if train.precision == "fp8" else wide
+    narrow = scenario.model.hidden * RECIPES[train.precision].dispatch_element_bytes(scenario.routing.dispatcher)
     received = placed.rank_of_slot.rank_loads(sent.rows_GMLS)
 
     def by_ports(ports_used: Callable[..., PortBytes], *, token_bytes: float) -> Floats:

@@ -32,13 +32,14 @@ from moesim.cost.layer import (
     moving_s,
     mtp_projection_s,
     rank_tokens,
+    weight_casts_s,
     weight_gradients_s,
 )
 from moesim.cost.offload import chunk_offload
 from moesim.cost.recompute import ATTENTION_OPERATIONS, FFN_OPERATIONS, Operation, operations_again
 from moesim.describe.model import LatentAttention, Layer, MoeFfn
 from moesim.describe.pipeline import Placed
-from moesim.describe.schedules import Way
+from moesim.describe.schedules import Way, make_schedule
 from moesim.fabric.collectives import allgather_s, even_alltoall_s, send_s
 from moesim.fabric.nccl import NcclRates, nccl_s
 from moesim.fabric.ports import rate
@@ -111,6 +112,7 @@ class StagePlan:
         phases = self._weights("gather weights", self.weight_gather_C[chunk])
         phases += self._embedding(backward=False) if self._is_first(chunk) else []
         for index, placed in enumerate(self.chunks[chunk], self.first_layers[chunk]):
+            phases += self._weight_casts(index, placed)
             phases += self._issued(index, placed.layer, self._layer_forward(index, placed), backward=False)
         return phases + (self._head(backward=False) if self._is_last(chunk) else [])
 
@@ -196,6 +198,22 @@ class StagePlan:
         for operation in again:
             phases += self._again(index, placed, cost, operation) if operation in ATTENTION_OPERATIONS else []
         return [*phases, *self._around(index, layer, cost, cost.backward), *self._joining(index, placed, backward=True)]
+
+    def _weight_casts(self, index: int, placed: Placed) -> list[Phase]:
+        """Weights cast before the first micro-batch that a chunk sees, whichever line through the pipeline it is on."""
+        num_rank_experts = 0 if self.load is None else self.load.rows_MLRE.shape[-1]
+        parallel, train, num_micro_batches = (
+            self.scenario.parallel,
+            self.scenario.train,
+            self.scenario.num_micro_batches,
+        )
+        casts = weight_casts_s(
+            self.scenario.model, placed.layer, num_rank_experts=num_rank_experts, parallel=parallel, device=self.device
+        )
+        first_M = np.zeros((num_micro_batches, 1))
+        num_lines = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp).num_lines
+        first_M[:: num_micro_batches // num_lines] = 1.0
+        return [_local("cast weights", part, index, seconds * first_M) for part, seconds in casts.items()]
 
     def _joining(self, index: int, placed: Placed, *, backward: bool) -> list[Phase]:
         """What a multi-token-prediction layer does before its block."""
