@@ -106,7 +106,7 @@ def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
     scenario = base.with_(model=model, cluster=cluster, **leaves)
     if scenario.num_micro_batches > MOST_MICRO_BATCHES:
         raise InputError(owner, "gbs", f"must make at most {MOST_MICRO_BATCHES} micro-batches", leaves["global_batch"])
-    return scenario, outside_envelope(row, model, leaves)
+    return scenario, outside_envelope(row, model)
 
 
 def _precision(row: Record) -> Precision:
@@ -175,7 +175,7 @@ def step_s(row: Record, owner: str) -> float:
     return tokens / tokens_per_s / number(row, "n_gpus", owner)
 
 
-def outside_envelope(row: Record, model: Model, leaves: dict[str, Any]) -> tuple[str, ...]:
+def outside_envelope(row: Record, model: Model) -> tuple[str, ...]:
     """What the run did that its scenario leaves out; a function of the configuration alone."""
     reasons = []
     if _recompute(row) is None:
