@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from moesim.catalog.hardware import load_cluster
 from moesim.cli import app
+from moesim.describe.hardware import Cluster
+from moesim.study.alltoall import fabric_of, time_exchange
 
 CLUSTER = """
 gpu: h100-sxm
@@ -190,3 +194,22 @@ def test_a_message_without_a_start_is_refused_by_its_ranks(cluster: Path, sizes:
     status, _, err = moesim("--bytes", sizes, "--cluster", cluster, "--starts", tmp_path / "starts.npy")
     assert status == 2
     assert "from rank 4 to rank 7" in err
+
+
+def test_hashed_paths_of_roce_collide_by_seed_where_adaptive_routing_loses_only_its_derate() -> None:
+    adaptive = load_cluster("h100-8x-roce400")
+    hashed = load_cluster("h100-8x-roce400", changes=["num_paths=8", "derates.spine_alltoall=1"])
+    rank = np.arange(64)
+    one_message = np.zeros((64, 64))
+    one_message[rank, (rank + 9) % 64] = 100e6  # to the next node's next rail
+    even = np.full((64, 64), 1e6)
+
+    def seconds(cluster: Cluster, bytes_RR: NDArray[np.float64], seed: int = 0) -> float:
+        return time_exchange(bytes_RR, fabric_of(cluster, 64, seed=seed)).completed.completion_s
+
+    nic_s = 100e6 / (50e9 * float(adaptive.derates["nic_alltoall"]))
+    assert seconds(adaptive, one_message) == pytest.approx(nic_s / 0.95, rel=0.01)
+    by_seed = [seconds(hashed, one_message, seed) for seed in range(6)]
+    assert all(1.9 * nic_s < found < 4.1 * nic_s for found in by_seed)
+    assert len({round(found / nic_s) for found in by_seed}) > 1
+    assert seconds(hashed, even) < 1.3 * seconds(adaptive, even)

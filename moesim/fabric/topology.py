@@ -187,7 +187,8 @@ class Topology:
         """(plane, path) of each pair: what a switch's hash of a message's header decides."""
         if self.num_planes == self.num_paths == 1:
             return np.zeros_like(source), np.zeros_like(source)
-        mixed = (source * self.num_ranks + target).astype(np.uint64) + np.uint64(self.hash_seed) * np.uint64(_GOLDEN)
+        mixed = (source * self.num_ranks + target).astype(np.uint64)
+        mixed += np.array([self.hash_seed], np.uint64) * np.uint64(_GOLDEN)  # arrays wrap, scalars warn
         for shift, factor in _SPLITMIX:
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         mixed ^= mixed >> np.uint64(31)
