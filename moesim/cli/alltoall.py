@@ -13,6 +13,7 @@ from moesim.cli.verbs import app
 from moesim.errors import InputError, check, near_match
 
 if TYPE_CHECKING:
+    from moesim.fabric.algorithms import Algorithm
     from moesim.study.alltoall import TimedExchange
 
 FIDELITIES = ("exact", "port")
@@ -22,6 +23,7 @@ EXAMPLES = (
     "moesim alltoall --bytes sizes.npy --cluster h100-8x-ib400 --json",
     "moesim alltoall --bytes sizes.npy --cluster my-cluster.yaml --algorithm hierarchical --fidelity port",
     "moesim alltoall --bytes sizes.npy --set cross_rail=spine --set oversubscription=2 --slow 3=0.5",
+    "moesim alltoall --bytes sizes.npy --cluster h100-8x-roce400 --set num_paths=8 --set derates.spine_alltoall=1",
     "moesim alltoall --bytes sizes.npy --starts starts.npy --finish finish.npy",
     "Sizes: a .npy of ranks x ranks [bytes], rounded down; the diagonal stays local, zero is no message. Starts and "
     "finishes: ranks x ranks [s], NaN where there is no message.",
@@ -80,33 +82,6 @@ def alltoall(
     check(fidelity in FIDELITIES, "--fidelity", "", "must be exact or port", fidelity, near_match(fidelity, FIDELITIES))
     check(finish is None or finish.suffix == ".npy", "--finish", "", "must end in .npy", str(finish))
     assert sizes is not None
-    from moesim.catalog.hardware import load_cluster
-    from moesim.fabric.algorithms import Hierarchical, algorithm_of
-    from moesim.study.alltoall import fabric_of, stated_derates, time_exchange
-
-    policy = algorithm_of(algorithm)
-    if num_sms is not None:
-        check(isinstance(policy, Hierarchical), "--num-sms", "", "goes with --algorithm hierarchical", algorithm)
-        policy = Hierarchical(num_sms=num_sms)
-    described = load_cluster(cluster, changes=settings)
-    bytes_RR, starts_RR = _matrices(sizes, starts)
-    fabric = fabric_of(
-        described,
-        len(bytes_RR),
-        line_rate=line_rate,
-        slow=_slow(slow),
-        rate_spread=rate_jitter,
-        latency_spread_s=_seconds(latency_jitter),
-        seed=seed,
-    )
-    with working(call, f"Timing {len(bytes_RR)} ranks"):
-        timed = time_exchange(bytes_RR, fabric, algorithm=policy, fidelity=fidelity, starts=starts_RR)  # type: ignore[arg-type]
-    if finish is not None:
-        from moesim.door.arrays import write_array
-
-        found = timed.completed.finish_RR
-        write_array(finish, [found], name="finish_s", shape=found.shape, dtype=found.dtype)
-        call.note(f"wrote {finish}")
     inputs: dict[str, Any] = {
         "bytes": str(sizes),
         "cluster": cluster,
@@ -122,14 +97,52 @@ def alltoall(
         "settings": settings,
         "seed": seed,
     }
+    return _timed(call, inputs, *_matrices(sizes, starts), finish)
+
+
+def _timed(call: Call, inputs: dict[str, Any], bytes_RR: Any, starts_RR: Any, finish: Path | None) -> Answer:
+    """The exchange of a call's inputs, timed."""
+    from moesim.catalog.hardware import load_cluster
+    from moesim.study.alltoall import fabric_of, stated_derates, time_exchange
+
+    policy, line_rate = _policy(inputs["algorithm"], inputs["num_sms"]), inputs["line_rate"]
+    described = load_cluster(inputs["cluster"], changes=inputs["settings"])
+    fabric = fabric_of(
+        described,
+        len(bytes_RR),
+        line_rate=line_rate,
+        slow=_slow(inputs["slow"]),
+        rate_spread=inputs["rate_jitter"],
+        latency_spread_s=_seconds(inputs["latency_jitter"]),
+        seed=inputs["seed"],
+    )
+    with working(call, f"Timing {len(bytes_RR)} ranks"):
+        timed = time_exchange(bytes_RR, fabric, algorithm=policy, fidelity=inputs["fidelity"], starts=starts_RR)
+    if finish is not None:
+        from moesim.door.arrays import write_array
+
+        found = timed.completed.finish_RR
+        write_array(finish, [found], name="finish_s", shape=found.shape, dtype=found.dtype)
+        call.note(f"wrote {finish}")
     derates = {} if line_rate else stated_derates(described)
     return Answer(
         inputs=inputs,
         result=timed.to_dict(),
-        tables=_tables(timed, algorithm, len(bytes_RR)),
+        tables=_tables(timed, inputs["algorithm"], len(bytes_RR)),
         provenance=_provenance(described, derates),
         warnings=[] if derates or line_rate else ["the cluster's file has no derates: links run at line rate"],
     )
+
+
+def _policy(algorithm: str, num_sms: int | None) -> Algorithm:
+    """The algorithm of a name; num_sms goes with the hierarchical one."""
+    from moesim.fabric.algorithms import Hierarchical, algorithm_of
+
+    policy = algorithm_of(algorithm)
+    if num_sms is None:
+        return policy
+    check(isinstance(policy, Hierarchical), "--num-sms", "", "goes with --algorithm hierarchical", algorithm)
+    return Hierarchical(num_sms=num_sms)
 
 
 def _matrices(sizes: Path, starts: Path | None) -> tuple[Any, Any]:

@@ -37,9 +37,8 @@ def shared_ports(
     finish_BR: Floats,
     finish_BRR: Floats,
 ) -> None:
-    """Fill finish_BR, and finish_BRR unless it is empty: see moesim.fabric.port.port_finish_s.
-
-    bits_BRR: the memory of bytes_BRR as integers. hops: messages for another rail hop to its rank by NVLink.
+    """Fill finish_BR, and finish_BRR unless it is empty: see ``port.port_finish_s``. bits_BRR: bytes_BRR's memory as
+    integers. hops: messages for another rail hop to its rank by NVLink.
     """
     num_ranks = bytes_BRR.shape[1]
     in_pairs = finish_BRR.size > 0
