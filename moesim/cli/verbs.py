@@ -371,8 +371,9 @@ def report(
         str | None,
         typer.Argument(
             metavar="[NOTEBOOK]",
-            help="10_planning_report (the default), 15_calibration, 20_routing_and_drops, 30_expert_placement, "
-            "35_all_to_all, 45_goodput_and_cost, 50_quality_vs_active_flops, or a file of your own.",
+            help="10_planning_report (the default), 12_memory, 15_calibration, 20_routing_and_drops, "
+            "30_expert_placement, 35_all_to_all, 45_goodput_and_cost, 50_quality_vs_active_flops, "
+            "or a file of your own.",
             show_default=False,
         ),
     ] = None,
