@@ -22,6 +22,7 @@ from moesim.catalog.hardware import CLUSTER_NAMES, load_cluster
 from moesim.catalog.models import MODEL_NAMES, load_model
 from moesim.cost.context import check_context
 from moesim.cost.recompute import useful_modules
+from moesim.describe.documents import HistogramLengths
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism, RankLayout
@@ -367,7 +368,8 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def spelt_out(raw: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """The file's mapping with its short forms written out: ``recording: FILE`` is a popularity, recorded; a popularity
-    of which only a measure is given is lognormal; rank_speeds may be a text such as ``3=0.8,8-15=0.5``. Raises
+    of which only a measure is given is lognormal, and so are documents without a file; rank_speeds may be a text such
+    as ``3=0.8,8-15=0.5``. Raises
     InputError for a recording beside a popularity.
 
     >>> spelt_out({"routing": {"recording": "trace.npy"}}, "scenario")
@@ -377,6 +379,10 @@ def spelt_out(raw: Mapping[str, Any], owner: str) -> dict[str, Any]:
     if isinstance(raw.get("placement"), Mapping) and "rank_speeds" in raw["placement"]:
         speeds = _speeds_spelt_out(raw["placement"]["rank_speeds"], f"{owner}.placement")
         raw["placement"] = dict(raw["placement"]) | {"rank_speeds": speeds}
+    documents = raw["train"].get("documents") if isinstance(raw.get("train"), Mapping) else None
+    if isinstance(documents, Mapping) and "kind" not in documents:
+        kind = {"kind": "histogram" if "file" in documents else "lognormal"}
+        raw["train"] = dict(raw["train"]) | {"documents": kind | dict(documents)}
     if not isinstance(raw.get("routing"), Mapping):
         return raw
     routing = dict(raw["routing"])
@@ -456,11 +462,15 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _files_beside(asked: _File, folder: Path | None) -> _File:
-    """The file with the recording and the map that it names looked up beside it first; both must exist."""
+    """The file with the files that it names (recording, documents, map) looked up beside it first; all must exist."""
     popularity, choice = asked.routing.popularity, asked.placement
     if isinstance(popularity, Recorded):
         found = dataclasses.replace(popularity, file=_existing(_beside(popularity.file, folder), "recording"))
         asked = dataclasses.replace(asked, routing=dataclasses.replace(asked.routing, popularity=found))
+    documents = asked.train.documents
+    if isinstance(documents, HistogramLengths):
+        counted = dataclasses.replace(documents, file=_existing(_beside(documents.file, folder), "train.documents"))
+        asked = dataclasses.replace(asked, train=dataclasses.replace(asked.train, documents=counted))
     if choice.map is not None:
         named = _existing(_beside(choice.map, folder), "map")
         asked = dataclasses.replace(asked, placement=dataclasses.replace(choice, map=named))

@@ -42,7 +42,8 @@ def exposed_s(*, backward: bool = False, **leaves: Any) -> float:
     device = device_cost(scenario.cluster.gpu, scenario.train.precision)
     layer = scenario.model.layers[0]
     cost = layer_cost(scenario.model, layer, parallel=scenario.parallel, train=scenario.train, device=device)
-    return context_s(scenario, cost, cost.backward if backward else cost.forward)
+    core_s = (cost.backward if backward else cost.forward).core_attention_s
+    return float(context_s(scenario, cost, core_s, is_backward=backward))
 
 
 def test_a_token_has_the_bytes_of_its_heads() -> None:
@@ -84,7 +85,7 @@ def test_exchanging_heads_moves_what_a_rank_has_whatever_the_number_of_ranks() -
 def test_two_nodes_are_slower_than_one_for_every_kind() -> None:
     for kind in KINDS:  # tp=2 beside it: eight ranks of a sequence lie on two nodes
         near, far = (exposed_s(cp_kind=kind, model="olmoe-1b-7b", tp=2, cp=cp, seq_len=2048) for cp in (4, 8))
-        assert far > 1.5 * near, kind
+        assert far > 1.2 * near, kind
 
 
 def test_one_rank_per_sequence_knows_no_kind() -> None:

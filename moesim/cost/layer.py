@@ -27,6 +27,7 @@ from moesim.units import BYTES_PER_ELEMENT
 
 Floats = NDArray[np.floating]
 ACTIVATION_BYTES = BYTES_PER_ELEMENT["bf16"]
+_SHARES = 33
 LOGIT_BYTES = BYTES_PER_ELEMENT["float32"]
 
 
@@ -294,14 +295,44 @@ def _attention_s(
     return seconds
 
 
+def packed_attention_s(
+    model: Model,
+    layer: Layer,
+    share: Floats,
+    *,
+    parallel: Parallelism,
+    train: Training,
+    device: DeviceCost,
+    backward: bool,
+) -> Floats:
+    """Seconds of scores and weighted values of packed sequences, beyond those of whole ones (mostly less than 0).
+
+    share: of a whole sequence's attention, any shape; between _SHARES evenly spaced ones times are interpolated. See
+    docs/model.md#packed-documents.
+    """
+    grid = np.linspace(float(share.min()), float(share.max()), _SHARES)
+    seconds = [
+        _core_attention_s(model, layer, parallel, train, device, backward=backward, share=float(each)) for each in grid
+    ]
+    whole = _core_attention_s(model, layer, parallel, train, device, backward=backward)
+    return np.interp(share, grid, seconds) - whole
+
+
 def _core_attention_s(
-    model: Model, layer: Layer, parallel: Parallelism, train: Training, device: DeviceCost, *, backward: bool
+    model: Model,
+    layer: Layer,
+    parallel: Parallelism,
+    train: Training,
+    device: DeviceCost,
+    *,
+    backward: bool,
+    share: float = 1.0,
 ) -> float:
     """Seconds of scores and weighted values on one rank. A flash kernel's backward makes five products for the
     forward's two, three of them over query elements and two over value elements. arXiv 2205.14135.
     """
     rows = rank_tokens(parallel, train) * parallel.tp
-    flops = rows * layer_flops(model, layer, train.seq_len).attention_sequence / parallel.tp
+    flops = share * rows * layer_flops(model, layer, train.seq_len).attention_sequence / parallel.tp
     query_dim, value_dim = _head_dims(layer.attention)
     dims = query_dim + value_dim
     heads = layer.attention.num_heads / parallel.tp * (1 if layer.cross_attention is None else 2)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from moesim.describe.capacity import Capacity, Gshard, Megablocks, Megatron, RankBuffer, Tutel
 from moesim.describe.checks import check_choice, check_number, check_whole
+from moesim.describe.documents import Documents
 from moesim.describe.popularity import (
     Balanced,
     Correlation,
@@ -137,6 +138,7 @@ class Training:
     offload: str | tuple[str, ...] = "none"  # a text once it is born
     fused_loss: bool = False
     cuda_graphs: str | tuple[str, ...] = "none"  # a text once it is born
+    documents: Documents | None = None  # that sequences are packed from, each seeing itself only; None: whole sequences
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "micro_batch", "global_batch"):

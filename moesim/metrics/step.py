@@ -86,10 +86,14 @@ class StepResult:
     binds: str  # the part that takes the most time, in words
     provenance: tuple[Provenance, ...]
     warnings: tuple[str, ...]
+    # Of packed documents: shares of a whole sequence's attention, and what their unevenness costs; None without them.
+    packing: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; load_LE as nested lists."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.packing is None:
+            del plain["packing"]
         return plain | {
             "load_LE": self.load_LE.tolist(),
             "provenance": [dataclasses.asdict(item) for item in self.provenance],
@@ -116,7 +120,21 @@ class StepResult:
             ("Pipeline bubble", f"{self.bubble_fraction:.1%} of the step"),
             ("Busiest expert over the mean", f"{self.max_mean_load:.2f}x"),
             ("Dropped assignments", f"{self.drop_fraction:.2%}"),
+            *self._packing_rows(),
             ("Binds", self.binds),
+        ]
+
+    def _packing_rows(self) -> list[tuple[str, str]]:
+        if self.packing is None:
+            return []
+        mean, slowest = self.packing["mean_share"], self.packing["slowest_over_mean"]
+        late_s = self.packing["imbalance_s"]
+        return [
+            (
+                "Attention of packed documents",
+                f"{mean:.0%} of whole sequences', slowest replica {slowest:.2f}x the mean",
+            ),
+            ("Lost to uneven documents", f"{format_seconds(late_s)}, {late_s / self.step_s:.1%} of the step"),
         ]
 
     def _repr_html_(self) -> str:

@@ -5,6 +5,8 @@ Legend: G expert-parallel groups, M micro-batches, L MoE layers, E experts, R ra
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,7 @@ from moesim.cost.activations import MEGATRON
 from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory
 from moesim.cost.precision import RECIPES
-from moesim.describe.flops import training_flops_per_token
+from moesim.describe.flops import BACKWARD_OVER_FORWARD, layer_flops, training_flops_per_token
 from moesim.describe.hardware import Sourced
 from moesim.describe.popularity import popularity_words
 from moesim.describe.workload import Recorded
@@ -22,6 +24,8 @@ from moesim.metrics.scored import accuracy_statement, accuracy_warning
 from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, STEP_PARTS, StepResult
 from moesim.routing.statistics import entropy, gini, load_alerts, max_mean
 from moesim.scenario import Scenario
+from moesim.timeline.packed import PackedWork
+from moesim.timeline.step import run_step
 from moesim.timeline.trace import Trace
 
 _COMPUTE_PARTS = tuple(part for part in STEP_PARTS if part not in (*COMM_PARTS, "wait_for_slowest", "pipeline_bubble"))
@@ -60,6 +64,8 @@ def summarise(trace: Trace) -> StepResult:
         )
         for full in (False, True)
     )
+    if trace.packed is not None:
+        flops -= tokens * _packed_away(trace.packed, scenario)
     memories = memory_by_stage(scenario, trace.load)
     worst = max(memories, key=lambda memory: memory.peak_bytes)
     headroom = scenario.cluster.gpu.memory_bytes.value - worst.peak_bytes
@@ -107,7 +113,27 @@ def summarise(trace: Trace) -> StepResult:
         binds=binds(parts, step_s),
         provenance=(*trace.device.provenance, *_cluster_provenance(scenario), *_memory_provenance()),
         warnings=_warnings(trace, headroom, over_steps),
+        packing=_packing(trace),
     )
+
+
+def _packing(trace: Trace) -> dict[str, float] | None:
+    """What packed documents do to the step: shares of attention, and the time that their unevenness costs."""
+    if trace.packed is None:
+        return None
+    even_s = run_step(trace.scenario, packed=trace.packed.evened()).step_s
+    return trace.packed.numbers() | {"step_even_s": even_s, "imbalance_s": trace.step_s - even_s}
+
+
+def _packed_away(packed: PackedWork, scenario: Scenario) -> float:
+    """FLOPs a trained token needs less, since it sees its own document only."""
+    model, train = scenario.model, scenario.train
+    layers = Counter(model.layers + (model.mtp_layers if train.mtp else ()))
+    saved = (
+        count * layer_flops(model, layer, train.seq_len).attention_sequence * (1 - packed.mean(layer))
+        for layer, count in layers.items()
+    )
+    return (1 + BACKWARD_OVER_FORWARD) * sum(saved)
 
 
 def step_parts(trace: Trace) -> dict[str, float]:

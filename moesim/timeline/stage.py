@@ -31,6 +31,7 @@ from moesim.cost.layer import (
     layer_cost,
     moving_s,
     mtp_projection_s,
+    packed_attention_s,
     rank_tokens,
     weight_casts_s,
     weight_gradients_s,
@@ -44,6 +45,7 @@ from moesim.fabric.collectives import allgather_s, even_alltoall_s, send_s
 from moesim.fabric.nccl import NcclRates, nccl_s
 from moesim.fabric.ports import rate
 from moesim.scenario import Scenario
+from moesim.timeline.packed import PackedWork
 from moesim.timeline.phases import Phase
 
 Floats = NDArray[np.floating]
@@ -84,6 +86,7 @@ class StagePlan:
     ]  # seconds to reduce-scatter a chunk's gradients after each backward (ZeRO-2, 3), else 0
     issue_s: float = 0.0  # host time to issue one operation
 
+    packed: PackedWork | None = None  # attention of packed sequences; None: of whole ones
     backwards: dict[int, list[Phase]] = field(default_factory=dict, compare=False)  # by chunk, once written down
 
     def phases(self, way: Way, chunk: int) -> list[Phase]:
@@ -228,10 +231,25 @@ class StagePlan:
         # A forward's products have the FLOPs of their weight gradients, a backward's twice as many.
         attention_s, ffn_s = self._weight_gradients_s(layer)
         is_backward = one_pass is cost.backward
-        attention = _local("attention", "attention", index, one_pass.attention_s, attention_s * is_backward)
+        seconds = one_pass.attention_s + self._packing_s(layer, backward=is_backward)
+        attention = _local("attention", "attention", index, seconds, attention_s * is_backward)
         products_s = (attention_s + ffn_s) * (1 + is_backward)
-        in_step = self._in_step(index, cost, one_pass.num_tp_collectives, one_pass)
+        in_step = self._in_step(index, layer, cost, one_pass.num_tp_collectives, one_pass)
         return [*in_step, replace(attention, products_s=products_s)]
+
+    def _packing_s(self, layer: Layer, *, backward: bool) -> Floats | float:
+        """Seconds by which packing changes one pass of a layer's attention."""
+        if self.packed is None:
+            return 0.0
+        return packed_attention_s(
+            self.scenario.model,
+            layer,
+            self.packed.share_MR(layer),
+            parallel=self.scenario.parallel,
+            train=self.scenario.train,
+            device=self.device,
+            backward=backward,
+        )
 
     def _weight_gradients_s(self, layer: Layer) -> tuple[float, float]:
         """Of a layer's attention and of its dense or shared block."""
@@ -240,15 +258,19 @@ class StagePlan:
             scenario.model, layer, parallel=scenario.parallel, train=scenario.train, device=self.device
         )
 
-    def _in_step(self, index: int, cost: LayerCost, num_tp_collectives: int, attention: PassCost | None) -> list[Phase]:
+    def _in_step(
+        self, index: int, layer: Layer, cost: LayerCost, num_tp_collectives: int, attention: PassCost | None
+    ) -> list[Phase]:
         """Collectives of the tensor- and context-parallel group; attention: the pass whose exchange is among them."""
         parallel = self.scenario.parallel
         in_step = parallel.tp * parallel.cp
         if in_step == 1:
             return []
-        seconds = num_tp_collectives * _gather_s(parallel.tp, 1, cost.tp_bytes, self.scenario)
+        seconds: Floats | float = num_tp_collectives * _gather_s(parallel.tp, 1, cost.tp_bytes, self.scenario)
         if attention is not None and parallel.cp > 1:
-            seconds += context_s(self.scenario, cost, attention)
+            is_backward = attention is cost.backward
+            core_s = attention.core_attention_s + self._packing_s(layer, backward=is_backward)
+            seconds = seconds + context_s(self.scenario, cost, core_s, is_backward=is_backward)
         return [
             Phase(
                 name="tensor parallel",
@@ -274,9 +296,10 @@ class StagePlan:
             attention = cost.forward if operation == "core attention" else None
             parallel, device = self.scenario.parallel, self.device
             seconds = again_s(self.scenario.model, layer, operation, parallel=parallel, train=train, device=device)
-            phases = [_local(operation, "attention", index, seconds)]
+            packing_s = self._packing_s(layer, backward=False) if attention is not None else 0.0
+            phases = [_local(operation, "attention", index, seconds + packing_s)]
         if tp_collectives or attention is not None:
-            phases = [*self._in_step(index, cost, tp_collectives, attention), *phases]
+            phases = [*self._in_step(index, layer, cost, tp_collectives, attention), *phases]
         return [_as_recompute(phase) for phase in phases]
 
     def _moe_forward(self, index: int, at: int, moe: MoeFfn, one_pass: PassCost) -> list[Phase]:
@@ -382,14 +405,15 @@ def _as_recompute(phase: Phase) -> Phase:
     return replace(phase, name=f"{phase.name} again", part=phase.part if phase.is_comm else "recompute")
 
 
-def context_s(scenario: Scenario, cost: LayerCost, one_pass: PassCost) -> float:
-    """Seconds by which one pass of attention is longer for its context-parallel exchange.
-
-    See docs/model.md#context-parallelism.
+def context_s(
+    scenario: Scenario, cost: LayerCost, core_attention_s: Floats | float, *, is_backward: bool
+) -> Floats | float:
+    """Seconds by which one pass of attention is longer for its context-parallel exchange; core_attention_s: of its
+    scores and weighted values, behind which a ring hides. See docs/model.md#context-parallelism.
     """
     parallel, cluster = scenario.parallel, scenario.cluster
     # Keys and values travel once forward; backward they and their gradients do.
-    rounds = 2 if one_pass is cost.backward else 1
+    rounds = 2 if is_backward else 1
     if parallel.cp_kind == "allgather":
         return rounds * _gather_s(parallel.cp, parallel.tp, cost.cp_bytes, scenario)
     in_node = max(min(parallel.cp, cluster.ranks_per_node // parallel.tp), 1)
@@ -398,7 +422,7 @@ def context_s(scenario: Scenario, cost: LayerCost, one_pass: PassCost) -> float:
             float(even_alltoall_s(parallel.cp, in_node, num_bytes, cluster)) for num_bytes in cost.cp_exchange_bytes
         )
     hop_s = float(send_s(rounds * cost.cp_bytes / parallel.cp, in_node == parallel.cp, cluster))
-    return (parallel.cp - 1) * max(hop_s - one_pass.core_attention_s / parallel.cp, 0.0)
+    return (parallel.cp - 1) * np.maximum(hop_s - core_attention_s / parallel.cp, 0.0)
 
 
 def _gather_s(group_size: int, stride: int, num_bytes: float, scenario: Scenario) -> float:

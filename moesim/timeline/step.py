@@ -25,6 +25,7 @@ from moesim.fabric.collectives import send_s
 from moesim.scenario import Scenario
 from moesim.timeline.load import StepLoad, step_load
 from moesim.timeline.overlap import WITHIN, alone, beside, halved, lay_out_program, overlapped, sm_share
+from moesim.timeline.packed import PackedWork, packed_work
 from moesim.timeline.phases import Floats, OperationTimes, Phase, lay_out
 from moesim.timeline.pipeline import StageClock, StageWork, run_pipeline
 from moesim.timeline.reduction import gradient_reduction_s, hidden_behind_s, sharded_weights_s
@@ -59,11 +60,17 @@ class _Stage:
     gather_s: float
 
 
-def run_step(scenario: Scenario, trace_ranks: Sequence[int] = (), constants: StepConstants | None = None) -> Trace:
+def run_step(
+    scenario: Scenario,
+    trace_ranks: Sequence[int] = (),
+    constants: StepConstants | None = None,
+    packed: PackedWork | None = None,
+) -> Trace:
     """Simulate one training step. Same scenario, same trace, on any number of threads.
 
     trace_ranks: global ranks whose spans are kept, besides the median and the hottest rank of each stage. constants:
     what the step loses against its kernels alone; None: the catalog's of this GPU, none with a calibration profile.
+    packed: the attention of its packed sequences in place of what the scenario's documents draw.
 
     Raises InputError where the scenario breaks a rule that only shows here, NotModelledError for what is not modelled.
     """
@@ -77,10 +84,12 @@ def run_step(scenario: Scenario, trace_ranks: Sequence[int] = (), constants: Ste
     constants = constants_of(gpu, alone) if constants is None else constants
     device = sustained(alone, constants, gpu)
     load = step_load(scenario)
+    packed = packed_work(scenario) if packed is None else packed
     paired = "forward_backward" in scenario.train.overlaps
     schedule = make_schedule(scenario.train.schedule, pp=parallel.pp, vpp=parallel.vpp, paired=paired)
     stages = [
-        _lay_out_stage(scenario, device, constants, load, schedule, stage, trace_ranks) for stage in range(parallel.pp)
+        _lay_out_stage(scenario, device, constants, load, packed, schedule, stage, trace_ranks)
+        for stage in range(parallel.pp)
     ]
     times = [kind.times for stage in stages for kind in stage.kinds]
     num_blocks = 1 if _all_blocks_same(times) else layout.num_blocks
@@ -92,6 +101,7 @@ def run_step(scenario: Scenario, trace_ranks: Sequence[int] = (), constants: Ste
         scenario=scenario,
         device=device,
         load=load,
+        packed=packed,
         step_s=step_s,
         stages=tuple(runs),
         ranks_per_stage=layout.ranks_per_stage,
@@ -105,6 +115,7 @@ def _lay_out_stage(
     device: DeviceCost,
     constants: StepConstants,
     load: StepLoad | None,
+    packed: PackedWork | None,
     schedule: Schedule,
     stage: int,
     trace_ranks: Sequence[int],
@@ -136,6 +147,7 @@ def _lay_out_stage(
         depths=chunk_depths(parallel, scenario.train, stage),
         last_depth=parallel.pp * parallel.vpp - 1,
         load=here,
+        packed=packed,
         weight_gather_C=gathers,
         gradient_scatter_C=scatters,
         issue_s=constants.issue_s,

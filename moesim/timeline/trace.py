@@ -21,6 +21,7 @@ from moesim.describe.schedules import Way
 from moesim.errors import InputError
 from moesim.scenario import Scenario
 from moesim.timeline.load import StepLoad
+from moesim.timeline.packed import PackedWork
 from moesim.timeline.phases import COMM_PARTS, Floats, OperationTimes
 from moesim.units import MEGA, MICRO
 
@@ -84,6 +85,7 @@ class Trace:
     scenario: Scenario
     device: DeviceCost
     load: StepLoad | None  # None for a dense model
+    packed: PackedWork | None  # None where sequences are not packed from documents
     step_s: float
     stages: tuple[StageRun, ...]
     ranks_per_stage: int
