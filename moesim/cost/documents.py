@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moesim.describe.documents import OWNER, Documents, HistogramLengths
 from moesim.door.records import number_of, read_records
 from moesim.errors import check
+from moesim.units import TERA
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -77,7 +78,7 @@ def _law(documents: Documents) -> tuple[Callable[[int, np.random.Generator], Who
 
     def draw(count: int, rng: np.random.Generator) -> Whole:
         drawn = np.ceil(np.minimum(median * np.exp(sigma * rng.standard_normal(count)), most))
-        return np.maximum(np.minimum(drawn, 2.0**40), 1).astype(np.int64)
+        return np.maximum(np.minimum(drawn, TERA), 1).astype(np.int64)
 
     # E[min(X, max)] of a lognormal X.
     normal = _normal_below
