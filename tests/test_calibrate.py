@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -92,6 +98,49 @@ def test_a_killed_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch):
         kept = json.loads(whole.splitlines()[2])
     first = sum(kept["samples_s"]) / len(kept["samples_s"])
     assert any(medians[0] == pytest.approx(first) for medians in samples), "the first run's samples were used"
+
+
+def calibrate_tiny(out: str) -> None:
+    """What the killed process runs."""
+    timing._CPU_ARENA_BYTES, timing._STIRRED_BYTES = (2**20, 2**20), 4
+    calibrate("cpu", TINY, quick=True, out_path=out, progress=_silent, effort=ONCE)
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_random_moments_loses_at_most_the_point_in_progress(tmp_path):
+    out, log = tmp_path / "p.json", tmp_path / "p.json.points.jsonl"
+    program = f"from tests.test_calibrate import calibrate_tiny; calibrate_tiny({str(out)!r})"
+    moments, kept, kills = random.Random(0), [], 0
+    while not out.exists():
+        process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+        deadline = time.monotonic() + 120.0
+        while process.poll() is None and time.monotonic() < deadline:
+            lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+            assert lines[: len(kept)] == kept or not lines, "what was measured before the kill is still there"
+            if kills < 4 and len(lines) > len(kept) + 1:  # it has gone on: kill it somewhere in the next points
+                time.sleep(moments.uniform(0.0, 0.2))
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+        if log.exists():
+            kept = log.read_bytes().split(b"\n")[:-1]
+    assert kills == 4
+    profile = json.loads(out.read_text())
+    assert all(len(point["pass_medians_s"]) == 2 for point in profile["points"])
+    assert len(kept) > 10, "the last run began with many points"
+    assert not log.exists()
+
+
+@pytest.mark.slow
+def test_a_quick_calibration_of_the_small_layer_takes_under_a_minute(tmp_path):
+    if os.getloadavg()[0] > 0.5:
+        pytest.skip("other work is running here, and a minute would not be one")
+    start_s = time.monotonic()
+    profile = calibrate("cpu", quick=True, out_path=tmp_path / "p.json", progress=_silent)
+    assert time.monotonic() - start_s < 60.0
+    assert profile["named_model"] == ["cpu-small"]
 
 
 @pytest.mark.skipif(ranks_at_hand(CPU) < 2, reason="needs two cores; this machine has one")
