@@ -34,7 +34,7 @@ from moesim.study.training import (  # noqa: E402
     training_study,
     usage_map,
 )
-from reference_model.experiments import EXPERIMENTS, SEEDS  # noqa: E402
+from reference_model.experiments import EXPERIMENTS, SEEDS, run_live  # noqa: E402
 from reference_model.runs import RECORDED, read_runs  # noqa: E402
 
 NAME = "50_quality_vs_active_flops"
@@ -209,21 +209,30 @@ def test_the_study_as_plain_values_has_all_seeds(study: TrainingStudy) -> None:
 # -------------------------------------------------------------------------------------------------------- the notebook
 
 
-@pytest.fixture(scope="module")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_notebook(NAME, {"live_steps": 1}, tmp_path_factory.mktemp("training") / "out", show_progress=False)
-
-
-def test_the_notebook_renders_whole_at_smoke_size(rendered: Path) -> None:
+def test_the_notebook_renders_whole_at_smoke_size(tmp_path: Path) -> None:
+    rendered = run_notebook(NAME, {"live_steps": 0}, tmp_path / "out", show_progress=False)
     names = {"report.html", "report.ipynb", "results.json", "results.csv"}
     assert {path.name for path in rendered.iterdir()} == names
     page = (rendered / "report.html").read_text()
-    assert page.count("<svg") == 8
-    assert page.count('class="takeaway"') == 13
-    assert "After 1 step here and now" in page
+    assert page.count("<svg") == 7
+    assert page.count('class="takeaway"') == 12
     assert "Traceback" not in page
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//", page)
     assert json.loads((rendered / "results.json").read_text())["command"] == "report"
+
+
+def test_the_live_part_says_how_far_it_came(study: TrainingStudy, tmp_path: Path) -> None:
+    live = run_live(tmp_path, num_steps=1)
+    assert "In 1 step the dense model went from" in training_sentences.about_live(live, study).text
+    assert "After 1 step here and now" in training_figures.live(live, study).alt
+
+
+@pytest.mark.slow  # the kernel imports what an optimizer needs of torch: seconds where no bytecode is kept
+def test_the_notebook_trains_live(tmp_path: Path) -> None:
+    page = (run_notebook(NAME, {"live_steps": 1}, tmp_path / "out", show_progress=False) / "report.html").read_text()
+    assert page.count("<svg") == 8
+    assert "After 1 step here and now" in page
+    assert "Traceback" not in page
 
 
 def test_its_parameters_are_its_own_and_a_scenario_is_refused(tmp_path: Path) -> None:
