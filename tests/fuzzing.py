@@ -8,10 +8,12 @@ program itself takes, and writes below its output folder only.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -82,11 +84,11 @@ def damaged_trees(draw: st.DrawFn, good: Mapping[str, Any]) -> Any:
         if how == 0:
             del parent[key]
         elif how == 1 and isinstance(parent, dict):
-            parent[draw(st.text(max_size=6))] = draw(st.sampled_from(NASTY))
+            parent[draw(st.text(max_size=6))] = copy.deepcopy(draw(st.sampled_from(NASTY)))
         elif how <= 5 and isinstance(at, (int, float)):
             parent[key] = draw(st.one_of(st.integers(-4, 200), st.floats(allow_nan=False, width=16)))
         else:
-            parent[key] = draw(st.sampled_from(NASTY))
+            parent[key] = copy.deepcopy(draw(st.sampled_from(NASTY)))
     return tree
 
 
@@ -267,7 +269,7 @@ def fuzz(kind: str, num: int, folder: Path) -> None:
         assert took_s < MAX_CPU_S, (took_s, content)
         assert not writes, (writes, content)
         seen[done.exit_code] = seen.get(done.exit_code, 0) + 1
-        os.system("rm -rf out/sweep")
+        shutil.rmtree("out/sweep", ignore_errors=True)
 
     one()
     print(json.dumps(seen))
@@ -285,7 +287,7 @@ def warm(kind: str, command: Callable[[str], list[str]]) -> None:
         np.save(name, good_loads(np.random.default_rng(0)))
     done = CliRunner().invoke(app, command(name))
     assert done.exit_code == 0, done.stderr
-    os.system("rm -rf out/sweep")
+    shutil.rmtree("out/sweep", ignore_errors=True)
 
 
 if __name__ == "__main__":
