@@ -14,12 +14,13 @@ from moesim.door import write_text_atomically
 from moesim.door.records import read_records
 from moesim.errors import InputError
 from moesim.report.accuracy_figures import predicted_measured
-from moesim.report.accuracy_page import accuracy_section, write_section
+from moesim.report.accuracy_page import accuracy_section, trace_section, write_section
 from moesim.report.memory_page import memory_section
 from moesim.study.accuracy import CARRIED, KINDS, Accuracy, carried_cases, score, summarise_errors
 from moesim.study.accuracy_dispatch import express, has_fit_setting, scored
 from moesim.study.accuracy_memory import memory_rows
 from moesim.study.accuracy_step import FITS
+from moesim.study.accuracy_trace import trace_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -96,4 +97,5 @@ if __name__ == "__main__":
     steps = {row.id: row for accuracy in accuracies if accuracy.kind == "training" for row in accuracy.rows}
     peaks = memory_rows(read_records(CARRIED / "memory.csv"), "memory.csv")
     write_section(DOCS / "accuracy.md", "memory", memory_section(peaks, steps))
+    write_section(DOCS / "accuracy.md", "trace", trace_section(trace_rows(read_records(CARRIED / "trace.csv"))))
     print(f"wrote {SCORES}, docs/accuracy.md and its figures")

@@ -15,6 +15,7 @@ from moesim.units import format_seconds
 
 if TYPE_CHECKING:
     from moesim.study.accuracy import Accuracy, AccuracyRow, ErrorSummary
+    from moesim.study.accuracy_trace import TraceRow
 
 HEAD = (
     "# Accuracy\n\nPredicted against measured, written by the tools named in each section. Errors are predicted over "
@@ -90,3 +91,38 @@ def _row_table(rows: Sequence[AccuracyRow]) -> list[str]:
         for row in rows
     ]
     return ["| row | predicted | measured | error | envelope |", "|---|---|---|---|---|", *body]
+
+
+def trace_section(rows: Sequence[TraceRow]) -> str:
+    """The section of one overlapped pair: every kind of kernel, and how much communication shows."""
+    by_id = {row.id: row for row in rows}
+    told = []
+    for row in rows:
+        predicted = "not modelled apart" if row.predicted_s is None else format_seconds(row.predicted_s)
+        error = "" if row.error_fraction is None else f"{row.error_fraction:+.1%}"
+        told.append(f"| {row.id} | {predicted} | {format_seconds(row.measured_s)} | {error} | {row.what} |")
+    exposed, span = by_id["exposed communication"], by_id["span"]
+    assert exposed.predicted_s is not None
+    assert span.predicted_s is not None
+    predicted_share = exposed.predicted_s / span.predicted_s
+    measured_share = exposed.measured_s / span.measured_s
+    return "\n".join(
+        [
+            "## One overlapped pair of DeepSeek-V3",
+            "",
+            "A forward of four MoE layers beside a backward of four (DualPipe, EP64, H800, FP8, routing forced even): "
+            f"the published profile of one rank ({span.source}) beside the same pair of a simulated step. Nothing is "
+            "fitted to it. Made by tools/make_accuracy.py from `moesim.study.accuracy_trace`.",
+            "",
+            f"Exposed communication: {predicted_share:.1%} of the span, measured {measured_share:.1%} "
+            f"({abs(predicted_share - measured_share) * 100:.1f} points off).",
+            "",
+            "| kernels | predicted | measured | error | what |",
+            "|---|---|---|---|---|",
+            *told,
+            "",
+            "Waiting for other ranks has no prediction: routing is even, and what delays ranks besides is not "
+            "modelled. Kernels of the trace ran beside collectives that held 20 of 132 multiprocessors; so do the "
+            "predicted ones.",
+        ]
+    )

@@ -314,12 +314,14 @@ def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, n
         topology = topology_of_group(cluster, node_of_rank_R, scenario.seed)
         by_message = partial(exchange_finish_s, copies, topology, dedup=sent.dedup)
         dispatch, combine = (partial(by_message, direction=way) for way in get_args(Direction))
-    out, back = seconds(dispatch, wide), seconds(combine, wide)
+    # DeepEP's dispatch takes FP8 rows of gradients as well; combines stay wide. arXiv 2412.19437, section 3.3.3.
+    gradient = narrow if scenario.routing.dispatcher == "deepep" else wide
+    out, back = seconds(dispatch, narrow), seconds(combine, wide)
     return Exchange(
-        dispatch_s_GMLR=out if narrow == wide else seconds(dispatch, narrow),
+        dispatch_s_GMLR=out,
         combine_s_GMLR=back,
         dispatch_backward_s_GMLR=back,
-        combine_backward_s_GMLR=out,
+        combine_backward_s_GMLR=out if gradient == narrow else seconds(dispatch, gradient),
         arrived_GMLR=received if sent.dedup == "none" else copies.visits_GMLR * (parallel.ep * parallel.etp),
     )
 
