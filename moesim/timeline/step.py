@@ -65,12 +65,14 @@ def run_step(
     trace_ranks: Sequence[int] = (),
     constants: StepConstants | None = None,
     packed: PackedWork | None = None,
+    device: DeviceCost | None = None,
 ) -> Trace:
     """Simulate one training step. Same scenario, same trace, on any number of threads.
 
     trace_ranks: global ranks whose spans are kept, besides the median and the hottest rank of each stage. constants:
     what the step loses against its kernels alone; None: the catalog's of this GPU, none with a calibration profile.
     packed: the attention of its packed sequences in place of what the scenario's documents draw.
+    device: what kernels take, in place of the GPU's own.
 
     Raises InputError where the scenario breaks a rule that only shows here, NotModelledError for what is not modelled.
     """
@@ -80,7 +82,7 @@ def run_step(
         all(rank in known for rank in trace_ranks), "trace", "ranks", f"must lie in 0..{known[-1]}", list(trace_ranks)
     )
     gpu = scenario.cluster.gpu
-    alone = device_cost(gpu, scenario.train.precision, scenario.profile)
+    alone = device_cost(gpu, scenario.train.precision, scenario.profile) if device is None else device
     constants = constants_of(gpu, alone) if constants is None else constants
     device = sustained(alone, constants, gpu)
     load = step_load(scenario)
