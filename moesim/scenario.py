@@ -143,7 +143,9 @@ class Scenario:
     train: Training = field(default_factory=Training)
     routing: Routing = field(default_factory=Routing)
     placement: PlacementChoice = field(default_factory=PlacementChoice)
-    profile: str = "auto"  # auto: a committed profile of this GPU if there is one; datasheet; or a profile's path
+    profile: str = (
+        "auto"  # auto: a committed profile of this GPU, else datasheet; measured: the extra's tables; or a path
+    )
     fidelity: Literal["port", "exact"] = "port"
     seed: int = 0
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as asked, for echoing

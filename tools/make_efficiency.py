@@ -10,7 +10,6 @@ Legend: N rows of a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,15 @@ from numpy.typing import NDArray
 
 from moesim.catalog.hardware import load_gpu
 from moesim.catalog.measured import SOURCE, SYSTEMS, tables
-from moesim.cost.device import EFFICIENCY_FILE, ProductLaw, smooth_max
+from moesim.catalog.silicon import NEWEST, ProductTable, product_table
+from moesim.cost.device import EFFICIENCY_FILE, ProductLaw
 from moesim.describe.hardware import Gpu
 from moesim.door import write_text_atomically
 from moesim.door.records import read_parquet_columns
 from moesim.seeds import stream
-from moesim.units import MICRO, MILLI
+from moesim.units import BYTES_PER_ELEMENT, MICRO, MILLI
 
 Floats = NDArray[np.float64]
-NEW = "trtllm/1.3.0rc20"  # whose products are torch's (cuBLAS)
-GEMM_RELEASES = {"a100-80gb": "sglang/0.5.10", "nvfp4": "vllm/0.24.0"}  # elsewhere NEW
 MOST_ROWS = 3000
 LENGTHS = (2048, 4096, 8192)
 HEAD = """\
@@ -55,58 +53,12 @@ TYPED_ATTENTION = f"""\
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Timed products: rows, columns, reduced, seconds."""
-
-    m_N: Floats
-    n_N: Floats
-    k_N: Floats
-    seconds_N: Floats
-
-    def pick(self, chosen_N: NDArray[np.bool_] | NDArray[np.int64]) -> Table:
-        return Table(
-            m_N=self.m_N[chosen_N], n_N=self.n_N[chosen_N], k_N=self.k_N[chosen_N], seconds_N=self.seconds_N[chosen_N]
-        )
+def sizes_of_training(table: ProductTable) -> ProductTable:
+    """The rows with sizes that training has."""
+    return table.pick((table.n_N >= 512) & (table.n_N <= 20_000) & (table.k_N >= 512) & (table.k_N <= 20_000))
 
 
-def gemm_table(gpu: str, release: str, dtype: str) -> Table:
-    """Every timed product of this type with sizes that training has."""
-    path = tables() / SYSTEMS[gpu] / "gemm" / release / "gemm_perf.parquet"
-    rows = [
-        row
-        for row in read_parquet_columns(path, ("gemm_dtype", "m", "n", "k", "latency"))
-        if row["gemm_dtype"] == dtype
-    ]
-    kept = [r for r in rows if r["m"] >= 64 and 512 <= r["n"] <= 20_000 and 512 <= r["k"] <= 20_000]
-    m, n, k, latency = (np.array([row[name] for row in kept], dtype=np.float64) for name in ("m", "n", "k", "latency"))
-    return Table(m_N=m, n_N=n, k_N=k, seconds_N=latency * MILLI)
-
-
-def without_casts(table: Table, gpu: str) -> Table:
-    """FP8 rows time the scale and the cast of the activations too; the same release's own tables of these are taken
-    off, and rows that were mostly casts left out.
-    """
-    casts: dict[tuple[float, float], float] = {}
-    for name in ("computescale", "scale_matrix"):
-        path = tables() / SYSTEMS[gpu] / "quantize" / NEW / f"{name}_perf.parquet"
-        for row in read_parquet_columns(path, ("m", "k", "latency")):
-            casts[row["m"], row["k"]] = casts.get((row["m"], row["k"]), 0.0) + row["latency"] * MILLI
-    cast_N = np.array([casts.get((m, k), np.inf) for m, k in zip(table.m_N, table.k_N, strict=True)])
-    bare_N = table.seconds_N - cast_N
-    kept = bare_N > 0.4 * table.seconds_N
-    return Table(m_N=table.m_N[kept], n_N=table.n_N[kept], k_N=table.k_N[kept], seconds_N=bare_N[kept])
-
-
-def law_s(law: ProductLaw, table: Table, peak: float, memory: float, element_bytes: float) -> Floats:
-    """The law's seconds of each row."""
-    m, n, k = table.m_N, table.n_N, table.k_N
-    flops = 2 * np.ceil(m / law.tile_rows) * law.tile_rows * n * (k + law.reduce_overhead)
-    moved = (m * k + n * k) * element_bytes + m * n * 2
-    return law.start_s + smooth_max(flops / (peak * law.utilisation), moved / (memory * law.memory_utilisation))
-
-
-def fit(table: Table, peak: float, memory: float, element_bytes: float) -> tuple[ProductLaw, Floats]:
+def fit(table: ProductTable, peak: float, memory: float, element_bytes: float) -> tuple[ProductLaw, Floats]:
     """The law fitted on half of the pairs (columns, reduced), and its errors on the other half."""
     rng = stream(0, "make_efficiency")
     if len(table.m_N) > MOST_ROWS:
@@ -123,12 +75,16 @@ def fit(table: Table, peak: float, memory: float, element_bytes: float) -> tuple
         )
 
     def loss(at: Floats) -> float:
-        error = np.log(law_s(law(at), train, peak, memory, element_bytes) / train.seconds_N)
+        error = np.log(
+            law(at).product_s(train.m_N, train.n_N, train.k_N, peak, memory, element_bytes) / train.seconds_N
+        )
         return float(np.mean(np.sqrt(error**2 + 0.05**2)))
 
     starts = [np.log([0.8, 200.0, 0.8, 3.0]), np.log([0.6, 30.0, 0.7, 5.0])]
     best = min((descend(loss, at, np.array([0.1, 0.4, 0.1, 0.4])) for at in starts), key=loss)
-    return law(best), law_s(law(best), rest, peak, memory, element_bytes) / rest.seconds_N - 1.0
+    return law(best), law(best).product_s(
+        rest.m_N, rest.n_N, rest.k_N, peak, memory, element_bytes
+    ) / rest.seconds_N - 1.0
 
 
 def descend(loss: Callable[[Floats], float], at: Floats, step: Floats) -> Floats:
@@ -149,46 +105,39 @@ def descend(loss: Callable[[Floats], float], at: Floats, step: Floats) -> Floats
     return at
 
 
-def product_line(gpu: Gpu, dtype: str, precision: str) -> str:
-    """The file's line of a GPU and precision."""
-    release = GEMM_RELEASES.get(dtype) or GEMM_RELEASES.get(gpu.name, NEW)
-    table = gemm_table(gpu.name, release, dtype)
-    said = ""
-    if dtype == "fp8":
-        table, said = without_casts(table, gpu.name), ", scale and cast of the activations taken off"
-    if dtype == "nvfp4":
-        said = ", the activations' cast perhaps included"
-    element_bytes = {"bfloat16": 2.0, "fp8": 1.0, "nvfp4": 0.5}[dtype]
-    peak = gpu.peak_flops_per_s[precision].value
-    law, errors = fit(table, peak, gpu.memory_bytes_per_s.value, element_bytes)
+def product_line(gpu: Gpu, kernels: str) -> str:
+    """The file's line of a GPU and format."""
+    table = product_table(gpu.name, kernels)
+    peak, memory = gpu.peak_flops_per_s[kernels].value, gpu.memory_bytes_per_s.value
+    law, errors = fit(sizes_of_training(table), peak, memory, BYTES_PER_ELEMENT[kernels])
     score = f"median {np.median(np.abs(errors)):.1%}, 90th percentile {np.quantile(np.abs(errors), 0.9):.1%}"
-    print(gpu.name, precision, law, score, f"bias {np.median(errors):+.1%}", flush=True)
+    print(gpu.name, kernels, law, score, f"bias {np.median(errors):+.1%}", flush=True)
     numbers = (
         f"utilisation: {law.utilisation:.3f}, reduce_overhead: {law.reduce_overhead:.0f}, "
         f"memory_utilisation: {law.memory_utilisation:.3f}, start_us: {law.start_s / MICRO:.1f}"
     )
-    source = f"{SOURCE}, {SYSTEMS[gpu.name]}/gemm/{release}{said}; on pairs (columns, reduced) not fitted: {score}"
+    source = f"{table.source}; on pairs (columns, reduced) not fitted: {score}"
     return f'    {gpu.name}: {{{numbers}, kind: measured, source: "{source}", date: 2026-11}}'
 
 
 def stream_line(gpu: Gpu) -> str:
     """The largest casts reach this share of the memory rate; the smallest take the start."""
-    path = tables() / SYSTEMS[gpu.name] / "quantize" / NEW / "scale_matrix_perf.parquet"
+    path = tables() / SYSTEMS[gpu.name] / "quantize" / NEWEST / "scale_matrix_perf.parquet"
     rows = read_parquet_columns(path, ("m", "k", "latency"))
     moved, seconds = (
         np.array(c) for c in zip(*((3.0 * r["m"] * r["k"], r["latency"] * MILLI) for r in rows), strict=True)
     )
     share = np.median((moved / seconds)[moved > 5e8]) / gpu.memory_bytes_per_s.value
     start_s = np.median(seconds[moved < 1e6])
-    source = f"{SOURCE}, {SYSTEMS[gpu.name]}/quantize/{NEW}, scale_matrix: medians above 0.5 GB and below 1 MB"
+    source = f"{SOURCE}, {SYSTEMS[gpu.name]}/quantize/{NEWEST}, scale_matrix: medians above 0.5 GB and below 1 MB"
     numbers = f"utilisation: {share:.3f}, start_us: {start_s / MICRO:.1f}"
     return f'    {gpu.name}: {{{numbers}, kind: measured, source: "{source}", date: 2026-11}}'
 
 
 ATTENTION = {  # gpu -> releases of grouped-query and latent attention: the fastest kernels that a table has
     "a100-80gb": ("sglang/0.5.10", "trtllm/1.0.0"),
-    "h100-sxm": ("sglang/0.5.14", NEW),
-    "h200": ("sglang/0.5.14", NEW),
+    "h100-sxm": ("sglang/0.5.14", NEWEST),
+    "h200": ("sglang/0.5.14", NEWEST),
     **dict.fromkeys(("b200", "gb200", "gb300"), ("sglang/0.5.14", "sglang/0.5.14")),
 }
 
@@ -239,9 +188,9 @@ if __name__ == "__main__":
     four_bits = [gpu for gpu in measured if "nvfp4" in gpu.peak_flops_per_s]
     products = section(
         {
-            "bf16": [product_line(gpu, "bfloat16", "bf16") for gpu in measured],
-            "fp8": [product_line(gpu, "fp8", "fp8") for gpu in eight_bits],
-            "nvfp4": [product_line(gpu, "nvfp4", "nvfp4") for gpu in four_bits],
+            "bf16": [product_line(gpu, "bf16") for gpu in measured],
+            "fp8": [product_line(gpu, "fp8") for gpu in eight_bits],
+            "nvfp4": [product_line(gpu, "nvfp4") for gpu in four_bits],
         }
     )
     streams = section({"stream": [stream_line(gpu) for gpu in eight_bits]})

@@ -30,7 +30,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "model": ("NAME|FILE", "Preset, Hugging Face config.json, or design YAML."),
         "cluster": ("NAME|FILE", "Preset or cluster YAML."),
         "num_gpus": ("N", "GPUs, in whole nodes."),
-        "profile": ("auto|datasheet|FILE", "Where compute efficiency comes from."),
+        "profile": ("auto|datasheet|measured|FILE", "Where compute efficiency comes from."),
         "policy": ("KIND", "Placement of the experts: contiguous, striped, random, by_load, eplb, search, map, ..."),
         "num_slots": ("N|null", "Slots for experts over the expert-parallel ranks; more than experts: replicas."),
         "map": ("FILE|null", "A placement map (JSON), for the policy map."),

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moesim.catalog.silicon import product_table
 from moesim.cost.precision import RECIPES, Recipe
 from moesim.cost.profile import Profile, find_profile, load_profile
+from moesim.cost.silicon import Silicon, silicon_of
 from moesim.describe.hardware import Gpu
 from moesim.describe.workload import Precision
 from moesim.door.files import read_yaml
@@ -53,6 +55,12 @@ class ProductLaw:
     start_s: float
     tile_rows: int = 64  # rows are padded to whole tiles
 
+    def product_s(self, m: Floats, n: Floats, k: Floats, peak: float, memory: float, element_bytes: float) -> Floats:
+        """Seconds of products (m, k) x (k, n) at a peak [FLOP/s] and memory rate [bytes/s]."""
+        flops = 2 * np.ceil(m / self.tile_rows) * self.tile_rows * n * (k + self.reduce_overhead)
+        moved = (m * k + n * k) * element_bytes + m * n * BYTES_PER_ELEMENT["bf16"]
+        return self.start_s + smooth_max(flops / (peak * self.utilisation), moved / (memory * self.memory_utilisation))
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRate:
@@ -78,6 +86,7 @@ class DeviceCost:
     attention_backward_share: float  # of the forward's rate
     recipe: Recipe = RECIPES["bf16"]
     profile: Profile | None = None
+    silicon: Silicon | None = None  # what timed tables say beside the law
     bf16: DeviceCost | None = None  # the same device in BF16 where products run in FP8: router and head stay wide
     provenance: tuple[Provenance, ...] = ()
 
@@ -105,7 +114,8 @@ class DeviceCost:
         flops = 2.0 * padded * reduced * columns * overhead
         operands = (total * reduced + num_active * reduced * columns) * self.recipe.element_bytes
         results = total * columns * BYTES_PER_ELEMENT["bf16"]
-        return self._kernel_s(flops, operands + results, num_active > 0)
+        seconds = self._kernel_s(flops, operands + results, num_active > 0)
+        return seconds if self.silicon is None else seconds * self._timed_factor(rows, total, reduced, columns)
 
     def weight_gradient_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
         """Seconds of one kernel that makes E weight gradients (reduced, columns), each summed over rows_E[..., e] rows:
@@ -120,7 +130,17 @@ class DeviceCost:
         operands = total * (reduced + columns) * self.recipe.element_bytes
         # Summed over micro-batches in float32: what is there is read and written.
         results = 2 * num_active * reduced * columns * BYTES_PER_ELEMENT["float32"]
-        return self._kernel_s(flops, operands + results, num_active > 0)
+        seconds = self._kernel_s(flops, operands + results, num_active > 0)
+        if self.silicon is None:
+            return seconds
+        factor = self.silicon.factor_by_reduced(reduced, columns, rows)
+        return seconds * over_experts(rows * factor) / np.maximum(total, 1.0)
+
+    def _timed_factor(self, rows: Floats, total: Floats, reduced: float, columns: float) -> Floats:
+        """What a kernel takes over what the law says: each expert's product counts by its rows."""
+        assert self.silicon is not None
+        factor = self.silicon.factor_by_rows(rows, columns, reduced)
+        return np.asarray(over_experts(rows * factor) / np.maximum(total, 1.0))
 
     def backward_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
         """Seconds of the backward of grouped_s: the gradient of the rows, then of the weights."""
@@ -187,9 +207,9 @@ def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto") -> Device
     """The cost of a GPU at a precision of its products.
 
     profile: ``auto`` takes a shipped calibration profile of this GPU when there is one, else the datasheet;
-    ``datasheet``; or a profile's path, which must be of this GPU and precision. In FP8 the result holds the GPU in BF16
-    as well, from the datasheet. Raises InputError for a profile of
-    another device or precision, or a precision the GPU lacks.
+    ``datasheet``; ``measured``, the tables of the extra of that name, which never count unasked; or a profile's path,
+    which must be of this GPU and precision. With narrow formats the result holds the GPU in BF16 as well. Raises
+    InputError for a profile of another device or precision, a precision the GPU lacks, or a table that there is not.
     """
     possible = [name for name, recipe in RECIPES.items() if recipe.peak in gpu.peak_flops_per_s]
     rule = f"must be one that {gpu.name} has a peak for: {', '.join(possible)}"
@@ -199,22 +219,23 @@ def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto") -> Device
     if profile == "auto":
         found = find_profile(gpu.calibration_name) if gpu.calibration_name else None
         calibrated = found if found is not None and found.dtype == dtype else None
-    elif profile != "datasheet":
+    elif profile not in ("datasheet", "measured"):
         calibrated = load_profile(profile)
         calibrated.check_device(gpu)
         rule = f"must be {dtype or 'of 8 bits (no profile times that)'} for products in {precision}"
         hint = "Use the datasheet: profile: datasheet."
         check(calibrated.dtype == dtype, f"profile {calibrated.name}", "dtype", rule, calibrated.dtype, hint)
-    device = _from_datasheet(gpu, precision, calibrated)
+    timed = profile == "measured"
+    device = _from_datasheet(gpu, precision, calibrated, timed=timed)
     if precision == "bf16":
         return device
-    wide = _from_datasheet(gpu, "bf16", None)
-    parts = ("peak bf16", "product efficiency")
+    wide = _from_datasheet(gpu, "bf16", None, timed=timed)
+    parts = ("peak bf16", "product efficiency", "products forward", "products backward")
     told = [replace(item, part=f"router and head: {item.part}") for item in wide.provenance if item.part in parts]
     return replace(device, bf16=wide, provenance=(*device.provenance, *told))
 
 
-def _from_datasheet(gpu: Gpu, precision: Precision, calibrated: Profile | None) -> DeviceCost:
+def _from_datasheet(gpu: Gpu, precision: Precision, calibrated: Profile | None, *, timed: bool) -> DeviceCost:
     table, recipe = efficiencies(), RECIPES[precision]
     peak = gpu.peak_flops_per_s[recipe.peak]
     kernels = recipe.kernels_on_hopper if gpu.name in _HOPPER else recipe.kernels
@@ -251,6 +272,14 @@ def _from_datasheet(gpu: Gpu, precision: Precision, calibrated: Profile | None) 
             Provenance(part="kernel start", kind="measured", source=source),
             *told[-2:],
         ]
+    silicon = None
+    if timed:
+        silicon = _silicon(gpu.name, kernels, law, peak.value, memory_rate, recipe.element_bytes)
+        rule = "each gradient as a forward product of its shape, the weights' summed in float32"
+        told += [
+            Provenance(part="products forward", kind="interpolated", source=silicon.source),
+            Provenance(part="products backward", kind="assumed", source=f"{rule}: {silicon.source}"),
+        ]
     bf16_peak = gpu.peak_flops_per_s["bf16"].value
     return DeviceCost(
         peak_flops_per_s=peak.value,
@@ -265,8 +294,16 @@ def _from_datasheet(gpu: Gpu, precision: Precision, calibrated: Profile | None) 
         attention_backward_share=share["value"],
         recipe=recipe,
         profile=calibrated,
+        silicon=silicon,
         provenance=tuple(told),
     )
+
+
+@functools.cache
+def _silicon(gpu: str, kernels: str, law: ProductLaw, peak: float, memory: float, element_bytes: float) -> Silicon:
+    """What the tables of a GPU and format say beside the law."""
+    table = product_table(gpu, kernels)
+    return silicon_of(table, law.product_s(table.m_N, table.n_N, table.k_N, peak, memory, element_bytes))
 
 
 def _entry(by_gpu: Mapping[str, dict[str, Any]], gpu: str) -> tuple[dict[str, Any], str]:
