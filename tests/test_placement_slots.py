@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moesim.describe.workload import Optimizer
 from moesim.errors import InputError
 from moesim.placement import LayerPlacements, Placement, RankSlots, contiguous, even_slots, from_placements
 from moesim.placement.maps import load_map, map_text, parse_map, save_map
@@ -16,9 +17,7 @@ from moesim.placement.price import (
     held_bytes_R,
     migration,
     moved_slots,
-    replicas_bytes_R,
     slot_bytes,
-    slots_within_memory,
     staleness,
 )
 from moesim.placement.splits import Even, LeastLoaded, Nearest, Split, Uneven, level_fill, share_by_sender_NEN
@@ -112,17 +111,11 @@ def test_uneven_weights_are_never_worse_than_the_other_splits() -> None:
 
 def test_a_slot_costs_weights_and_in_training_gradients_and_optimizer() -> None:
     assert slot_bytes(100).total_bytes == 200
-    assert slot_bytes(100, training=True) == SlotBytes(weights_bytes=200, gradients_bytes=400, optimizer_bytes=1200)
-    assert slot_bytes(100, training=True, optimizer_shards=4).optimizer_bytes == 300
+    assert slot_bytes(100, optimizer=Optimizer()) == SlotBytes(
+        weights_bytes=200, gradients_bytes=400, optimizer_bytes=1200
+    )
+    assert slot_bytes(100, optimizer=Optimizer(), optimizer_shards=4).optimizer_bytes == 300
     assert held_bytes_R(PLACED, slot_bytes(100)).tolist() == [800.0] * 4  # 2 layers x 2 slots x 200
-    assert replicas_bytes_R(PLACED, slot_bytes(100)).tolist() == [200.0] * 4  # half a slot a layer over 6 / 4
-
-
-def test_slots_follow_each_ranks_memory_and_too_little_is_refused() -> None:
-    ranks = slots_within_memory([1000, 2500, 900], slot_bytes(100), num_layers=2, num_experts=8, max_slots_R=[9, 5, 9])
-    assert ranks.num_slots_R.tolist() == [2, 5, 2]
-    with pytest.raises(InputError, match="must hold 10 experts of 200 bytes in each of 2 layers; got '9 slots'"):
-        slots_within_memory([1000, 2500, 900], slot_bytes(100), num_layers=2, num_experts=10, max_slots_R=[9, 5, 9])
 
 
 def test_migration_reads_from_the_own_node_first_and_stalls_by_the_busiest_port() -> None:

@@ -11,14 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.describe.checks import check_number
+from moesim.describe.workload import Optimizer
 from moesim.errors import check
-from moesim.placement.slots import LayerPlacements, RankSlots
+from moesim.placement.slots import LayerPlacements
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
-
-ADAM_STATE_BYTES = 12.0  # per parameter: fp32 main weight and two moments, as cost.memory counts them
-GRADIENT_BYTES = 4.0  # per parameter: Megatron's fp32 main gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,60 +38,27 @@ class SlotBytes:
 
 
 def slot_bytes(
-    parameters: float, *, weight_bytes: float = 2.0, training: bool = False, optimizer_shards: int = 1
+    parameters: float, *, weight_bytes: float = 2.0, optimizer: Optimizer | None = None, optimizer_shards: int = 1
 ) -> SlotBytes:
     """Memory of one expert of ``parameters`` parameters.
 
-    weight_bytes: per parameter (2 for BF16). training adds fp32 gradients, which replicas must also all-reduce, and
-    Adam's states over optimizer_shards ranks (1: each replica keeps its own).
+    weight_bytes: per parameter (2 for BF16). optimizer: in training, its number formats; adds gradients, which replicas
+    must also all-reduce, and Adam's states over optimizer_shards ranks (1: each replica keeps its own).
 
-    >>> slot_bytes(1000, training=True).total_bytes
+    >>> slot_bytes(1000, optimizer=Optimizer()).total_bytes
     18000.0
     """
     check(optimizer_shards >= 1, "placement.slot", "optimizer_shards", "must be at least 1", optimizer_shards)
     return SlotBytes(
         weights_bytes=parameters * weight_bytes,
-        gradients_bytes=parameters * GRADIENT_BYTES if training else 0.0,
-        optimizer_bytes=parameters * ADAM_STATE_BYTES / optimizer_shards if training else 0.0,
+        gradients_bytes=0.0 if optimizer is None else parameters * optimizer.gradient_bytes,
+        optimizer_bytes=0.0 if optimizer is None else parameters * optimizer.state_bytes / optimizer_shards,
     )
 
 
 def held_bytes_R(placed: LayerPlacements, slot: SlotBytes) -> Floats:
     """(R,) memory of the experts that each rank holds over all layers [bytes]; a slot costs whether or not it helps."""
     return np.asarray(placed.num_layers * placed.ranks.num_slots_R * slot.total_bytes, dtype=np.float64)
-
-
-def replicas_bytes_R(placed: LayerPlacements, slot: SlotBytes) -> Floats:
-    """(R,) of held_bytes_R, what exceeds the rank's even part of one copy of each expert [bytes]."""
-    even = placed.num_experts / placed.ranks.num_ranks
-    return np.asarray(placed.num_layers * (placed.ranks.num_slots_R - even) * slot.total_bytes, dtype=np.float64)
-
-
-def slots_within_memory(
-    free_bytes_R: ArrayLike,
-    slot: SlotBytes,
-    *,
-    num_layers: int,
-    num_experts: int,
-    max_slots_R: ArrayLike | None = None,
-    speed_R: ArrayLike | None = None,
-    node_of_rank_R: ArrayLike | None = None,
-) -> RankSlots:
-    """As many slots on each rank as its free memory holds for all layers, at most max_slots_R.
-
-    free_bytes_R: memory that the rank has left for experts [bytes]. Raises InputError when not every expert fits.
-    """
-    free_R = np.asarray(free_bytes_R, dtype=np.float64)
-    slots_R = np.floor(np.maximum(free_R, 0.0) / (num_layers * slot.total_bytes)).astype(np.int64)
-    if max_slots_R is not None:
-        slots_R = np.minimum(slots_R, np.asarray(max_slots_R, dtype=np.int64))
-    rule = f"must hold {num_experts} experts of {slot.total_bytes:.0f} bytes in each of {num_layers} layers"
-    check(int(slots_R.sum()) >= num_experts, "placement", "free_bytes", rule, f"{int(slots_R.sum())} slots")
-    return RankSlots(
-        num_slots_R=slots_R,
-        speed_R=np.ones(free_R.size) if speed_R is None else np.asarray(speed_R, dtype=np.float64),
-        node_of_rank_R=np.zeros(free_R.size, np.int64) if node_of_rank_R is None else np.asarray(node_of_rank_R),
-    )
 
 
 def moved_slots(previous: LayerPlacements, new: LayerPlacements) -> Whole:

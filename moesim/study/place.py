@@ -180,19 +180,21 @@ def load_of(drawn: StepLoad) -> Floats:
 
 
 def expert_bytes(scenario: Scenario) -> SlotBytes:
-    """Memory of one slot of one layer on each of its GPUs in training [bytes]: weights, gradients, Adam's states.
+    """Memory of one slot of one layer on each of its GPUs in training [bytes]: weights, gradients, Adam's states, the
+    latter none where they lie in the host's memory.
 
     ZeRO shares the states (stage 1), the gradients (2) and the weights (3) over the replicas of the expert-parallel
     group, as ``moesim.cost.memory`` counts them.
     """
     layer = next(layer for layer in scenario.model.layers if isinstance(layer.ffn, MoeFfn))
     parameters = layer_parameters(scenario.model, layer).per_expert / scenario.parallel.etp
-    whole = slot_bytes(parameters, training=True)
+    whole = slot_bytes(parameters, optimizer=scenario.train.optimizer)
+    stays = "optimizer" not in scenario.train.offloaded
     shards, zero = scenario.layout.edp, scenario.parallel.zero
     return SlotBytes(
         weights_bytes=whole.weights_bytes / (shards if zero >= 3 else 1),
         gradients_bytes=whole.gradients_bytes / (shards if zero >= 2 else 1),
-        optimizer_bytes=whole.optimizer_bytes / (shards if zero >= 1 else 1),
+        optimizer_bytes=whole.optimizer_bytes / (shards if zero >= 1 else 1) if stays else 0.0,
     )
 
 
