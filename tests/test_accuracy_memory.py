@@ -35,11 +35,9 @@ def test_moonlights_peaks_are_within_five_percent_with_its_recipes_number_format
     assert peaks == {"optimizer step"}
 
 
-def test_single_moe_layers_in_bf16_are_within_two_percent_and_in_fp8_too_low_for_want_of_copies() -> None:
+def test_single_moe_layers_are_within_two_percent_in_bf16_and_within_six_in_fp8() -> None:
     assert np.abs(errors_of("MoE layer, BF16")).max() < 0.02
-    fp8 = errors_of("MoE layer, FP8")
-    assert (fp8 < 0).all()
-    assert fp8.min() == pytest.approx(-0.224, abs=0.005)  # bf16 tensors stand for fp8 ones: padded copies are left out
+    assert np.abs(errors_of("MoE layer, FP8")).max() < 0.06  # both too low: 3.6 and 5.4 % when written
 
 
 def test_simumax_is_nearer_on_no_run_of_both() -> None:

@@ -96,3 +96,16 @@ def test_send_buffers_grow_with_top_k_and_receive_buffers_with_what_arrives() ->
     combine = next(moment for moment in layer_moments(MODEL, MOE, Parallelism()) if moment.name == "combine")
     assert combine.dispatch_token_bytes == pytest.approx(6 * H * 2)
     assert combine.dispatch_assignment_bytes == H * 2
+
+
+def test_inputs_of_products_are_kept_as_cast_and_what_others_keep_stays_bf16() -> None:
+    wide = {tensor.name: tensor.bytes for tensor in layer_tensors(MODEL, MOE, WHOLE)}
+    narrow = {tensor.name: tensor.bytes for tensor in layer_tensors(MODEL, MOE, WHOLE, precision="mxfp8")}
+    each = (1 + 1 / 32) / 2  # of BF16, a block's scale included
+    for name in ("attention norm output", "expert input", "expert activation output", "shared activation output"):
+        assert narrow[name] == pytest.approx(each * wide[name])
+    for name in ("layer input", "queries", "attention output", "ffn norm output", "expert activation input"):
+        assert narrow[name] == wide[name]
+    assert narrow["shared input"] == pytest.approx(each * wide["ffn norm output"])  # beside the router's
+    dense = {tensor.name: tensor.bytes for tensor in layer_tensors(MODEL, LLAMA, WHOLE, precision="mxfp8")}
+    assert dense["ffn norm output"] == pytest.approx(each * 2 * H)

@@ -319,3 +319,11 @@ def test_a_layer_before_the_last_peaks_after_the_layers_behind_it_are_freed() ->
     in_flight = 2 * layer_bytes(wide) + layer_bytes(DENSE)  # of the older micro-batch the second layer is gone
     working = 1024 * 2 * (1024 + 2 * 65536)  # gradients of the layer's output and of the activation's input
     assert memory.activations_bytes == pytest.approx(standing + in_flight + working)
+
+
+def test_a_narrow_format_keeps_less_of_the_activations_and_copies_of_the_layers_weights() -> None:
+    wide, narrow = (peak(Parallelism(ep=8), replace(TRAIN, precision=precision)) for precision in ("bf16", "mxfp8"))
+    assert narrow.activations_bytes < wide.activations_bytes
+    parallel = Parallelism(ep=8)
+    held = [sum(rank_parameters(MODEL, item, parallel)) for item in stage_chunks(MODEL, parallel, TRAIN, 0)[0]]
+    assert narrow.weights_bytes - wide.weights_bytes == pytest.approx(2 * (1 + 1 / 32) * sum(held))

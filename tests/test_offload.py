@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from moesim.cost.device import device_cost
+from moesim.cost.layer import optimizer_s
 from moesim.cost.offload import LAYERS_ON_GPU, chunk_offload
 from moesim.describe.pipeline import stage_chunks
 from moesim.errors import InputError
@@ -43,8 +45,9 @@ def test_states_in_the_hosts_memory_are_gone_from_the_gpu_and_their_way_is_waite
     stayed, moved = run_step(BASE), run_step(away)
     parts, before = step_parts(moved), step_parts(stayed)
     link_s = here.optimizer_bytes / BASE.cluster.gpu.host_bytes_per_s.value  # in and out at once
-    assert parts["host_transfer"] + parts["optimizer"] == pytest.approx(link_s)
-    assert moved.step_s - stayed.step_s == pytest.approx(link_s - before["optimizer"])
+    assert parts["optimizer"] == before["optimizer"]
+    assert link_s - before["optimizer"] <= parts["host_transfer"] < link_s  # the update itself hides some of it
+    assert moved.step_s - stayed.step_s == pytest.approx(parts["host_transfer"])
 
 
 def test_activations_on_their_way_to_the_host_hide_behind_computing_where_the_link_is_fast() -> None:
@@ -70,8 +73,11 @@ def test_all_layers_but_the_last_two_of_a_chunk_are_sent() -> None:
 def test_formats_of_gradients_and_states_scale_their_time() -> None:
     lean = BASE.with_(gradients="bf16", main_weights="remainder", moments="bf16")
     full, less = (step_parts(run_step(s)) for s in (BASE, lean))
-    assert less["optimizer"] / full["optimizer"] == pytest.approx((2 + 2 * 6 + 2) / 30, rel=0.02)
+    assert less["optimizer"] < full["optimizer"]
     assert less["gradient_reduction"] < full["gradient_reduction"]
+    device = device_cost(BASE.cluster.gpu, "bf16", "datasheet")
+    seconds = [optimizer_s(1e9, scenario.train, device) for scenario in (lean, BASE)]
+    assert seconds[0] / seconds[1] == pytest.approx((2 + 2 * 6 + 2) / 30, rel=0.01)
 
 
 @pytest.mark.parametrize("asked", ["weights", "optimizer,weights", "none,optimizer"])

@@ -8,7 +8,7 @@ Tensor parallelism is with sequence parallelism, so every tensor is divided by t
 sequence. Saved tensors are those of Megatron-LM with TransformerEngine in BF16: a norm fused into the next product
 keeps its input and its output; rotary embedding writes new queries and keys, and the packed projection is freed; flash
 attention keeps queries, keys, values, output and one fp32 logsumexp per head; SwiGLU keeps its input, the next product
-SwiGLU's output. FP8 copies are not modelled: an fp8 run is counted with the BF16 tensors. See
+SwiGLU's output. In a narrow format (``cost.precision``) inputs of products are kept as cast, by columns alone. See
 docs/model.md#activations.
 """
 
@@ -17,12 +17,24 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from moesim.cost.precision import RECIPES
 from moesim.describe.hardware import Sourced
 from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
+from moesim.describe.workload import Precision
 from moesim.units import GIB, MIB
 
 BF16_BYTES, FP32_BYTES, INT64_BYTES = 2, 4, 8
+# Inputs of products, and those of which half is one (the output of a norm beside its input).
+CAST = (
+    "attention norm output",
+    "ffn norm output",
+    "ffn activation output",
+    "shared activation output",
+    "expert input",
+    "expert activation output",
+)
+HALF_CAST = ("query latent", "key-value latent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +127,7 @@ class SavedTensor:
     part: Literal["attention", "ffn", "shared", "router", "experts", "dispatch", "head"]
     per: Literal["token", "assignment"]
     elements: float
-    element_bytes: int
+    element_bytes: float
     why: str
 
     @property
@@ -137,9 +149,13 @@ def layer_input(model: Model, parallel: Parallelism) -> SavedTensor:
 
 
 def layer_tensors(
-    model: Model, layer: Layer, parallel: Parallelism, software: Software = MEGATRON
+    model: Model,
+    layer: Layer,
+    parallel: Parallelism,
+    software: Software = MEGATRON,
+    precision: Precision = "bf16",
 ) -> tuple[SavedTensor, ...]:
-    """Every tensor one layer saves without recomputation.
+    """Every tensor one layer saves without recomputation. precision: of its products, whose inputs are kept as cast.
 
     >>> from moesim.describe.model import GroupedQueryAttention
     >>> attention = GroupedQueryAttention(num_heads=64, num_kv_heads=8, head_dim=128)
@@ -161,8 +177,31 @@ def layer_tensors(
         )
     )
     if isinstance(layer.ffn, MoeFfn):
-        return (*tensors, *_moe_tensors(model.hidden, layer.ffn, parallel, software))
-    return (*tensors, *_ffn_tensors(layer.ffn, "ffn", parallel.tp))
+        tensors += _moe_tensors(model.hidden, layer.ffn, parallel, software)
+    else:
+        tensors += _ffn_tensors(layer.ffn, "ffn", parallel.tp)
+    return tuple(tensors) if precision == "bf16" else tuple(_as_cast(tensors, layer, RECIPES[precision].operand_bytes))
+
+
+def _as_cast(tensors: list[SavedTensor], layer: Layer, operand_bytes: float) -> list[SavedTensor]:
+    """The tensors with the inputs of products in their narrow format, the layout of the weight gradient's product.
+
+    What flash attention, the router and activations keep stays BF16: a MoE layer's norm output stands for the router
+    and once more, narrow, for the shared experts.
+    """
+    found = []
+    for tensor in tensors:
+        serves_router = tensor.name == "ffn norm output" and layer.is_moe
+        if tensor.name in CAST and not serves_router:
+            found.append(replace(tensor, element_bytes=operand_bytes))
+        elif tensor.name in HALF_CAST:
+            found.append(replace(tensor, element_bytes=(BF16_BYTES + operand_bytes) / 2))
+        else:
+            found.append(tensor)
+        if serves_router and isinstance(layer.ffn, MoeFfn) and layer.ffn.shared is not None:
+            copy = replace(tensor, name="shared input", part="shared", element_bytes=operand_bytes)
+            found.append(replace(copy, why="cast for the shared experts"))
+    return found
 
 
 def head_tensors(model: Model, parallel: Parallelism, software: Software = MEGATRON) -> tuple[SavedTensor, ...]:

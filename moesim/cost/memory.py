@@ -32,6 +32,7 @@ from moesim.cost.activations import (
 )
 from moesim.cost.context import buffer_bytes
 from moesim.cost.moments import forward_moments, head_moment, layer_moments
+from moesim.cost.precision import LAYOUTS, RECIPES
 from moesim.cost.recompute import kept_tensors
 from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
@@ -111,11 +112,22 @@ def static_memory(
     sharded = parallel.zero >= 1
     shards = (dense / split_dense, expert / split_expert) if sharded else (dense, expert)
     return StaticMemory(
-        weights_bytes=total_bytes(BF16_BYTES, sharded=parallel.zero >= 3, num_whole=2),
+        weights_bytes=total_bytes(BF16_BYTES, sharded=parallel.zero >= 3, num_whole=2)
+        + _cast_bytes(layers, parallel, train),
         gradients_bytes=total_bytes(train.optimizer.gradient_bytes, sharded=parallel.zero >= 2, num_whole=1),
         optimizer_bytes=total_bytes(train.optimizer.state_bytes, sharded=sharded, num_whole=0) if stays else 0.0,
         update_bytes=max(shards) * train.optimizer.copied_bytes if stays else 0.0,
     )
+
+
+def _cast_bytes(layers: Sequence[tuple[float, float]], parallel: Parallelism, train: Training) -> float:
+    """Copies of a stage's layer weights in the products' narrow format, by rows and by columns, kept from the first
+    micro-batch to the last (TransformerEngine); of gathered weights those of two layers.
+    """
+    if train.precision == "bf16":
+        return 0.0
+    sizes = sorted((dense + expert for dense, expert in layers), reverse=True)
+    return LAYOUTS * RECIPES[train.precision].operand_bytes * sum(sizes[:2] if parallel.zero >= 3 else sizes)
 
 
 def rank_parameters(
@@ -404,7 +416,8 @@ def _chunk_memory(
         return parts(_sum(tensors, "token"), _sum(tensors, "assignment"), item)
 
     tensors_of = [
-        layer_tensors(model, item.layer, parallel, software) + (mtp_tensors(model, parallel) if item.is_mtp else ())
+        layer_tensors(model, item.layer, parallel, software, train.precision)
+        + (mtp_tensors(model, parallel) if item.is_mtp else ())
         for item in chunk
     ]
     left_of = [
@@ -417,7 +430,7 @@ def _chunk_memory(
         """Of layer i's forward moments: what it holds beyond the layers before it."""
         inputs = tuple(t for t in tensors_of[i] if t.name == "expert input" and t not in left_of[i])
         own = saved_parts((*left_of[i], *inputs), item)
-        moments = forward_moments(model, item.layer, parallel, dispatcher)
+        moments = forward_moments(model, item.layer, parallel, dispatcher, train.precision)
         return [(own + parts(m.per_token, m.per_assignment, item), m.name) for m in moments]
 
     forward: list[tuple[Floats, str]] = []
@@ -438,7 +451,7 @@ def _chunk_memory(
         of_attention = tuple(tensor for tensor in again if tensor.part == "attention")
         later = of_attention if train.recompute != "full" else ()
         first = tuple(tensor for tensor in again if tensor not in later)
-        for moment in layer_moments(model, item.layer, parallel, dispatcher, software):
+        for moment in layer_moments(model, item.layer, parallel, dispatcher, software, train.precision):
             working = parts(moment.per_token, moment.per_assignment, item)
             backward.append((saved_parts(first, item) + working - freed + fetched, f"{where}: {moment.name}"))
         if any(tensor.name == "expert input" for tensor in again):  # the routed experts' forward runs once more

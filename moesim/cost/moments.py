@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.cost.activations import BF16_BYTES, FP32_BYTES, MEGATRON, Software, fc1_rows
+from moesim.cost.precision import RECIPES
 from moesim.describe.model import Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
-from moesim.describe.workload import Dispatcher
+from moesim.describe.workload import Dispatcher, Precision
 from moesim.routing.reach import uniform_reach
 
 
@@ -44,6 +45,7 @@ def layer_moments(
     parallel: Parallelism,
     dispatcher: Dispatcher = "alltoall",
     software: Software = MEGATRON,
+    precision: Precision = "bf16",
 ) -> tuple[Moment, ...]:
     """The moments at which a layer's backward may need most, beyond its saved tensors (freed ones already subtracted).
 
@@ -54,11 +56,12 @@ def layer_moments(
     """
     hidden, tp = model.hidden, parallel.tp
     residual = hidden / tp * BF16_BYTES  # gradient of the layer's output
+    saved = RECIPES[precision].operand_bytes  # of an activation's output
     if not isinstance(layer.ffn, MoeFfn):
         rows = fc1_rows(layer.ffn) / tp
         moments = [Moment(name="activation", token_bytes=residual + rows * BF16_BYTES)]
         if tp > 1:
-            freed = (rows + layer.ffn.width / tp) * BF16_BYTES  # activation's input and output
+            freed = rows * BF16_BYTES + layer.ffn.width / tp * saved  # activation's input and output
             moments.append(
                 Moment(name="gather", token_bytes=residual + 2 * hidden * BF16_BYTES + rows * BF16_BYTES - freed)
             )
@@ -67,7 +70,7 @@ def layer_moments(
     width = expert.width / parallel.etp
     activation = fc1_rows(expert) / parallel.etp * BF16_BYTES
     if not software.fused_activation:  # fp32: gradient of the product, and of both factors; the second made bf16
-        activation = 3 * FP32_BYTES * width  # the product, which is saved too, is gone by then
+        activation = (3 * FP32_BYTES + BF16_BYTES - saved) * width  # the product, which is saved too, is gone by then
     always = Moment(name="activation", token_bytes=residual, assignment_bytes=activation)
     if dispatcher == "deepep":
         rows = (1 + rows_per_assignment(layer.ffn, parallel)) * row
@@ -81,24 +84,36 @@ def layer_moments(
 
 
 def forward_moments(
-    model: Model, layer: Layer, parallel: Parallelism, dispatcher: Dispatcher = "alltoall"
+    model: Model,
+    layer: Layer,
+    parallel: Parallelism,
+    dispatcher: Dispatcher = "alltoall",
+    precision: Precision = "bf16",
 ) -> tuple[Moment, ...]:
     """The moments at which a MoE layer's forward may need most, beyond the tensors that it saves; none of others.
 
     What Megatron-LM's layer still names while it goes on stays in memory: the rows laid out for the wire and those
     received, until the layer returns; the experts' output while it is sorted back. alltoall: laid out, received, the
     experts' output and the same sorted back; then the same come home in place of the experts' output. deepep: received
-    once for each rank, the experts' output, and that joined again. Source: Megatron-LM core/transformer/moe,
-    moe_layer.py (forward), token_dispatcher.py. docs/model.md#memory.
+    once for each rank, the experts' output, and that joined again. A narrow format pads each expert's rows: copies of
+    the input and of the output stand beside them, and the input itself, of which only the cast is saved. Source:
+    Megatron-LM core/transformer/moe, moe_layer.py (forward), token_dispatcher.py, experts.py. docs/model.md#memory.
     """
     if not isinstance(layer.ffn, MoeFfn):
         return ()
     row = model.hidden * BF16_BYTES
     out = row / parallel.tp
+    padded = RECIPES[precision].pads_rows
     if dispatcher == "deepep":
         joined = rows_per_assignment(layer.ffn, parallel) * row
-        return (Moment(name="join", token_bytes=out, dispatch_assignment_bytes=2 * joined + row),)
+        pad = Moment(name="pad", dispatch_assignment_bytes=joined + 4 * row)  # input, its copy; output, its copy
+        join = Moment(name="join", token_bytes=out, dispatch_assignment_bytes=2 * joined + (1 + padded) * row)
+        return (join, pad) if padded else (join,)
     send = layer.ffn.router.top_k * row / parallel.tp
+    if padded:  # what was received, sorted and padded; the output, and that without its padding
+        is_sorted = layer.ffn.num_experts > parallel.ep
+        held = (4 + is_sorted) * row
+        return (Moment(name="pad", dispatch_token_bytes=send, dispatch_assignment_bytes=held),)
     # A rank with one expert sorts nothing: what it receives is the expert's input, and what it sends back its output.
     if layer.ffn.num_experts == parallel.ep:
         return (Moment(name="combine", token_bytes=out, dispatch_token_bytes=2 * send, dispatch_assignment_bytes=row),)

@@ -34,7 +34,9 @@ def chunk_offload(
         return ()
     found = []
     for item in chunk[: len(chunk) - LAYERS_ON_GPU]:
-        kept = kept_tensors(layer_tensors(model, item.layer, parallel, software), item.layer, train, parallel.tp)
+        kept = kept_tensors(
+            layer_tensors(model, item.layer, parallel, software, train.precision), item.layer, train, parallel.tp
+        )
         per = {unit: sum(t.bytes for t in kept if t.per == unit) for unit in ("token", "assignment")}
         found.append(
             LayerOffload(moe_index=item.moe_index, token_bytes=per["token"], assignment_bytes=per["assignment"])

@@ -36,10 +36,10 @@ def memory_section(rows: Sequence[MemoryRow], steps: Mapping[str, AccuracyRow]) 
         worst = errors[np.abs(errors).argmax()]
         lines.append(f"| {group} | {len(errors)} | {np.abs(errors).mean():.2%} | {worst:+.2%} |")
     alone = [row for row in rows if row.simumax_bytes is None]
-    lines += ["", "| row | peak lies in | predicted | measured | error | |", "|---|---|---|---|---|---|"]
+    lines += ["", "| row | peak lies in | predicted | measured | error |", "|---|---|---|---|---|"]
     lines += [
         f"| `{row.id}` | {row.moment} | {format_bytes(row.predicted_bytes)} | {format_bytes(row.measured_bytes)} | "
-        f"{row.error_fraction:+.1%} | {'; '.join(row.reasons)} |"
+        f"{row.error_fraction:+.1%} |"
         for row in alone
     ]
     lines += [

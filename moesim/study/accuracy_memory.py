@@ -13,9 +13,10 @@ from typing import Any
 
 from moesim.cost.activations import MEGATRON, layer_tensors, workspace_bytes
 from moesim.cost.moments import Moment, forward_moments, layer_moments
+from moesim.cost.precision import LAYOUTS, RECIPES
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn, Router
 from moesim.describe.parallel import Parallelism
-from moesim.describe.workload import BYTES_OF, Dispatcher
+from moesim.describe.workload import BYTES_OF, Dispatcher, Precision
 from moesim.door.records import Record
 from moesim.errors import InputError
 from moesim.metrics.memory import memory_by_stage
@@ -44,7 +45,6 @@ class MemoryRow:
     moment: str
     simumax_bytes: float | None
     simumax_step_s: float | None
-    reasons: tuple[str, ...]
     source: str
 
     @property
@@ -71,7 +71,6 @@ def memory_rows(records: Sequence[Record], owner: str) -> tuple[MemoryRow, ...]:
 def _row(record: Record, owner: str) -> MemoryRow:
     is_layer = bool(record.get("tokens_per_rank"))
     predicted, moment, kind = _layer(record, owner) if is_layer else _step(record, owner)
-    is_fp8 = "fp8" in record.get("precision", "").lower()
     simumax_gib = given(record, "simumax_peak_gib", owner)
     simumax_ms = given(record, "simumax_step_ms", owner)
     return MemoryRow(
@@ -82,7 +81,6 @@ def _row(record: Record, owner: str) -> MemoryRow:
         moment=moment,
         simumax_bytes=None if simumax_gib is None else simumax_gib * GIB,
         simumax_step_s=None if simumax_ms is None else simumax_ms * MILLI,
-        reasons=("FP8 copies are not modelled",) if is_fp8 else (),
         source=record.get("source", ""),
     )
 
@@ -150,12 +148,20 @@ def _layer(record: Record, owner: str) -> tuple[float, str, str]:
     layer = Layer(attention=attention, ffn=ffn)
     model = Model(name="layer", hidden=whole(record, "hidden", owner), vocab=1024, layers=(layer,))
     dispatcher: Dispatcher = "deepep" if record.get("dispatcher", "").lower() == "deepep" else "alltoall"
-    peak, moment = layer_alone_bytes(model, Parallelism(ep=ep), tokens=tokens, dispatcher=dispatcher)
-    return peak, moment, f"MoE layer, {'FP8' if 'fp8' in record.get('precision', '').lower() else 'BF16'}"
+    precision: Precision = "fp8" if "fp8" in record.get("precision", "").lower() else "bf16"
+    peak, moment = layer_alone_bytes(
+        model, Parallelism(ep=ep), tokens=tokens, dispatcher=dispatcher, precision=precision
+    )
+    return peak, moment, f"MoE layer, {precision.upper()}"
 
 
 def layer_alone_bytes(
-    model: Model, parallel: Parallelism, *, tokens: int, dispatcher: Dispatcher = "alltoall"
+    model: Model,
+    parallel: Parallelism,
+    *,
+    tokens: int,
+    dispatcher: Dispatcher = "alltoall",
+    precision: Precision = "bf16",
 ) -> tuple[float, str]:
     """(peak [bytes], its moment) of a model's first layer, a MoE layer, run alone over and over with even routing.
 
@@ -168,15 +174,18 @@ def layer_alone_bytes(
     in_and_out = model.hidden * BYTES_OF["bf16"] * tokens
     products = 2 * model.hidden * layer.ffn.expert.width * layer.ffn.num_experts / parallel.ep * BYTES_OF["bf16"]
     router = model.hidden * layer.ffn.num_experts * BYTES_OF["bf16"]
-    kept = [tensor for tensor in layer_tensors(model, layer, parallel, LAYER_TEST) if tensor.part in ROUTED]
+    kept = [tensor for tensor in layer_tensors(model, layer, parallel, LAYER_TEST, precision) if tensor.part in ROUTED]
     saved = sum(tensor.bytes * (tokens if tensor.per == "token" else rows) for tensor in kept)
+    casts = 0.0 if precision == "bf16" else LAYOUTS * RECIPES[precision].operand_bytes * products / BYTES_OF["bf16"]
     standing = products + router + saved + workspace_bytes((layer,), LAYER_TEST) + 3 * in_and_out
 
     def at(moment: Moment) -> float:
-        return standing + sum(moment.per_token) * tokens + sum(moment.per_assignment) * rows
+        return standing + casts + sum(moment.per_token) * tokens + sum(moment.per_assignment) * rows
 
-    found = [(at(moment), f"forward: {moment.name}") for moment in forward_moments(model, layer, parallel, dispatcher)]
-    for moment in layer_moments(model, layer, parallel, dispatcher, LAYER_TEST):
-        gradients = products / 2 if moment.name == "activation" else 0.0
+    forward = forward_moments(model, layer, parallel, dispatcher, precision)
+    found = [(at(moment), f"forward: {moment.name}") for moment in forward]
+    for moment in layer_moments(model, layer, parallel, dispatcher, LAYER_TEST, precision):
+        second = moment.name == "activation"  # the second product's gradient is there, its cast weights are gone
+        gradients = (products - casts) / 2 if second else 0.0
         found.append((at(moment) - in_and_out + gradients, f"backward: {moment.name}"))
     return max(found)
