@@ -165,8 +165,8 @@ def test_an_expert_that_takes_over_and_those_that_die_are_named_once_with_their_
     assert [one.step for one in run.collapses] == sorted(one.step for one in run.collapses)
     first = over[0]
     assert 0 < first.step < SMALL.num_steps
-    # Over half of the tokens of a top-2 router with 16 experts: four times the mean.
-    assert run.max_vio_TL[first.step, first.layer] > 3.0 >= run.max_vio_TL[first.step - 1, first.layer]
+    # Halfway from an eighth to all of the tokens of a top-2 router with 16 experts: 4.5 times the mean.
+    assert run.max_vio_TL[first.step, first.layer] > 3.5 >= run.max_vio_TL[first.step - 1, first.layer]
 
 
 def test_histograms_are_taken_every_so_many_steps_and_hold_the_batch() -> None:

@@ -74,7 +74,23 @@ def test_a_row_without_load_has_no_statistic() -> None:
         stat.gini([[0.0, 0.0], [1.0, 2.0]])
 
 
-def test_a_router_collapses_when_one_expert_is_used_by_more_than_half_of_all_tokens() -> None:
+def test_few_experts_of_which_a_token_takes_several_are_no_collapse() -> None:
+    mixtral = np.ones(8)
+    mixtral[0] = 7 / 3  # of 28/3 assignments of top-2 routing a quarter: half of all tokens, twice the even share
+    assert stat.collapse_alerts(mixtral, top_k=2) == ()
+    mixtral[0] = 3.2  # 63 % of the tokens
+    assert len(stat.collapse_alerts(mixtral, top_k=2)) == 1
+    assert stat.collapse_alerts(np.ones(4), top_k=4) == ()  # all experts serve all tokens, as they should
+
+
+@pytest.mark.parametrize(("top_k", "num_experts"), [(1, 8), (2, 8), (8, 256), (4, 4)])
+def test_the_limit_of_a_collapse_lies_halfway_from_the_even_share_to_all_tokens(top_k: int, num_experts: int) -> None:
+    even = top_k / num_experts
+    assert stat.collapse_from(top_k, num_experts) == pytest.approx((even + 1) / 2)
+    assert stat.collapse_from(top_k, num_experts, share=0.0) == even
+
+
+def test_a_router_collapses_when_one_expert_is_used_by_more_than_half_of_the_tokens_beyond_its_even_share() -> None:
     load_LE = np.ones((2, 8))
     load_LE[1, 2] = 6.0  # of 13 assignments of top-2 routing: 12/13 of the tokens
     assert stat.collapse_alerts(load_LE) == ()

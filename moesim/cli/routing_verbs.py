@@ -255,7 +255,7 @@ def _recording(facts: RecordingFacts | None) -> list[Table]:
     if facts is None:
         return []
     rows = [("Steps", f"{facts.num_steps:,}"), ("Steps with an expert over 3x the mean", f"{facts.alert_steps:,}")]
-    rows.append(("Steps with an expert that serves over half of all tokens", f"{facts.collapse_steps:,}"))
+    rows.append(("Steps with an expert that takes over", f"{facts.collapse_steps:,}"))
     if facts.num_tokens is not None:
         rows.insert(0, ("Tokens", f"{facts.num_tokens:,}"))
     if facts.first_repeat is not None:

@@ -62,7 +62,7 @@ def about_load(study: RoutingStudy) -> Sentence:
 
 
 def collapse_in_words(num_collapsed: int) -> str:
-    """That so many experts are each used by over half of all tokens (``COLLAPSE_SHARE``)."""
+    """That so many experts have taken over (``statistics.collapse_from``)."""
     who = "One expert is" if num_collapsed == 1 else f"{num_collapsed} experts are each"
     return f"{who} used by over half of all tokens, a sign of collapse"
 

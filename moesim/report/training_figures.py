@@ -33,6 +33,7 @@ from moesim.report.training_words import (
     told_spread,
     words_of,
 )
+from moesim.routing.statistics import collapse_from
 from moesim.study.training import DENSE, MOE, Comparison, LoadCurve, Spread, TrainingStudy
 
 if TYPE_CHECKING:
@@ -256,10 +257,11 @@ def collapse(study: TrainingStudy) -> Picture:
             _band(shares, load.steps_S, load.busiest_share_NS * 100, colour)
             _band(dead, load.steps_S, load.num_dead_NS.astype(np.float64), colour)
             shares.plot([], [], color=colour, linewidth=2.2, label=f"top-1, {words_of(load.variant)}")
-        shares.axhline(50.0, color=COLOURS["alert"], linewidth=1.3, linestyle=DASHED)
+        limit = 100 * collapse_from(1, study.collapse[0].num_experts)
+        shares.axhline(limit, color=COLOURS["alert"], linewidth=1.3, linestyle=DASHED)
         shares.annotate(
-            "collapsed: over half",
-            (0.99, 50.0),
+            f"collapsed: over {limit:.0f}%",
+            (0.99, limit),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from moesim.describe.checks import check_number, check_whole
 from moesim.errors import check
 from moesim.routing.histogram import Histogram
+from moesim.routing.statistics import collapse_from
 from moesim.units import HOUR_S
 
 Floats = NDArray[np.float64]
 _BLOCK_STEPS = 256
 _GUMBEL_SD = math.pi / math.sqrt(6.0)
 BALANCED_MAX_VIO = 0.1  # called balanced below this MaxVio (a planning convention; loss-free training reaches 0.04)
-TAKEOVER_FRACTION = 0.5  # an expert that more than this share of all tokens takes has taken over
 DEAD_SHARE_OF_MEAN = 0.01
 
 
@@ -153,7 +153,7 @@ class TrainingSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class Collapse:
-    """An expert that took over (over half of all tokens), or died (under 1 % of the mean), and when first."""
+    """An expert that took over (``statistics.collapse_from``), or died (under 1 % of the mean), and when first."""
 
     step: int
     layer: int
@@ -276,7 +276,7 @@ def simulate_balancing(
             policy.update_rate if isinstance(policy, LossFreeBias) else 0.0,
             forces.gate_scale,
             setting.num_ranks or setting.num_experts,
-            TAKEOVER_FRACTION,
+            collapse_from(setting.top_k, setting.num_experts),
             DEAD_SHARE_OF_MEAN * even,
             max_vio_TL[first : first + size],
             rank_max_mean_TL[first : first + size],

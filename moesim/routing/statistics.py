@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 ALERT_RATIO = 3.0  # an expert that takes over 3x the mean is worth an alert (a planning convention, not a law)
-COLLAPSE_SHARE = 0.5  # an expert that over half of all tokens use has made its router collapse (a convention too)
+COLLAPSE_SHARE = 0.5  # of the way from an even share of tokens to all of them: a collapse (a convention too)
 DEAD_SHARE_OF_MEAN = 0.01  # an expert below a hundredth of the mean no longer learns (a convention too)
 
 
@@ -130,8 +130,21 @@ def dead_experts(load_LE: ArrayLike, *, share_of_mean: float = 0.0) -> tuple[tup
     return tuple(zip(layers.tolist(), experts.tolist(), strict=True))
 
 
+def collapse_from(top_k: int, num_experts: int, share: float = COLLAPSE_SHARE) -> float:
+    """The share of all tokens beyond which an expert has taken over: so far from its even share, k/E, to all tokens.
+
+    Few experts of which a token takes several are used by many tokens each: of Mixtral's 8, two a token, every one by
+    a quarter when all is even. docs/model.md#load-statistics.
+
+    >>> collapse_from(1, 256), collapse_from(2, 8)
+    (0.501953125, 0.625)
+    """
+    even = top_k / num_experts
+    return even + share * (1.0 - even)
+
+
 def collapse_alerts(load_LE: ArrayLike, *, top_k: int = 1, share: float = COLLAPSE_SHARE) -> tuple[LoadAlert, ...]:
-    """Every (layer, expert) that more than this share of all tokens use, hottest first.
+    """Every (layer, expert) that more tokens use than ``collapse_from`` allows, hottest first.
 
     A token makes top_k assignments and uses an expert once, so an expert's share of tokens is top_k times its share of
     assignments. ratio is over the mean load, as in load_alerts.
@@ -140,14 +153,15 @@ def collapse_alerts(load_LE: ArrayLike, *, top_k: int = 1, share: float = COLLAP
     (LoadAlert(layer=0, expert=4, ratio=3.75),)
     """
     load = np.atleast_2d(_checked(load_LE))
-    return load_alerts(load, ratio=share * load.shape[1] / top_k)
+    num_experts = load.shape[1]
+    return load_alerts(load, ratio=collapse_from(top_k, num_experts, share) * num_experts / top_k)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadStatistics:
     """All statistics of a load, layer by layer, and the experts that stand out.
 
-    hot: over three times the mean; collapsed: used by over half of all tokens; dead: below a hundredth of the mean.
+    hot: over three times the mean; collapsed: used by over half of the tokens beyond its even share (``collapse_from``); dead: below a hundredth of the mean.
     """
 
     gini_L: Floats

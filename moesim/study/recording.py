@@ -59,8 +59,8 @@ class RecordingFacts:
     """Counted, not sampled. From num_tokens on: None or empty where only a histogram was recorded.
 
     counts_LE: assignments of each expert; alert_steps, collapse_steps: steps in which an expert takes over 3 times its
-    layer's mean, or over half of all tokens. first_repeat: pairs of consecutive tokens of a step with the same first
-    expert, mean over layers, beside what shuffled tokens would show. active_experts: distinct experts that so many
+    layer's mean, or has taken over (``collapse_from``). first_repeat: pairs of consecutive tokens of a step with the
+    same first expert, mean over layers, beside what shuffled tokens would show. active_experts: distinct experts that so many
     consecutive tokens touch. pairs: the strongest, where chance alone would have made them meet 25 times.
     """
 

@@ -110,7 +110,7 @@ class LoadCurve:
     max_vio_NS: Floats
     num_dead_NS: NDArray[np.int64]  # experts of all layers under DEAD_SHARE of their layer's mean
     busiest_share_NS: Floats  # of a layer's tokens that choose its busiest expert, the largest over layers
-    num_collapsed_N: NDArray[np.int64]  # experts that over half of all tokens choose in the last window
+    num_collapsed_N: NDArray[np.int64]  # experts that have taken over in the last window (collapse_from)
     num_experts: int  # of all MoE layers
 
     @property
