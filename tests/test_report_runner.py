@@ -9,9 +9,10 @@ from typing import Any
 import nbformat
 import pytest
 
+from moesim.cli.rendering import _kept_of_the_notebook
 from moesim.errors import InputError, MoesimError, NotModelledError
 from moesim.report import parameters, runner
-from moesim.report.parameters import check_parameters, find_notebook, parse_cell, read_question
+from moesim.report.parameters import check_parameters, find_notebook, parameters_of, parse_cell, read_question
 
 CELL = """# Parameters: what is asked
 model: str = "mixtral-8x7b"
@@ -178,3 +179,13 @@ def test_a_refusal_is_quick(notebook: Path, tmp_path: Path) -> None:
     with pytest.raises((InputError, NotModelledError)):
         runner.run_notebook(notebook, {"ep": 5}, tmp_path / "out")
     assert time.perf_counter() - began_s < 1.0
+
+
+def test_a_report_says_what_it_takes_from_its_notebook_and_simulate_would_not() -> None:
+    known = parameters_of(find_notebook("10_planning_report"))
+    (told,) = _kept_of_the_notebook({"model": "mixtral-8x7b", "ep": 8}, known)
+    assert "global_batch=15360 (1024)" in told
+    assert "precision=fp8 (bf16)" in told
+    assert "pp=16 (1)" in told
+    assert " ep=" not in told
+    assert _kept_of_the_notebook({"ep": 8}, known) == ()

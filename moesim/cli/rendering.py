@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from moesim.cli.output import Answer, Table, fields_table
 from moesim.errors import MoesimError, check
 
 if TYPE_CHECKING:
+    from moesim.report.parameters import Parameter
     from reference_model.shapes import LayerShapes
 
 PLANNING_NOTEBOOK = "10_planning_report"
@@ -63,8 +64,32 @@ def render_report(call: Call, first: str | None, second: str | None, params_file
         inputs={"notebook": notebook.stem, "scenario": scenario and scenario.to_dict(), "parameters": given},
         result={"folder": str(folder), "files": files},
         tables=[Table(title="Report", columns=("File",), rows=[(name,) for name in files])],
+        warnings=_kept_of_the_notebook(given, known) if scenario_file is None else (),
         writes_own_files=True,
     )
+
+
+def _kept_of_the_notebook(given: Mapping[str, Any], known: Mapping[str, Parameter]) -> tuple[str, ...]:
+    """What a report takes from its notebook where ``simulate`` would take a scenario's default, once a model, a cluster
+    or GPUs are named; in words.
+    """
+    from moesim.describe.parallel import Parallelism
+    from moesim.describe.workload import Training
+    from moesim.scenario import LEAVES
+
+    if not given.keys() & {"model", "cluster", "num_gpus"}:
+        return ()
+    groups = {"parallel": Parallelism(), "train": Training()}
+    defaults = {
+        name: getattr(groups[path[0]], path[1]) for name, path in LEAVES.items() if path[0] in groups and len(path) == 2
+    }
+    kept = {
+        name: p.default for name, p in known.items() if name not in given and defaults.get(name, p.default) != p.default
+    }
+    if not kept:
+        return ()
+    told = ", ".join(f"{name}={value} ({defaults[name]})" for name, value in kept.items())
+    return (f"what was not named is the notebook's own, not what simulate takes (in brackets): {told}",)
 
 
 def _page_first(path: Path) -> tuple[int, str]:

@@ -161,7 +161,7 @@ def collapse_alerts(load_LE: ArrayLike, *, top_k: int = 1, share: float = COLLAP
 class LoadStatistics:
     """All statistics of a load, layer by layer, and the experts that stand out.
 
-    hot: over three times the mean; collapsed: used by over half of the tokens beyond its even share (``collapse_from``); dead: below a hundredth of the mean.
+    hot: over three times the mean; collapsed: taken over, by ``collapse_from``; dead: below a hundredth of the mean.
     """
 
     gini_L: Floats

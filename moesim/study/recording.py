@@ -60,8 +60,8 @@ class RecordingFacts:
 
     counts_LE: assignments of each expert; alert_steps, collapse_steps: steps in which an expert takes over 3 times its
     layer's mean, or has taken over (``collapse_from``). first_repeat: pairs of consecutive tokens of a step with the
-    same first expert, mean over layers, beside what shuffled tokens would show. active_experts: distinct experts that so many
-    consecutive tokens touch. pairs: the strongest, where chance alone would have made them meet 25 times.
+    same first expert, mean over layers, beside what shuffled tokens would show. active_experts: distinct experts that
+    so many consecutive tokens touch. pairs: the strongest, where chance alone would have made them meet 25 times.
     """
 
     file: str
