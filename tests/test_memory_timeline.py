@@ -42,6 +42,21 @@ def test_the_timelines_peak_is_the_steps_and_each_operation_begins_where_the_las
         assert line.begin_bytes_K[0] == pytest.approx(line.end_bytes_K[-1])  # nothing is left at the end
 
 
+def test_a_forward_beside_a_backward_holds_what_both_hold_and_dualpipe_every_weight_twice() -> None:
+    asked = ASKED | {"popularity": "balanced", "global_batch": 128}
+    alone, dual = (run_step(Scenario.make(**asked | {"schedule": name})) for name in ("1f1b", "dualpipe"))
+    for trace in (alone, dual):
+        peaks = [memory.peak_bytes for memory in memory_by_stage(trace.scenario, trace.load)]
+        assert [line.peak_bytes for line in memory_timeline(trace)] == pytest.approx(peaks)
+    stages = [memory_by_stage(trace.scenario, trace.load) for trace in (alone, dual)]
+    for own, mirrored, both in zip(stages[0], reversed(stages[0]), stages[1], strict=True):
+        assert both.weights_bytes == pytest.approx(own.weights_bytes + mirrored.weights_bytes)
+    line = memory_timeline(dual)[0]
+    starts = dict(zip(zip(line.names_K, line.chunk_K, line.micro_batch_K, strict=True), line.start_s_K, strict=True))
+    assert len(set(line.start_s_K)) < len(line.start_s_K)  # pairs begin together
+    assert len(starts) == 2 * 2 * 8 + 1 + sum(name == "weight_gradient" for name in line.names_K)
+
+
 def test_gpipe_holds_every_micro_batch_before_its_first_backward_and_1f1b_only_as_many_as_stages_follow() -> None:
     def most(schedule: str) -> int:
         line = memory_timeline(run_step(Scenario.make(**ASKED | {"schedule": schedule, "popularity": "balanced"})))[0]

@@ -250,6 +250,7 @@ class StageProfile:
 
     stage: int
     operations: tuple[Operation, ...]
+    micro_batch_K: tuple[int, ...]  # of the step, over all lines of the schedule
     static: StaticMemory
     live_KGRP: Floats
     peak_KGRP: Floats
@@ -270,7 +271,7 @@ class StageProfile:
     def at(self, event: int, group: int, rank: int) -> RankMemory:
         """Memory of one rank in one pass, at that pass's worst moment."""
         activations, dispatch = (float(part) for part in self.peak_KGRP[event, group, rank])
-        moment = self.worst_K[event].moment(group, self.operations[event].micro_batch, rank)
+        moment = self.worst_K[event].moment(group, self.micro_batch_K[event], rank)
         return self._memory(int(self.ranks_GR[group, rank]), activations, dispatch, 0.0, moment)
 
     def at_update(self) -> RankMemory:
@@ -334,12 +335,17 @@ def stage_profile(
         )
     paired = "forward_backward" in train.overlaps
     schedule = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp, paired=paired)
-    operations = [
-        one for op in schedule(stage, train.num_micro_batches(layout.dp)) for one in (op, op.beside) if one is not None
-    ]
-    live_KGRP = _live(memories, operations)
+    paired_ops = schedule(stage, train.num_micro_batches(layout.dp))
+    operations = [one for op in paired_ops for one in (op, op.beside) if one is not None]
+    per_line = train.num_micro_batches(layout.dp) // schedule.num_lines
+    micro_batch_K = [op.micro_batch + schedule.place(stage, op.chunk)[0] * per_line for op in operations]
+    live_KGRP = _live(memories, operations, micro_batch_K)
     worst = [memories[op.chunk].worst[op.way != "forward"] for op in operations]
-    excess_KGRP = np.stack([w.excess_GMRP[:, op.micro_batch] for w, op in zip(worst, operations, strict=True)])
+    excess_KGRP = np.stack([w.excess_GMRP[:, m] for w, m in zip(worst, micro_batch_K, strict=True)])
+    for k, op in enumerate(operations):
+        if op.beside is not None:  # what the forward holds beyond what it keeps is there during the backward as well
+            kept = memories[op.chunk].kept_GMRP[:, micro_batch_K[k]]
+            excess_KGRP[k + 1] += excess_KGRP[k] - kept
     ranks_GR = np.broadcast_to(layout.stage_ranks(stage)[0], (received.shape[0], received.shape[3]))
     if received_GMLR is not None:
         groups = layout.groups("ep").reshape(parallel.pp, -1, parallel.ep)[stage]
@@ -348,6 +354,7 @@ def stage_profile(
     return StageProfile(
         stage=stage,
         operations=tuple(operations),
+        micro_batch_K=tuple(micro_batch_K),
         static=static_memory(model, parallel, layout, train, stage=stage, expert_copies=expert_copies),
         live_KGRP=live_KGRP,
         peak_KGRP=live_KGRP + excess_KGRP,
@@ -508,12 +515,12 @@ def _sum(tensors: tuple[SavedTensor, ...], per: str) -> tuple[float, float]:
     return sum(tensor.bytes for tensor in chosen) - dispatch, dispatch
 
 
-def _live(memories: list[_ChunkMemory], operations: Sequence[Operation]) -> Floats:
+def _live(memories: list[_ChunkMemory], operations: Sequence[Operation], micro_batch_K: Sequence[int]) -> Floats:
     """K x G x R x P: what is kept when each operation begins: from its forward until its weight gradient."""
     change_KGRP = np.zeros((len(operations) + 1, *memories[0].kept_GMRP[:, 0].shape))
-    for k, op in enumerate(operations):
+    for k, (op, micro_batch) in enumerate(zip(operations, micro_batch_K, strict=True)):
         if op.way != "input_gradient":
-            kept = memories[op.chunk].kept_GMRP[:, op.micro_batch]
+            kept = memories[op.chunk].kept_GMRP[:, micro_batch]
             change_KGRP[k + 1] = kept if op.way == "forward" else -kept
     live: Floats = np.cumsum(change_KGRP, axis=0)[:-1]
     return live

@@ -95,4 +95,7 @@ def _clock(run: StageRun, block: int) -> tuple[dict[Key, float], dict[Key, float
             key: Key = (op.way, op.chunk, int(micro_batch))
             start_of[key] = float(op.start_BN[block, n])
             end_of[key] = start_of[key] + float(durations_B[n, own])
+            if op.beside is not None and op.beside_N is not None:
+                partner: Key = ("backward", op.beside, int(op.beside_N[n]))
+                start_of[partner], end_of[partner] = start_of[key], end_of[key]
     return start_of, end_of

@@ -319,6 +319,7 @@ def _stage_run(scenario: Scenario, s: int, stage: _Stage, work: StageWork, clock
             chunk=kind.chunk,
             micro_batches_N=kind.micro_batches_N,
             beside_N=kind.beside_N,
+            beside=kind.beside,
             times=kind.times,
             start_BN=clock.start_CBM[kind.way][kind.chunk][:, kind.micro_batches_N],
             send_s=_send_after_s(work, kind),

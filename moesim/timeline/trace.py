@@ -36,6 +36,7 @@ class OperationRun:
     chunk: int
     micro_batches_N: NDArray[np.int64]
     beside_N: NDArray[np.int64] | None  # micro-batches of the backward that runs beside it
+    beside: int | None = None  # its chunk
     times: OperationTimes
     start_BN: Floats
     send_s: float
