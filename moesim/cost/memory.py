@@ -20,20 +20,14 @@ from numpy.typing import NDArray
 from moesim.cost.activations import (
     BF16_BYTES,
     MEGATRON,
-    SavedTensor,
     Software,
-    head_tensors,
     layer_input,
-    layer_tensors,
-    mtp_tensors,
     placeholder_gradient_bytes,
     rank_kv_heads,
     workspace_bytes,
 )
-from moesim.cost.context import buffer_bytes
-from moesim.cost.moments import forward_moments, head_moment, layer_moments
+from moesim.cost.chunks import ChunkMemory, Worst, chunk_memory
 from moesim.cost.precision import LAYOUTS, RECIPES
-from moesim.cost.recompute import kept_tensors
 from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.parameters import layer_parameters
@@ -230,18 +224,6 @@ def fullest_of(profile: StageProfile) -> RankMemory:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Worst:
-    """What a pass holds at its worst moment beyond what was kept when it began."""
-
-    excess_GMRP: Floats
-    choice_GMR: NDArray[np.int64]  # index into names
-    names: tuple[str, ...]
-
-    def moment(self, group: int, micro_batch: int, rank: int) -> str:
-        return self.names[int(self.choice_GMR[group, micro_batch, rank])]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class StageProfile:
     """Memory of a stage pass by pass; P: activations, dispatch buffers.
 
@@ -260,7 +242,7 @@ class StageProfile:
     communicator_bytes: float
     context_bytes: float
     reserve_fraction: float
-    worst_K: tuple[_Worst, ...]
+    worst_K: tuple[Worst, ...]
 
     def fullest(self) -> tuple[int, int, int]:
         """Operation, group and rank of the largest peak in a pass."""
@@ -331,7 +313,7 @@ def stage_profile(
         depth = chunk_depths(parallel, train, stage)[v]
         head, embedding = depth == parallel.pp * parallel.vpp - 1, depth == 0
         memories.append(
-            _chunk_memory(model, parallel, train, software, dispatcher, chunk, received, tokens, head, embedding)
+            chunk_memory(model, parallel, train, software, dispatcher, chunk, received, tokens, head, embedding)
         )
     paired = "forward_backward" in train.overlaps
     schedule = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp, paired=paired)
@@ -376,14 +358,6 @@ def num_communicators(parallel: Parallelism, layout: RankLayout) -> int:
     return sum(size > 1 for size in sizes) + (layout.num_gpus > 1)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _ChunkMemory:
-    """What one chunk keeps from forward to backward, and what its passes hold; P: activations, dispatch."""
-
-    kept_GMRP: Floats
-    worst: tuple[_Worst, _Worst]  # of the forward, of the backward
-
-
 def _received(received_GMLR: Floats | None, chunks: tuple[tuple[Placed, ...], ...], num_micro_batches: int) -> Floats:
     """The given array, one entry per MoE layer of the stage."""
     num_moe = sum(item.moe_index >= 0 for chunk in chunks for item in chunk)
@@ -399,123 +373,7 @@ def _received(received_GMLR: Floats | None, chunks: tuple[tuple[Placed, ...], ..
     return np.concatenate([received_GMLR, np.repeat(received_GMLR[:, :, -1:], num_moe - given, axis=2)], axis=2)
 
 
-def _chunk_memory(
-    model: Model,
-    parallel: Parallelism,
-    train: Training,
-    software: Software,
-    dispatcher: Dispatcher,
-    chunk: tuple[Placed, ...],
-    received_GMLR: Floats,
-    tokens: float,
-    has_head: bool,
-    has_embedding: bool,
-) -> _ChunkMemory:
-    shape = (received_GMLR.shape[0], received_GMLR.shape[1], received_GMLR.shape[3])
-
-    def parts(per_token: tuple[float, float], per_assignment: tuple[float, float], item: Placed | None) -> Floats:
-        result = np.broadcast_to(np.array(per_token) * tokens, (*shape, 2)).copy()
-        if item is not None and item.moe_index >= 0:
-            result += received_GMLR[:, :, item.moe_index, :, None] * np.array(per_assignment)
-        return result
-
-    def saved_parts(tensors: tuple[SavedTensor, ...], item: Placed | None) -> Floats:
-        return parts(_sum(tensors, "token"), _sum(tensors, "assignment"), item)
-
-    tensors_of = [
-        layer_tensors(model, item.layer, parallel, software, train.precision)
-        + (mtp_tensors(model, parallel) if item.is_mtp else ())
-        for item in chunk
-    ]
-    left_of = [
-        kept_tensors(tensors, item.layer, train, parallel.tp) for tensors, item in zip(tensors_of, chunk, strict=True)
-    ]
-    kept = [saved_parts(left, item) for left, item in zip(left_of, chunk, strict=True)]
-    on_device = _on_device(kept, train)
-
-    def forward_excess(i: int, item: Placed) -> list[tuple[Floats, str]]:
-        """Of layer i's forward moments: what it holds beyond the layers before it."""
-        inputs = tuple(t for t in tensors_of[i] if t.name == "expert input" and t not in left_of[i])
-        own = saved_parts((*left_of[i], *inputs), item)
-        moments = forward_moments(model, item.layer, parallel, dispatcher, train.precision)
-        return [(own + parts(m.per_token, m.per_assignment, item), m.name) for m in moments]
-
-    forward: list[tuple[Floats, str]] = []
-    before = np.zeros((*shape, 2))
-    for i, item in enumerate(chunk):
-        where = f"forward of layer {i + 1} of {len(chunk)}"
-        forward += [(before + excess, f"{where}: {name}") for excess, name in forward_excess(i, item)]
-        before = before + on_device[i]
-    forward.append((before, "end of the forward"))
-
-    backward: list[tuple[Floats, str]] = []
-    freed = np.zeros((*shape, 2))  # by the backward of the layers behind
-    for i, item in reversed(list(enumerate(chunk))):
-        where = f"backward of layer {i + 1} of {len(chunk)}"
-        fetched = kept[i] - on_device[i]  # from the host
-        again = [tensor for tensor in tensors_of[i] if tensor not in left_of[i]]
-        # Of a whole layer all is made again at once; modules of the attention follow the feed-forward's backward.
-        of_attention = tuple(tensor for tensor in again if tensor.part == "attention")
-        later = of_attention if train.recompute != "full" else ()
-        first = tuple(tensor for tensor in again if tensor not in later)
-        for moment in layer_moments(model, item.layer, parallel, dispatcher, software, train.precision):
-            working = parts(moment.per_token, moment.per_assignment, item)
-            backward.append((saved_parts(first, item) + working - freed + fetched, f"{where}: {moment.name}"))
-        if any(tensor.name == "expert input" for tensor in again):  # the routed experts' forward runs once more
-            backward += [
-                (excess + saved_parts(first, item) - saved_parts(left_of[i], item) - freed, f"{where} again: {name}")
-                for excess, name in forward_excess(i, item)
-            ]
-        if (
-            later or parallel.cp > 1
-        ):  # beside the gradient of the layer's output; the feed-forward's own is gone by then
-            gone = saved_parts(tuple(tensor for tensor in left_of[i] if tensor.part != "attention"), item)
-            exchanged = parts((buffer_bytes(item.layer.attention, parallel), 0.0), (0.0, 0.0), None)
-            held = saved_parts((*of_attention, layer_input(model, parallel)), item)
-            name = f"{where}: attention{' again' if later else ''}"
-            backward.append((held + exchanged - gone - freed + fetched, name))
-        freed = freed + on_device[i]
-    if has_head:
-        per_token, fixed = head_moment(model, parallel, software)
-        num_losses = 1 + sum(item.is_mtp for item in chunk)
-        tensors = head_tensors(model, parallel, software)
-        head = num_losses * saved_parts(tensors, None) + parts((per_token, 0.0), (0.0, 0.0), None)
-        backward.append((head + np.array([fixed, 0.0]), "backward of the head"))
-    if has_embedding:
-        gradient = model.vocab * model.hidden / parallel.tp * BF16_BYTES
-        backward.append((np.array([gradient, 0.0]) - before, "gradient of the embedding"))
-    if not backward:
-        backward.append((before, "a stage that holds nothing"))
-    return _ChunkMemory(
-        kept_GMRP=before,
-        worst=(_worst_of(forward), _worst_of(backward)),
-    )
-
-
-def _on_device(kept: list[Floats], train: Training) -> list[Floats]:
-    """What stays on the GPU of each layer's kept tensors: with offloaded activations only the last two layers', one
-    being sent while the next is made.
-    """
-    if "activations" not in train.offloaded:
-        return kept
-    return [layer if i >= len(kept) - 2 else np.zeros_like(layer) for i, layer in enumerate(kept)]
-
-
-def _worst_of(candidates: list[tuple[Floats, str]]) -> _Worst:
-    stacked = np.stack([np.broadcast_to(excess, candidates[0][0].shape) for excess, _ in candidates])
-    choice_GMR = stacked.sum(axis=-1).argmax(axis=0)
-    excess_GMRP = np.take_along_axis(stacked, choice_GMR[None, ..., None], axis=0)[0]
-    return _Worst(excess_GMRP=excess_GMRP, choice_GMR=choice_GMR, names=tuple(name for _, name in candidates))
-
-
-def _sum(tensors: tuple[SavedTensor, ...], per: str) -> tuple[float, float]:
-    """Bytes of the tensors counted per token or per assignment: (activations, dispatch)."""
-    chosen = [tensor for tensor in tensors if tensor.per == per]
-    dispatch = sum(tensor.bytes for tensor in chosen if tensor.part == "dispatch")
-    return sum(tensor.bytes for tensor in chosen) - dispatch, dispatch
-
-
-def _live(memories: list[_ChunkMemory], operations: Sequence[Operation], micro_batch_K: Sequence[int]) -> Floats:
+def _live(memories: list[ChunkMemory], operations: Sequence[Operation], micro_batch_K: Sequence[int]) -> Floats:
     """K x G x R x P: what is kept when each operation begins: from its forward until its weight gradient."""
     change_KGRP = np.zeros((len(operations) + 1, *memories[0].kept_GMRP[:, 0].shape))
     for k, (op, micro_batch) in enumerate(zip(operations, micro_batch_K, strict=True)):
