@@ -62,7 +62,7 @@ MEASURES = ("gini", "cv", "max_mean")  # of a popularity
 
 # Flat names, as notebooks and --set use them, and where each lives in the scenario file.
 LEAVES: Mapping[str, tuple[str, ...]] = {
-    **{name: (name,) for name in ("model", "cluster", "num_gpus", "profile", "fidelity", "seed")},
+    **{name: (name,) for name in ("model", "cluster", "num_gpus", "profile", "fidelity", "seed", "replicas")},
     **{
         name: ("parallel", name)
         for name in (
@@ -131,6 +131,7 @@ class _File:
     profile: str = "auto"
     fidelity: Literal["port", "exact"] = "port"
     seed: int = 0
+    replicas: int = 8  # blocks of a stage's ranks that are simulated at most; more are estimated from these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +149,12 @@ class Scenario:
     )
     fidelity: Literal["port", "exact"] = "port"
     seed: int = 0
+    replicas: int = 8  # blocks of a stage's ranks that are simulated at most; more are estimated from these
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as asked, for echoing
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, "scenario", "seed", "must be at least 0", self.seed)
+        check(self.replicas >= 2, "scenario", "replicas", "must be at least 2", self.replicas)
         p, model = self.parallel, self.model
         layout = self.layout
         age, popularity = self.placement.age_steps, self.routing.popularity

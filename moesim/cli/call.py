@@ -37,6 +37,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "split": ("KIND", "Which replica of an expert a sender takes: even, nearest, least_loaded, uneven."),
         "rank_speeds": ("TEXT", "Slow GPUs by rank, speed over the others': 3=0.8,8-15=0.5."),
         "fidelity": ("port|exact", "How all-to-alls are timed: by busiest ports, or message by message (slow)."),
+        "replicas": ("N", "Replicas of a stage that are simulated at most; more are estimated from these."),
     },
     "Parallel sizes": {
         "tp": ("N", "Tensor parallel."),

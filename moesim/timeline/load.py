@@ -124,8 +124,12 @@ class StepLoad:
         )
 
 
-def step_load(scenario: Scenario) -> StepLoad | None:
-    """Draw the step's load; None for a dense model. Raises NotModelledError where MoE layers differ."""
+def step_load(scenario: Scenario, num_groups: int | None = None) -> StepLoad | None:
+    """Draw the step's load; None for a dense model.
+
+    num_groups: of the expert-parallel groups of a stage only the first so many; None: all. Raises NotModelledError
+    where MoE layers differ.
+    """
     model, parallel, choice = scenario.model, scenario.parallel, scenario.placement
     stack, layers = _stack(scenario), moe_layers(scenario)
     if not layers:
@@ -148,7 +152,7 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         scenario.routing,
         tokens_per_rank=int(rank_tokens(parallel, scenario.train)),
         num_source_ranks=parallel.ep * parallel.etp,
-        num_groups=scenario.layout.edp,
+        num_groups=num_groups or scenario.layout.edp,
         num_micro_batches=scenario.num_micro_batches,
         rng=stream(scenario.seed, "load"),
         rank_of_E=placed.rank_of_expert_E,
@@ -156,7 +160,8 @@ def step_load(scenario: Scenario) -> StepLoad | None:
     kept_GMLS = placed.of_slots(load.kept_GMLE)
     sent = _sent(scenario, placed, load)
     exchanges: dict[Nodes, Exchange] = {}
-    for nodes in (_nodes_of_groups(scenario, stage) for stage in range(parallel.pp)):
+    by_stage = [_nodes_of_groups(scenario, stage)[: load.kept_GMLE.shape[0]] for stage in range(parallel.pp)]
+    for nodes in by_stage:
         if nodes not in exchanges:
             exchanges[nodes] = _exchange(scenario, placed, sent, nodes)
     return StepLoad(
@@ -168,7 +173,7 @@ def step_load(scenario: Scenario) -> StepLoad | None:
         load=load,
         kept_GMLS=kept_GMLS,
         rows_GMLS=kept_GMLS if load.rows_GMLE is load.kept_GMLE else placed.of_slots(load.rows_GMLE),
-        exchange_by_stage=tuple(exchanges[_nodes_of_groups(scenario, stage)] for stage in range(parallel.pp)),
+        exchange_by_stage=tuple(exchanges[nodes] for nodes in by_stage),
         laid_out_rows=sent.laid_out_rows,
         etp=parallel.etp,
     )
@@ -224,6 +229,11 @@ def positions_by_stage(scenario: Scenario) -> tuple[tuple[int, ...], ...]:
         tuple(position[placed.number] for chunk in chunks for placed in chunk if placed.layer.is_moe)
         for chunks in stages
     )
+
+
+def groups_lie_alike(scenario: Scenario) -> bool:
+    """Whether every expert-parallel group of a stage lies on nodes as the stage's others do."""
+    return all(len(set(_nodes_of_groups(scenario, stage))) == 1 for stage in range(scenario.parallel.pp))
 
 
 def _nodes_of_groups(scenario: Scenario, stage: int) -> Nodes:

@@ -177,8 +177,10 @@ def lay_out_program(
     block_size: int,
     traced: NDArray[np.int64],
     sm_share: float,
+    issue_s: float = 0.0,
 ) -> OperationTimes:
-    """Run a program on every rank's two queues. sm_share: what dispatch and combine take from computing.
+    """Run a program on every rank's two queues. sm_share: what dispatch and combine take from computing; issue_s: what
+    the host needs to issue all of it, the least that it takes.
 
     See docs/model.md#overlap.
     """
@@ -198,6 +200,9 @@ def lay_out_program(
     )
     block_end_MR = slowest_of(end_MR, block_size)
     part_R: dict[str, Floats] = {"wait_for_slowest": wait_R + (block_end_MR - end_MR).sum(axis=0)}
+    beyond_MR = np.maximum(issue_s - block_end_MR, 0.0)
+    if beyond_MR.any():
+        part_R["host"] = beyond_MR.sum(axis=0)
     for i, phase in enumerate(phases):
         own_R = exposed_PR[i] if is_comm_P[i] else busy_PR[i]
         part_R[phase.part] = part_R.get(phase.part, 0.0) + own_R
@@ -206,7 +211,7 @@ def lay_out_program(
         parts=tuple(phase.part for phase in phases),
         layers=tuple(phase.layer for phase in phases),
         is_backward_P=np.array([phase.is_backward for phase in phases], dtype=bool),
-        duration_MB=block_end_MR[:, ::block_size].copy(),
+        duration_MB=(block_end_MR + beyond_MR)[:, ::block_size].copy(),
         part_R=part_R,
         hidden_comm_R=(busy_PR - exposed_PR)[is_comm_P].sum(axis=0),
         start_PMV=start_PMV,

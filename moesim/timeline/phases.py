@@ -30,7 +30,8 @@ class Phase:
 
     weights_s: those of its seconds that make weight gradients, for which no later phase waits. products_s: those that a
     tensor-parallel collective could hide behind. aside: no later phase waits for it. back: it waits for the phase that
-    stands so many places before it in line. The last two matter where phases run beside one another (overlap.py).
+    stands so many places before it in line. issue_s: what the host needs to issue a layer, of which the phase's seconds
+    are those beyond the layer's own. The last three matter where phases run beside one another (overlap.py).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Phase:
     products_s: float = 0.0
     aside: bool = False
     back: int = 1
+    issue_s: float = 0.0
 
     @property
     def is_comm(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,13 +81,18 @@ class StageClock:
     optimizer_start_s: float
 
 
-def run_pipeline(stages: Sequence[StageWork], schedule: Order) -> tuple[float, list[StageClock]]:
+def run_pipeline(
+    stages: Sequence[StageWork], schedule: Order, num_replicas: int | None = None
+) -> tuple[float, list[StageClock]]:
     """Run one step; returns its length [s] and each stage's clock. Raises DeadlockError naming stages and blocks that
     wait in vain.
+
+    num_replicas: how many blocks a stage has of which those simulated are a sample; None: these are all.
     """
     num_chunks, num_blocks, num_micro_batches = next(iter(stages[0].seconds_CBM.values())).shape
     assert num_chunks == schedule.num_chunks
     run = _Run(stages, schedule, num_blocks, num_micro_batches)
+    run.num_replicas = num_replicas or num_blocks
     operations = [schedule(stage, num_micro_batches * schedule.num_lines) for stage in range(len(stages))]
     processes = [
         run.env.process(run.stage_process(stage, block, operations[stage]))
@@ -116,12 +122,28 @@ def run_pipeline(stages: Sequence[StageWork], schedule: Order) -> tuple[float, l
     return run.end, clocks
 
 
+def expected_latest_s(ended_B: Floats, num_replicas: int) -> float:
+    """When the slowest of num_replicas is expected, of which ended_B are a sample: normal, at Blom's quantile.
+
+    See docs/model.md#representatives.
+
+    >>> expected_latest_s(np.array([1.0, 1.0]), 16)
+    1.0
+    """
+    latest = float(ended_B.max())
+    if ended_B.size in (1, num_replicas):
+        return latest
+    quantile = NormalDist().inv_cdf((num_replicas - 0.375) / (num_replicas + 0.25))
+    return max(latest, float(ended_B.mean() + quantile * ended_B.std(ddof=1)))
+
+
 class _Run:
     """State of one run: the environment, the meeting points, the notes."""
 
     def __init__(self, stages: Sequence[StageWork], schedule: Order, num_blocks: int, num_micro_batches: int) -> None:
         self.env = simpy.Environment()
         self.stages, self.num_blocks, num_chunks = stages, num_blocks, schedule.num_chunks
+        self.num_replicas = num_blocks
         self.places = [[schedule.place(s, c) for c in range(num_chunks)] for s in range(len(stages))]
         self.last_depth = len(stages) * num_chunks // schedule.num_lines - 1
         self.arrived: dict[tuple[bool, int, int, int, int], simpy.Event] = {}
@@ -131,6 +153,7 @@ class _Run:
         self.start = np.zeros((len(stages), len(WAYS), num_chunks, num_blocks, num_micro_batches))
         self.bubble = np.zeros((len(stages), num_blocks))
         self.block_wait = np.zeros((len(stages), num_blocks))
+        self.ended = np.zeros((len(stages), num_blocks))  # last operations
         self.reduce_start = [0.0] * len(stages)
         self.optimizer_start = self.end = 0.0
         self.waits_for = [""] * (len(stages) * num_blocks)
@@ -183,8 +206,9 @@ class _Run:
         """Gradient reduction over the stage's blocks, the gradient norm over all, the optimizer, the weights back."""
         env, work = self.env, self.stages[stage]
         self.waits_for[me] = "the other blocks of its stage at the gradient reduction"
-        asked = env.now
+        asked = self.ended[stage, block] = env.now
         yield self.reduce_meeting[stage].join()
+        yield env.timeout(max(expected_latest_s(self.ended[stage], self.num_replicas) - env.now, 0.0))
         self.block_wait[stage, block] = env.now - asked
         self.reduce_start[stage] = env.now
         yield env.timeout(work.reduce_s)

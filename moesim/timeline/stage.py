@@ -79,6 +79,7 @@ class StagePlan:
     first_layers: tuple[int, ...]  # number of each chunk's first layer in the model
     depths: tuple[int, ...]  # where each chunk stands in the model; the last of all is last_depth
     last_depth: int
+    num_ranks: int  # of the stage that are simulated: its first
     load: StageLoad | None  # None: no MoE layer here
     weight_gather_C: tuple[float, ...]  # seconds to gather a chunk's weights before each pass (ZeRO-3), else 0
     gradient_scatter_C: tuple[
@@ -148,7 +149,7 @@ class StagePlan:
 
     def _at_own_speed(self, phases: list[Phase]) -> list[Phase]:
         """The phases with each rank computing at its own speed; what crosses wires takes the same."""
-        speed_R = self.scenario.speed_of_rank[self.scenario.layout.stage_ranks(self.stage)]
+        speed_R = self.scenario.speed_of_rank[self.scenario.layout.stage_ranks(self.stage)][: self.num_ranks]
         if (speed_R == 1.0).all():
             return phases
         return [
@@ -165,8 +166,9 @@ class StagePlan:
         parallel, train, routing = self.scenario.parallel, self.scenario.train, self.scenario.routing
         issued = issued_operations(layer, parallel=parallel, train=train, routing=routing, backward=backward)
         device_s = sum(np.asarray(phase.seconds) for phase in phases)
-        beyond_s = np.maximum(issued * self.issue_s - device_s, 0.0)
-        return [*phases, _local("issue", "host", index, beyond_s)] if beyond_s.any() else phases
+        issue_s = issued * self.issue_s
+        beyond_s = np.maximum(issue_s - device_s, 0.0)
+        return [*phases, replace(_local("issue", "host", index, beyond_s), issue_s=issue_s)] if issue_s else phases
 
     def _is_first(self, chunk: int) -> bool:
         return self.depths[chunk] == 0

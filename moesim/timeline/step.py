@@ -23,7 +23,7 @@ from moesim.describe.schedules import Operation, Schedule, Way, make_schedule
 from moesim.errors import check
 from moesim.fabric.collectives import send_s
 from moesim.scenario import Scenario
-from moesim.timeline.load import StepLoad, step_load
+from moesim.timeline.load import StepLoad, groups_lie_alike, step_load
 from moesim.timeline.overlap import WITHIN, alone, beside, halved, lay_out_program, overlapped, sm_share
 from moesim.timeline.packed import PackedWork, packed_work
 from moesim.timeline.phases import Floats, OperationTimes, Phase, lay_out
@@ -85,19 +85,20 @@ def run_step(
     alone = device_cost(gpu, scenario.train.precision, scenario.profile) if device is None else device
     constants = constants_of(gpu, alone) if constants is None else constants
     device = sustained(alone, constants, gpu)
-    load = step_load(scenario)
     packed = packed_work(scenario) if packed is None else packed
+    drawn = _drawn_blocks(scenario, packed, trace_ranks)
+    load = step_load(scenario, drawn * layout.block_size // (parallel.ep * parallel.etp))
     paired = "forward_backward" in scenario.train.overlaps
     schedule = make_schedule(scenario.train.schedule, pp=parallel.pp, vpp=parallel.vpp, paired=paired)
     stages = [
-        _lay_out_stage(scenario, device, constants, load, packed, schedule, stage, trace_ranks)
+        _lay_out_stage(scenario, device, constants, load, packed, schedule, stage, trace_ranks, drawn)
         for stage in range(parallel.pp)
     ]
     times = [kind.times for stage in stages for kind in stage.kinds]
-    num_blocks = 1 if _all_blocks_same(times) else layout.num_blocks
+    num_blocks = 1 if _all_blocks_same(times) else drawn
     send = _send_s(scenario)
     work = [_work(scenario, schedule, s, stages[s], num_blocks, send) for s in range(parallel.pp)]
-    step_s, clocks = run_pipeline(work, schedule)
+    step_s, clocks = run_pipeline(work, schedule, layout.num_blocks)
     runs = [_stage_run(scenario, s, stages[s], work[s], clocks[s]) for s in range(parallel.pp)]
     return Trace(
         scenario=scenario,
@@ -121,6 +122,7 @@ def _lay_out_stage(
     schedule: Schedule,
     stage: int,
     trace_ranks: Sequence[int],
+    drawn: int,
 ) -> _Stage:
     parallel, layout, model = scenario.parallel, scenario.layout, scenario.model
     chunks = stage_chunks(model, parallel, scenario.train, stage)
@@ -150,12 +152,13 @@ def _lay_out_stage(
         last_depth=parallel.pp * parallel.vpp - 1,
         load=here,
         packed=packed,
+        num_ranks=drawn * layout.block_size,
         weight_gather_C=gathers,
         gradient_scatter_C=scatters,
         issue_s=constants.issue_s,
     )
     asked = [rank - int(layout.stage_ranks(stage)[0]) for rank in trace_ranks if rank in layout.stage_ranks(stage)]
-    traced_R = _traced_ranks(here, layout.ranks_per_stage, asked)
+    traced_R = _traced_ranks(here, drawn * layout.block_size, asked)
 
     operations = schedule(stage, scenario.num_micro_batches)
     kinds = _kinds(plan, schedule, operations, traced_R)
@@ -214,7 +217,7 @@ def _kinds(
         chains = [chain(way, chunk, own_N)]
         if partner is not None:  # the backward takes the first turn: its exchange runs beside the forward's attention
             chains.insert(0, chain("backward", partner, beside_N))
-        times = _laid_out(scenario, chains, len(own_N), traced_R)
+        times = _laid_out(plan, chains, len(own_N), traced_R)
         kinds.append(
             _Kind(
                 way=way,
@@ -229,24 +232,36 @@ def _kinds(
 
 
 def _laid_out(
-    scenario: Scenario, chains: Sequence[Sequence[Phase]], num_runs: int, traced_R: NDArray[np.int64]
+    plan: StagePlan, chains: Sequence[Sequence[Phase]], num_runs: int, traced_R: NDArray[np.int64]
 ) -> OperationTimes:
     """An operation's phases, or two operations' side by side, on the clocks of a stage's ranks."""
+    scenario = plan.scenario
     layout, overlaps = scenario.layout, set(scenario.train.overlaps)
     size = {
         "num_runs": num_runs,
-        "num_ranks": layout.ranks_per_stage,
+        "num_ranks": plan.num_ranks,
         "block_size": layout.block_size,
     }
     phases = [phase for chain in chains for phase in chain]
     if (len(chains) == 1 and not overlaps & set(WITHIN)) or len({phase.is_comm for phase in phases}) < 2:
         return lay_out(phases, traced=traced_R, **size)
+    # Layers run beside one another, so the host must issue them all within the operation, not each within its own time.
+    issue_s = sum(phase.issue_s for phase in phases)
+    chains = [[phase for phase in chain if not phase.issue_s] for chain in chains]
     if "two_batch" in overlaps:
         half = halved(chains[0], float(scenario.cluster.latency_inter_s))
-        chains = [half, half]
+        chains, issue_s = [half, half], 2 * issue_s
     program = alone(chains[0]) if len(chains) == 1 else beside(*chains)
     share = sm_share(scenario.routing.dispatcher, scenario.cluster.gpu)
-    return lay_out_program(program, traced=traced_R, sm_share=share, **size)
+    return lay_out_program(program, traced=traced_R, sm_share=share, issue_s=issue_s, **size)
+
+
+def _drawn_blocks(scenario: Scenario, packed: PackedWork | None, trace_ranks: Sequence[int]) -> int:
+    """How many of a stage's blocks are simulated; the rest stand behind them where nothing tells blocks apart."""
+    layout = scenario.layout
+    least = max(scenario.replicas, *(r % layout.ranks_per_stage // layout.block_size + 1 for r in (0, *trace_ranks)))
+    tells_apart = packed is not None or scenario.placement.rank_speeds or not groups_lie_alike(scenario)
+    return layout.num_blocks if tells_apart else min(least, layout.num_blocks)
 
 
 def _all_blocks_same(times: Sequence[OperationTimes]) -> bool:
@@ -291,13 +306,15 @@ def _work(
 
 
 def _stage_run(scenario: Scenario, s: int, stage: _Stage, work: StageWork, clock: StageClock) -> StageRun:
-    block_size, num_ranks = scenario.layout.block_size, scenario.layout.ranks_per_stage
+    # One block that stands for all stands for every rank; a sample stands for itself.
+    block_size, drawn = scenario.layout.block_size, stage.kinds[0].times.hidden_comm_R.size
+    num_ranks = scenario.layout.ranks_per_stage if clock.bubble_B.size == 1 else drawn
     num_simulated = clock.bubble_B.size
     block_R = np.minimum(np.arange(num_ranks) // block_size, num_simulated - 1)
     part_R: dict[str, Floats] = {}
     for kind in stage.kinds:
         for part, seconds_R in kind.times.part_R.items():
-            part_R[part] = part_R.get(part, 0.0) + seconds_R
+            part_R[part] = part_R.get(part, 0.0) + np.tile(seconds_R, num_ranks // drawn)
     part_R["pipeline_send"] = np.full(num_ranks, clock.send_s)
     part_R["wait_for_slowest"] = part_R["wait_for_slowest"] + clock.block_wait_B[block_R]
     part_R["pipeline_bubble"] = clock.bubble_B[block_R]
