@@ -1,8 +1,8 @@
 """How long one GPU takes for one piece of work, alone: matrix products, grouped products, streams, attention.
 
-Two sources, never mixed silently: a calibration profile of this very device, or the datasheet with efficiencies whose
-source stands in ``catalog/efficiency.yaml``. Each DeviceCost says which in ``provenance``. See docs/model.md#product
-and #stream.
+Three sources, never mixed silently: a calibration profile of this very device; timed tables of a GPU that is not here,
+where asked for; the datasheet with efficiencies whose source stands in ``catalog/efficiency.yaml``. Each DeviceCost
+says which in ``provenance``. See docs/model.md#product, #stream and #silicon-tables.
 
 Legend: E experts on a rank; a leading ... stands for any axes.
 """
@@ -59,7 +59,14 @@ class ProductLaw:
         """Seconds of products (m, k) x (k, n) at a peak [FLOP/s] and memory rate [bytes/s]."""
         flops = 2 * np.ceil(m / self.tile_rows) * self.tile_rows * n * (k + self.reduce_overhead)
         moved = (m * k + n * k) * element_bytes + m * n * BYTES_PER_ELEMENT["bf16"]
-        return self.start_s + smooth_max(flops / (peak * self.utilisation), moved / (memory * self.memory_utilisation))
+        return self.kernel_s(flops, moved, peak, memory)
+
+    def kernel_s(self, flops: Floats, moved: Floats, peak: float, memory: float) -> Floats:
+        """Seconds of a kernel of so many FLOPs and bytes: where both bind, it hides neither quite behind the other."""
+        compute_s, memory_s = flops / (peak * self.utilisation), moved / (memory * self.memory_utilisation)
+        return np.asarray(
+            self.start_s + np.sqrt(np.sqrt(np.square(np.square(compute_s)) + np.square(np.square(memory_s))))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +187,9 @@ class DeviceCost:
         return profile.grouped_product_s(rows_E, reduced, columns, backward=backward).seconds
 
     def _kernel_s(self, flops: Floats, num_bytes: Floats, any_work: ArrayLike) -> Floats:
-        compute_s = flops / (self.peak_flops_per_s * self.law.utilisation)
-        memory_s = num_bytes / (self.memory_bytes_per_s * self.law.memory_utilisation)
-        return np.where(any_work, self.law.start_s + smooth_max(compute_s, memory_s), 0.0)
-
-
-def smooth_max(compute_s: Floats, memory_s: Floats) -> Floats:
-    """What computing and moving take together: where both bind, a kernel hides neither quite behind the other."""
-    return np.asarray(np.sqrt(np.sqrt(np.square(np.square(compute_s)) + np.square(np.square(memory_s)))))
+        return np.where(
+            any_work, self.law.kernel_s(flops, num_bytes, self.peak_flops_per_s, self.memory_bytes_per_s), 0.0
+        )
 
 
 def over_experts(values_E: NDArray[Any]) -> Floats:
