@@ -213,7 +213,7 @@ def _envelope(trace: Trace) -> list[str]:
     if RECIPES[train.precision].cast_reads:
         reasons += [
             f"{train.precision}: products run at that rate and casts around them are counted, router and head stay in "
-            "BF16; its copies of activations and weights in memory are not modelled."
+            "BF16; memory keeps the BF16 weights beside their casts."
         ]
     if model.mtp_layers and not train.mtp:
         reasons += [
@@ -222,6 +222,8 @@ def _envelope(trace: Trace) -> list[str]:
         ]
     if scenario.parallel.zero >= 2:
         reasons += ["ZeRO-2 and ZeRO-3 collectives are fully exposed, and replicas do not wait for each other in them."]
+    if train.offloaded:
+        reasons += ["Offloading has the host link to itself at its full rate, and no measured run to compare with."]
     if "forward_backward" in train.overlaps or train.schedule == "dualpipe":
         reasons += ["Handing micro-batches to the neighbouring stage is not overlapped."]
     if any(layer.cross_attention is not None for layer in model.layers):
