@@ -15,6 +15,7 @@ from moesim.errors import check
 if TYPE_CHECKING:
     from moesim.metrics.step import StepResult
     from moesim.study.fits import WayToFit
+    from moesim.study.gap import Gap
 
 app = typer.Typer(
     name="moesim",
@@ -33,6 +34,9 @@ ScenarioFile = Annotated[
 ]
 FitOption = Annotated[
     bool, typer.Option("--fit", help="Where it does not fit, say what would make it fit, and at what cost in time.")
+]
+GapOption = Annotated[
+    bool, typer.Option("--gap", help="Tell what makes the step slower than the roofline, one thing after another.")
 ]
 DEFAULT_QUESTION = "Without a scenario, a model or a cluster it takes DeepSeek-V3 on 2,048 H800."
 
@@ -204,7 +208,7 @@ SIMULATE_EXAMPLES = _examples(
 
 @app.command(epilog=SIMULATE_EXAMPLES)
 @verb(scenario=True, out_help="Write results.json and trace.json into this folder.")
-def simulate(call: Call, scenario_file: ScenarioFile = None, fit: FitOption = False) -> Answer:
+def simulate(call: Call, scenario_file: ScenarioFile = None, fit: FitOption = False, gap: GapOption = False) -> Answer:
     """Simulate one training step: time, throughput, memory, load and drops."""
     from moesim.cli.question import scenario_of
 
@@ -221,6 +225,12 @@ def simulate(call: Call, scenario_file: ScenarioFile = None, fit: FitOption = Fa
 
         with working(call, "Trying what would make it fit"):
             ways = ways_to_fit(scenario)
+    found: Gap | None = None
+    if gap:
+        from moesim.study.gap import explain_gap
+
+        with working(call, "Running the step again with one thing added each time"):
+            found = explain_gap(scenario)
     title = f"{scenario.model.name} on {scenario.cluster.num_gpus:,} x {scenario.cluster.gpu.name}: one training step"
     reasons = [f"not modelled or not validated: {reason}" for reason in step.envelope.get("reasons", [])]
     answer = Answer(
@@ -228,8 +238,13 @@ def simulate(call: Call, scenario_file: ScenarioFile = None, fit: FitOption = Fa
         result={
             name: value for name, value in step.to_dict().items() if name not in ("scenario", "provenance", "warnings")
         }
-        | ({"ways_to_fit": [way.to_dict() for way in ways]} if fit else {}),
-        tables=[*_step_tables(step, title, call.verbosity > 0), *_fit_tables(ways, asked=fit and not step.fits)],
+        | ({"ways_to_fit": [way.to_dict() for way in ways]} if fit else {})
+        | ({"gap": found.to_dict()} if found is not None else {}),
+        tables=[
+            *_step_tables(step, title, call.verbosity > 0),
+            *_fit_tables(ways, asked=fit and not step.fits),
+            *_gap_tables(found),
+        ],
         provenance=[{"part": item.part, "kind": item.kind, "source": item.source} for item in step.provenance],
         warnings=[*step.warnings, *reasons],
         writes_own_files=True,
@@ -239,6 +254,22 @@ def simulate(call: Call, scenario_file: ScenarioFile = None, fit: FitOption = Fa
         trace.write_chrome(call.out / "trace.json")
         call.note(f"wrote {call.out / 'results.json'} and {call.out / 'trace.json'}")
     return answer
+
+
+def _gap_tables(gap: Gap | None) -> list[Table]:
+    """From the roofline to the step, and the critical path of it."""
+    from moesim.units import format_seconds
+
+    if gap is None:
+        return []
+    added = gap.added_s
+    rows = [(s.name, format_seconds(s.step_s), f"{added[s.name]:+.3g} s", s.words) for s in gap.steps]
+    parts = sorted(gap.path.parts_s.items(), key=lambda item: -item[1])
+    path = [(part.replace("_", " "), format_seconds(seconds)) for part, seconds in parts if seconds > 0]
+    return [
+        Table(title="From the roofline to this step", columns=("Step", "Takes", "Adds", "With"), rows=rows),
+        Table(title="Along the critical path", columns=("Part", "Time"), rows=path),
+    ]
 
 
 def _step_tables(step: StepResult, title: str, with_sources: bool) -> list[Table]:
