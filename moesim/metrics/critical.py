@@ -18,7 +18,7 @@ from moesim.timeline.trace import StageRun, Trace
 
 @dataclass(frozen=True, kw_only=True)
 class CriticalOperation:
-    """One operation on the path; seconds include handing on. micro_batches: its own, and that of a backward beside it."""
+    """One operation on the path; seconds include handing on. micro_batches: its own, that of a backward beside it."""
 
     stage: int
     block: int
