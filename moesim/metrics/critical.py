@@ -15,6 +15,8 @@ import numpy as np
 from moesim.describe.schedules import Way
 from moesim.timeline.trace import StageRun, Trace
 
+TOLERANCE = 1e-9  # of the step, by which two clocks may differ that mean one moment
+
 
 @dataclass(frozen=True, kw_only=True)
 class CriticalOperation:
@@ -72,7 +74,7 @@ def critical_path(trace: Trace) -> CriticalPath:
     done = [one for run in trace.stages for one in _operations(run)]
     ends = np.array([one.end_s for one in done])
     order = np.argsort(ends, kind="stable")
-    tolerance = 1e-9 * max(trace.step_s, 1.0)
+    tolerance = trace.step_s * TOLERANCE
     here = [one for one in done if one.op.stage == last_stage.stage]
     at: _Done | None = max(here, key=lambda one: one.end_s)
     path: list[_Done] = []
