@@ -64,6 +64,7 @@ split: str = "even"  # which replica of an expert a sender takes: even, nearest,
 rank_speeds = None  # type: str|None slow GPUs, spelt as moesim simulate --help says
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
+replicas: int = 8  # of a stage, simulated at most; more are estimated from these
 seed: int = 0
 tokens_to_train: float = 14.8e12  # of the whole training run
 out_dir: str = ""  # folder for results.json, results.csv and trace.json; "" writes none

@@ -63,6 +63,7 @@ split: str = "even"  # which replica of an expert a sender takes: even, nearest,
 rank_speeds = None  # type: str|None slow GPUs, spelt as moesim simulate --help says
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
+replicas: int = 8  # of a stage, simulated at most; more are estimated from these
 seed: int = 0
 ginis: str = ""  # skews of a lognormal popularity to try, such as 0,0.2,0.4
 out_dir: str = ""  # folder for results.json and results.csv; "" writes none

@@ -66,6 +66,7 @@ split: str = "even"  # which replica of an expert a sender takes: even, nearest,
 rank_speeds = None  # type: str|None slow GPUs, spelt as moesim simulate --help says
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
+replicas: int = 8  # of a stage, simulated at most; more are estimated from these
 seed: int = 0
 wanted_drop: float = 0.01  # share of assignments that may be dropped
 num_steps: int = 32  # steps drawn for the distribution of memory

@@ -65,6 +65,7 @@ split: str = "even"  # which replica of an expert a sender takes: even, nearest,
 rank_speeds = None  # type: str|None slow GPUs, spelt as moesim simulate --help says
 profile: str = "auto"  # where the speed of the arithmetic comes from: auto, datasheet, or a profile's path
 fidelity: str = "port"
+replicas: int = 8  # of a stage, simulated at most; more are estimated from these
 seed: int = 0
 policies: str = ""  # to compare, such as contiguous,eplb,search; "": all that the GPUs allow
 slots: str = ""  # numbers of slots to try, such as 256,320; "": up to four more on each GPU
