@@ -224,8 +224,8 @@ def test_calibrate_shows_what_it_wrote_and_how_well_the_fit_predicts(tmp_path, m
         "notes": ["Measured on a CPU."],
     }
 
-    def stand_in(device, shapes, quick, out_path, progress):
-        assert (device, shapes, quick, out_path) == ("cpu", None, True, tmp_path / "p.json")
+    def stand_in(device, shapes, quick, out_path, progress, *, num_ranks):
+        assert (device, shapes, quick, out_path, num_ranks) == ("cpu", None, True, tmp_path / "p.json", 1)
         progress(12, 12, "done")
         return profile
 
@@ -245,7 +245,7 @@ def test_calibrate_shows_what_it_wrote_and_how_well_the_fit_predicts(tmp_path, m
 def test_calibrate_says_in_one_line_that_a_device_is_not_there(monkeypatch):
     import reference_model.calibrate
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise ValueError("device: must be one that is there; got 'cuda'")
 
     monkeypatch.setattr(reference_model.calibrate, "calibrate", refuse)

@@ -270,7 +270,11 @@ def _value(name: str, step: StepResult, run: GoodputStudy | None) -> tuple[float
         return (None, "") if found is None else (found.p90, f"median {found.p50:,.0f}")
     if name == "envelope":
         reasons = step.envelope["reasons"]
-        return (0.0, "") if step.envelope["inside"] else (float(len(reasons)), "; ".join(map(str, reasons)))
+        return (
+            (0.0, "")
+            if step.envelope["inside"]
+            else (float(len(reasons)), "; ".join(str(reason).removesuffix(".") for reason in reasons))
+        )
     return step_value(name, step), _step_evidence(name, step)
 
 

@@ -1,0 +1,54 @@
+"""The validation notebook's parameters in, its results out: results.json, results.csv and junit.xml."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moesim.door import write_text_atomically
+from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.report.junit import junit_xml
+from moesim.report.parameters import notebooks_folder
+from moesim.study.validate import Design, Validation, read_design
+
+
+def design_of(values: Mapping[str, Any]) -> Design:
+    """The design that the notebook's parameter names: a file, or one beside the notebooks' parameter files.
+
+    Raises InputError.
+    """
+    path = Path(values["design"])
+    beside = notebooks_folder() / "params" / path
+    return read_design(beside if not path.is_file() and beside.is_file() else path)
+
+
+def write_validation(found: Validation, out_dir: str | Path) -> list[Path]:
+    """Write results.json, results.csv and junit.xml, nothing where out_dir is ""; returns their paths.
+
+    Raises InputError where the folder cannot be written.
+    """
+    if not str(out_dir):
+        return []
+    paths = [Path(out_dir) / name for name in ("results.json", "results.csv", "junit.xml")]
+    envelope = {
+        "schema_version": SCHEMA_VERSION,
+        "command": "validate",
+        "inputs": {"scenario": found.design.scenario.to_dict()},
+        "result": found.to_dict(),
+        "provenance": [{"part": p.part, "kind": p.kind, "source": p.source} for p in found.step.provenance],
+        "warnings": list(found.step.warnings),
+    }
+    text = json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    write_text_atomically(paths[0], text + "\n")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for gate in found.gates:
+        writer.writerow(("gates", gate.name, gate.status, gate.value, gate.unit))
+    write_text_atomically(paths[1], table.getvalue())
+    write_text_atomically(paths[2], junit_xml(found))
+    return paths
