@@ -44,7 +44,8 @@ def verdict(found: Validation) -> Page:
     sentences = [
         Sentence(
             question="Is the design sound?",
-            text=f"{what} A step takes {format_seconds(step.step_s)}, {step.tokens_per_s_per_gpu:,.0f} tokens/s and GPU.",
+            text=f"{what} A step takes {format_seconds(step.step_s)}: {step.tokens_per_s_per_gpu:,.0f} tokens a second "
+            "and GPU.",
             tone="good" if found.status == "pass" else "bad" if found.status == "fail" else "plain",
         )
     ]

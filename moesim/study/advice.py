@@ -94,7 +94,7 @@ _GATE_LEAVES: Mapping[str, tuple[str, ...]] = {
     "out_of_memory": ("recompute", "policy", "pp", "ep", "zero"),
     "exposed_communication": ("dispatcher", "ep", "overlap", "policy", "micro_batch"),
     "bubble": ("vpp", "pp"),
-    "mfu": ("dispatcher", "policy", "ep", "recompute", "vpp", "pp", "micro_batch"),
+    "mfu": ("dispatcher", "cuda_graphs", "policy", "ep", "recompute", "vpp", "pp", "micro_batch"),
 }
 
 
@@ -117,6 +117,8 @@ def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
         if p.ep % 2 == 0:
             found.append(({"ep": p.ep // 2}, "fewer GPUs share the experts, so tokens travel less and each holds more"))
         found.append(({"ep": p.ep * 2}, "more GPUs share the experts, so each holds fewer and tokens travel further"))
+    if train.cuda_graphs == "none":
+        found.append(({"cuda_graphs": "full"}, "the host issues a step's kernels as one, so a GPU never waits for it"))
     if p.zero == 0:
         found.append(({"zero": 1}, "optimizer states are shared out over the replicas"))
     if p.pp % 2 == 0:
