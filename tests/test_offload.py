@@ -13,7 +13,7 @@ from moesim.cost.offload import LAYERS_ON_GPU, chunk_offload
 from moesim.describe.pipeline import stage_chunks
 from moesim.errors import InputError
 from moesim.metrics.memory import memory_by_stage
-from moesim.metrics.summary import step_parts
+from moesim.metrics.summary import step_parts, summarise
 from moesim.scenario import Scenario
 from moesim.timeline.load import step_load
 from moesim.timeline.step import run_step
@@ -84,3 +84,10 @@ def test_formats_of_gradients_and_states_scale_their_time() -> None:
 def test_what_cannot_lie_in_the_hosts_memory_is_refused_by_name(asked: Any) -> None:
     with pytest.raises(InputError, match="offload: must be none or parts among optimizer, activations"):
         BASE.with_(offload=asked)
+
+
+def test_a_result_says_where_the_host_links_rate_is_from_and_that_nothing_measured_stands_behind_it() -> None:
+    told = summarise(run_step(BASE.with_(offload="activations")))
+    assert any(item.part == "link to the host's memory" and "PCIe 5.0" in item.source for item in told.provenance)
+    assert any("Offloading" in reason for reason in told.envelope["reasons"])
+    assert not any("host's memory" in item.part for item in summarise(run_step(BASE)).provenance)

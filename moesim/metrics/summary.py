@@ -172,6 +172,8 @@ def _cluster_provenance(scenario: Scenario) -> list[Provenance]:
         "latency in the node": cluster.latency_intra_s,
         "latency between nodes": cluster.latency_inter_s,
     } | {f"derate {name}": value for name, value in cluster.derates.items()}
+    if scenario.train.offloaded:
+        numbers["link to the host's memory"] = cluster.gpu.host_bytes_per_s
     told = [Provenance(part=part, kind=number.kind, source=number.source) for part, number in numbers.items()]
     if scenario.placement.rank_speeds:
         source = f"placement.rank_speeds of the scenario: {dict(scenario.placement.rank_speeds)}"
