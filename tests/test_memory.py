@@ -223,14 +223,45 @@ def test_memory_grows_with_micro_batch_and_sequence(
 
 
 @settings(max_examples=30, deadline=None)
-@given(pp=sizes, ep=sizes, tp=sizes, cp=sizes)
-def test_each_zero_stage_needs_no_more_than_the_one_before(pp: int, ep: int, tp: int, cp: int) -> None:
+@given(
+    pp=sizes,
+    ep=sizes,
+    tp=sizes,
+    cp=sizes,
+    moments=st.sampled_from(["fp32", "bf16"]),
+    precision=st.sampled_from(["bf16", "fp8"]),
+)
+def test_each_zero_stage_needs_no_more_than_the_one_before(
+    pp: int, ep: int, tp: int, cp: int, moments: str, precision: str
+) -> None:
+    train = replace(TRAIN, optimizer=Optimizer(moments=moments), precision=precision)
     for stage in range(pp):
         peaks = [
-            peak(Parallelism(pp=pp, ep=ep, tp=tp, cp=cp, zero=zero), num_gpus=64, stage=stage).peak_bytes
+            peak(Parallelism(pp=pp, ep=ep, tp=tp, cp=cp, zero=zero), train, num_gpus=64, stage=stage).peak_bytes
             for zero in range(4)
         ]
         assert peaks == sorted(peaks, reverse=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    ep=sizes,
+    skew=st.floats(1.0, 4.0),
+    schedule=st.sampled_from(["gpipe", "1f1b", "zb-h1"]),
+    recompute=st.sampled_from(["none", "moe_act", "moe", "full"]),
+    offload=st.sampled_from(["none", "optimizer", "activations", "optimizer,activations"]),
+)
+def test_whatever_is_recomputed_or_offloaded_a_larger_micro_batch_needs_more(
+    ep: int, skew: float, schedule: str, recompute: str, offload: str
+) -> None:
+    parallel = Parallelism(pp=4, ep=ep)
+    train = replace(TRAIN, schedule=schedule, recompute=recompute, offload=offload)
+    for stage in range(4):
+        peaks = [
+            peak(parallel, replace(train, micro_batch=size, global_batch=32 * size), stage=stage, skew=skew).peak_bytes
+            for size in (1, 2, 4)
+        ]
+        assert peaks == sorted(set(peaks))
 
 
 @settings(max_examples=30, deadline=None)
