@@ -13,6 +13,7 @@ from moesim.catalog.models import load_model
 from moesim.cost.activations import layer_tensors, placeholder_gradient_bytes, weight_shapes, workspace_bytes
 from moesim.cost.memory import (
     RankMemory,
+    StageProfile,
     StaticMemory,
     outer_parameters,
     rank_parameters,
@@ -358,3 +359,54 @@ def test_a_narrow_format_keeps_less_of_the_activations_and_copies_of_the_layers_
     parallel = Parallelism(ep=8)
     held = [sum(rank_parameters(MODEL, item, parallel)) for item in stage_chunks(MODEL, parallel, TRAIN, 0)[0]]
     assert narrow.weights_bytes - wide.weights_bytes == pytest.approx(2 * (1 + 1 / 32) * sum(held))
+
+
+def profile(parallel: Parallelism, train: Training, layers: tuple[Layer, ...], *, num_gpus: int = 8) -> StageProfile:
+    """The first stage's, every rank receiving its own tokens' share; rows of one rank and micro-batch: ROWS."""
+    layout = parallel.rank_layout(num_gpus)
+    model = replace(MODEL, vocab=128, layers=layers)
+    chunks = stage_chunks(model, parallel, train, 0)
+    num_moe = sum(item.layer.is_moe for chunk in chunks for item in chunk)
+    received = np.full((1, train.num_micro_batches(layout.dp), num_moe, parallel.ep), float(ROWS)) if num_moe else None
+    return stage_profile(model, parallel, layout, train, stage=0, received_GMLR=received)
+
+
+ROWS = TRAIN.seq_len * 4
+COPY = ROWS * 1024 * 2  # of the rows that a rank lays out, or receives
+
+
+@pytest.mark.parametrize("recompute", ["none", "moe"])
+def test_a_moe_layers_forward_holds_five_copies_of_its_rows_and_so_does_its_being_made_again(recompute: str) -> None:
+    # laid out, received, the experts' input and output sorted back, and home again
+    train = replace(TRAIN, global_batch=16, recompute=recompute)
+    found = profile(Parallelism(pp=2, ep=4), train, (MOE, DENSE))
+    forward, backward = found.peak_KGRP[0, 0, 0, 1], found.peak_KGRP[-1, 0, 0, 1]
+    assert found.operations[0].way == "forward"
+    assert forward == pytest.approx(5 * COPY)
+    assert found.at(0, 0, 0).moment == "forward of layer 1 of 1: combine"
+    if recompute == "moe":
+        assert backward == pytest.approx(5 * COPY)
+        assert found.at(len(found.operations) - 1, 0, 0).moment == "backward of layer 1 of 1 again: combine"
+        assert found.live_KGRP[-1, 0, 0, 1] == 0.0  # nothing of it is kept
+
+
+def test_a_forward_beside_a_backward_adds_what_it_holds_for_a_moment() -> None:
+    train = replace(TRAIN, global_batch=32, overlap="forward_backward")
+    found = profile(Parallelism(pp=2, ep=4), train, (MOE, DENSE))
+    pairs = [k for k, op in enumerate(found.operations) if op.beside is not None]
+    assert pairs
+    for k in pairs:
+        alone = found.live_KGRP[k + 1, 0, 0, 1] + found.worst_K[k + 1].excess_GMRP[0, 0, 0, 1]
+        assert found.peak_KGRP[k + 1, 0, 0, 1] - alone == pytest.approx(4 * COPY)  # its input is kept in any case
+
+
+def test_offloaded_activations_come_back_while_the_layer_behind_is_at_work() -> None:
+    wide = replace(DENSE, ffn=Ffn(width=65536))
+    layers = (wide, wide, DENSE, DENSE, DENSE, DENSE, DENSE, DENSE)
+    train = replace(TRAIN, global_batch=1, offload="activations")
+    found = profile(Parallelism(pp=2), train, layers, num_gpus=2)
+    model, parallel = replace(MODEL, layers=layers), Parallelism(pp=2)
+    kept = TRAIN.seq_len * sum(tensor.bytes for tensor in layer_tensors(model, wide, parallel))
+    moment = TRAIN.seq_len * 2 * (1024 + 2 * 65536)
+    assert found.peak_KGRP[-1, 0, 0, 0] == pytest.approx(2 * kept + moment)
+    assert found.at(1, 0, 0).moment == "backward of layer 2 of 4: activation"
