@@ -95,6 +95,7 @@ def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
         "precision": _precision(row),
         "recompute": _recompute(row) or "none",
         "cuda_graphs": _cuda_graphs(row),
+        "overlap": _overlap(row),
         "mtp": bool(model.mtp_layers) and row.get("mtp") == "1",
         "dispatcher": "deepep" if re.search("deepep|hybridep", row.get("dispatcher", "").lower()) else "alltoall",
     }
@@ -147,6 +148,19 @@ def _layout(row: Record, num_layers: int, num_chunks: int) -> dict[str, Any]:
     return {}
 
 
+def _overlap(row: Record) -> str:
+    """What the row says that ran beside computing, as the scenario takes it."""
+    told = f"{row.get('overlap_and_other', '')} {row.get('extra_config', '')}"
+    names = []
+    if re.search(r"TP comm overlap on|ub_tp", told):
+        names.append("tensor_parallel")
+    if row.get("a2a_overlap") or re.search(r"A2A overlap ON", told):
+        names.append("forward_backward")
+    if row.get("a2a_overlap") == "with weight gradients":
+        names.append("weight_gradient")
+    return ",".join(names) or "none"
+
+
 def _cuda_graphs(row: Record) -> str:
     """none, full, or the modules that the row says CUDA graphs hold."""
     told = f"{row.get('cuda_graphs', '')} {row.get('overlap_and_other', '')} {row.get('extra_config', '')}"
@@ -180,11 +194,6 @@ def outside_envelope(row: Record, model: Model) -> tuple[str, ...]:
     reasons = []
     if _recompute(row) is None:
         reasons.append(f"recomputation is told in other words than Megatron's: {row['recompute']}")
-    overlap = row.get("overlap_and_other", "") + row.get("extra_config", "")
-    if row.get("a2a_overlap") == "1" or re.search(r"A2A overlap ON", overlap):
-        reasons.append("overlapped all-to-alls are not modelled")
-    if re.search(r"TP comm overlap on|ub_tp", overlap):
-        reasons.append("overlapped tensor-parallel communication is not modelled")
     if row.get("fsdp"):
         reasons.append("fully sharded data parallelism is predicted as ZeRO-1")
     if model.is_moe and not row.get("routing"):
