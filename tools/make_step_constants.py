@@ -1,14 +1,15 @@
-"""Fit the step's constants (moesim/catalog/step.yaml) on the training rows that moesim.study.accuracy_step names.
+"""Fit the step's constants (moesim/catalog/step.yaml) on the training rows that moesim.study.accuracy_step names, and
+predict each release with the constants that the others give (moesim/catalog/left_out.csv).
 
 Run from the repository: python tools/make_step_constants.py, then tools/make_accuracy.py.
 """
 
 from __future__ import annotations
 
-from moesim.catalog.step import FILE, StepConstant, all_step_constants
+from moesim.catalog.step import FILE, LEFT_OUT, StepConstant, all_step_constants
 from moesim.door import write_text_atomically
 from moesim.study.accuracy import carried_cases
-from moesim.study.accuracy_step import FITS, cases_of, fitted_constants, key_of
+from moesim.study.accuracy_step import FITS, cases_of, fitted_constants, key_of, left_out_errors
 from moesim.units import MICRO
 
 HEAD = """# What a whole step loses against its best kernels, by GPU. Made by tools/make_step_constants.py: fitted on
@@ -39,7 +40,11 @@ def written(constant: StepConstant) -> str:
 
 
 if __name__ == "__main__":
-    constants = fitted_constants(all_step_constants(), cases_of(carried_cases("training")))
+    cases = cases_of(carried_cases("training"))
+    constants = fitted_constants(all_step_constants(), cases)
     write_text_atomically(FILE, HEAD + "\n".join(written(constant) for constant in constants) + "\n")
+    errors = left_out_errors(constants, cases)
+    lines = ["id,error_fraction", *(f'"{name}",{error:.4f}' for name, error in sorted(errors.items()))]
+    write_text_atomically(LEFT_OUT, "\n".join(lines) + "\n")
     for constant in constants:
         print(constant.name, ", ".join(constant.gpus), constant.value, f"on {len(constant.fitted_on)} rows")

@@ -6,7 +6,7 @@ docs/model.md#sustained and #host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any, Literal, get_args
 from moesim.catalog.hardware import sourced
 from moesim.describe.hardware import Sourced
 from moesim.door import parse_as, read_yaml
+from moesim.door.records import read_records
 from moesim.errors import check
 
-ConstantName = Literal["product_fraction", "attention_fraction", "issue_s", "step_s"]
+ConstantName = Literal["product_fraction", "attention_fraction", "stream_fraction", "issue_s", "step_s"]
 NAMES: tuple[ConstantName, ...] = get_args(ConstantName)
 FILE = Path(__file__).parent / "step.yaml"
+LEFT_OUT = Path(__file__).parent / "left_out.csv"
 FALLBACK_GPU = "h100-sxm"  # whose constants stand in, marked assumed, for a GPU that no constant names
 
 
@@ -39,17 +41,19 @@ class StepConstants:
     """The constants of one GPU.
 
     product_fraction, attention_fraction: of the best rate of a kernel alone, kept up through a step (clocks under
-    power). issue_s: host time to issue one operation. step_s: what a step takes besides all that is counted.
+    power). stream_fraction: bytes that fused kernels would move over those that a step's kernels move. issue_s: host
+    time to issue one operation. step_s: what a step takes besides all that is counted.
     """
 
     product_fraction: float = 1.0
     attention_fraction: float = 1.0
+    stream_fraction: float = 1.0
     issue_s: float = 0.0
     step_s: float = 0.0
     constants: tuple[StepConstant, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("product_fraction", "attention_fraction"):
+        for name in ("product_fraction", "attention_fraction", "stream_fraction"):
             check(0 < getattr(self, name) <= 2, "step constants", name, "must lie in 0..2", getattr(self, name))
         for name in ("issue_s", "step_s"):
             check(getattr(self, name) >= 0, "step constants", name, "must not be negative", getattr(self, name))
@@ -92,6 +96,14 @@ def step_constants(gpu: str, among: Sequence[StepConstant] | None = None) -> Ste
         return step_constants(FALLBACK_GPU, known)
     values = {name: float(constant.value) for name, constant in named.items()}
     return StepConstants(**values, constants=tuple(named.values()))
+
+
+@cache
+def left_out_errors() -> Mapping[str, float]:
+    """Signed errors of training rows, each predicted with constants fitted without any row of its release; rows of
+    releases that no constant was fitted on are not in it.
+    """
+    return {row["id"]: float(row["error_fraction"]) for row in read_records(LEFT_OUT, needed=("id", "error_fraction"))}
 
 
 def rows_of_fit() -> frozenset[str]:

@@ -17,7 +17,7 @@ from moesim.scenario import Scenario
 from moesim.study.accuracy_training import express, release_of, step_s
 from moesim.timeline.step import run_step
 
-FIRST_STEP, LAST_STEP = 0.2, 0.004  # of a constant's logarithm
+FIRST_STEP, LAST_STEP = 0.1, 0.008  # of a constant's logarithm
 SMOOTH_ERROR = 0.02  # errors count absolutely beyond, squared below
 
 Key = tuple[ConstantName, str]  # a constant and the first of its GPUs
@@ -42,21 +42,17 @@ class Fit:
     takes: Callable[[Case], bool]
 
 
-def _is_b200_dense_70b(case: Case) -> bool:
+def _is_70b_or_short_on_b200(case: Case) -> bool:
     scenario = case.scenario
-    return scenario.cluster.gpu.name == "b200" and scenario.model.name.startswith("llama-3-70b")
+    if scenario.cluster.gpu.name != "b200":
+        return False
+    return scenario.model.name.startswith("llama-3-70b") or (scenario.model.is_moe and scenario.num_micro_batches <= 4)
 
 
 def _is_small_grok_in_bf16(case: Case) -> bool:
     scenario = case.scenario
     few = scenario.cluster.num_gpus <= 32 and scenario.train.precision == "bf16"
     return few and scenario.model.name == "grok-1"
-
-
-def _is_in_bf16_on_gb200(case: Case) -> bool:
-    scenario = case.scenario
-    graphed = scenario.train.cuda_graphs != "none"
-    return scenario.cluster.gpu.name == "gb200" and scenario.train.precision == "bf16" and graphed
 
 
 def _is_ungraphed_on_grace(case: Case) -> bool:
@@ -69,21 +65,17 @@ FITS = (
         keys=(
             ("product_fraction", "b200"),
             ("attention_fraction", "b200"),
+            ("stream_fraction", "a100-80gb"),
             ("issue_s", "a100-80gb"),
             ("step_s", "a100-80gb"),
         ),
-        rule="dense rows on B200: Llama-3 70B is fitted, Llama-3 405B tests",
-        takes=_is_b200_dense_70b,
+        rule="8 B200: Llama-3 70B and DeepSeek-V3 with 4 micro-batches are fitted, Llama-3 405B and 8 micro-batches test",
+        takes=_is_70b_or_short_on_b200,
     ),
     Fit(
         keys=(("product_fraction", "a100-80gb"),),
         rule="Grok-1 proxies in BF16 on at most 32 H100 are fitted; larger ones and FP8 test",
         takes=_is_small_grok_in_bf16,
-    ),
-    Fit(
-        keys=(("product_fraction", "gb200"),),
-        rule="BF16 on GB200 with CUDA graphs is fitted, FP8 and GB300 test",
-        takes=_is_in_bf16_on_gb200,
     ),
     Fit(
         keys=(("issue_s", "gb200"),),
@@ -100,29 +92,49 @@ def cases_of(rows: Sequence[Record]) -> tuple[Case, ...]:
         name = row.get("id", "?")
         try:
             scenario, _ = express(row, name)
-            found.append(Case(id=name, release=release_of(row), scenario=scenario, measured_s=step_s(row, name)))
+            measured_s = step_s(row, name)
         except MoesimError:
             continue
+        found.append(Case(id=name, release=release_of(row), scenario=scenario, measured_s=measured_s))
     return tuple(found)
 
 
-def fitted_constants(
-    constants: Sequence[StepConstant], cases: Sequence[Case], without: str | None = None
-) -> tuple[StepConstant, ...]:
-    """The constants with all values of FITS fitted, from the values given; without: a release that is left out.
+def fitted_constants(constants: Sequence[StepConstant], cases: Sequence[Case]) -> tuple[StepConstant, ...]:
+    """The constants with all values of FITS fitted, from the values given, and the rows of each."""
+    now = tuple(constants)
+    for fit in FITS:
+        taken = [case for case in cases if fit.takes(case)]
+        names = tuple(case.id for case in taken)
+        now = tuple(replace(c, fitted_on=names) if key_of(c) in fit.keys else c for c in now)
+        now = _fitted(now, fit.keys, taken)
+    return now
 
-    A group that loses all its rows keeps the values given.
+
+def constants_without(
+    constants: Sequence[StepConstant], cases: Sequence[Case], release: str
+) -> tuple[StepConstant, ...]:
+    """Fitted constants as they would be had no row of a release been known.
+
+    Fits that lose some rows are made again; a constant that loses all is guessed from those of other GPUs (fractions,
+    the host's time), 1 where there are none, and nothing once a step.
     """
     now = tuple(constants)
     for fit in FITS:
         taken = [case for case in cases if fit.takes(case)]
-        kept = [case for case in taken if case.release != without]
-        if kept:
-            now = _fitted(now, fit.keys, kept)
-        if without is None:
-            names = tuple(case.id for case in taken)
-            now = tuple(replace(c, fitted_on=names) if key_of(c) in fit.keys else c for c in now)
+        kept = [case for case in taken if case.release != release]
+        if len(kept) == len(taken):
+            continue
+        now = _fitted(now, fit.keys, kept) if kept else tuple(_guessed(c, now, fit.keys) for c in now)
     return now
+
+
+def _guessed(constant: StepConstant, among: Sequence[StepConstant], lost: Sequence[Key]) -> StepConstant:
+    if key_of(constant) not in lost:
+        return constant
+    others = [float(c.value) for c in among if c.name == constant.name and key_of(c) not in lost]
+    neutral = 0.0 if constant.name == "step_s" else 1.0
+    value = sum(others) / len(others) if others else neutral
+    return replace(constant, value=replace(constant.value, value=value))
 
 
 def key_of(constant: StepConstant) -> Key:
@@ -162,11 +174,12 @@ def _predicted_s(case: Case, constants: Sequence[StepConstant]) -> float:
     return run_step(case.scenario, constants=of_gpu).step_s
 
 
-def left_out_errors(constants: Sequence[StepConstant], cases: Sequence[Case]) -> Mapping[str, Mapping[str, float]]:
-    """Signed errors by release and row, each predicted with the constants fitted without any row of its release."""
-    errors = {}
-    for release in dict.fromkeys(case.release for case in cases):
+def left_out_errors(constants: Sequence[StepConstant], cases: Sequence[Case]) -> Mapping[str, float]:
+    """Signed errors of rows whose release was fitted on, predicted with the constants fitted without that release."""
+    fitted_on = {row for constant in constants for row in constant.fitted_on}
+    errors: dict[str, float] = {}
+    for release in dict.fromkeys(case.release for case in cases if case.id in fitted_on):
+        without = constants_without(constants, cases, release)
         own = [case for case in cases if case.release == release]
-        others = fitted_constants(constants, cases, without=release)
-        errors[release] = {case.id: _predicted_s(case, others) / case.measured_s - 1.0 for case in own}
+        errors |= {case.id: _predicted_s(case, without) / case.measured_s - 1.0 for case in own}
     return errors
