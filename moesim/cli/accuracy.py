@@ -97,8 +97,9 @@ def _warnings(found: Accuracy) -> list[str]:
 def _tables(found: Accuracy, owner: str) -> list[Table]:
     """The errors together, by group, and the worst rows."""
     summary = found.summary()
-    names = ("tested", "tested_inside_envelope", "tested_outside_envelope", "used_in_fit")
-    parts: list[dict[str, Any]] = [summary[name] for name in names if summary[name] is not None]
+    from moesim.report.accuracy_page import SUMMARISED
+
+    parts: list[dict[str, Any]] = [summary[name] for name in SUMMARISED if summary[name] is not None]
     together = [_errors(part, part["name"].replace("_", " ")) for part in parts]
     groups = [_errors(group, group["name"])[:-1] for group in summary["groups"]]  # 80 columns: long names, no worst
     worst = [

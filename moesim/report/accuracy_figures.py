@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 NUM_NAMED = 3
 BAND = 0.25  # shaded around predicted = measured
 WORST_SHOWN = 12
+PART_WORDS = {
+    "kernels": "kernels",
+    "communication": "communication",
+    "host": "waiting for the host",
+    "others": "waiting for other GPUs",
+}
+PART_COLOURS = {
+    "kernels": COLOURS["compute"],
+    "communication": COLOURS["communication"],
+    "host": COLOURS["host"],
+    "others": COLOURS["other"],
+}
 WHAT = {"dispatch": "Exchanges alone", "layer": "One MoE layer", "training": "Whole training steps"}
 
 
@@ -101,3 +113,65 @@ def _worst(axes: Axes, accuracy: Accuracy) -> None:
     axes.set(xlim=(-reach, reach), yticks=[], xlabel="predicted over measured - 1", title="the worst tested rows")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}" if value else "0")
     light_grid(axes, "x")
+
+
+def by_release(accuracy: Accuracy) -> Picture:
+    """Signed error of every row, a line for each group; rows of a fit hollow, and as crosses what they would be had
+    nothing of their release been known. Needs at least one row.
+    """
+    names = sorted({row.group for row in accuracy.rows})
+    worst = max(accuracy.rows, key=lambda row: abs(row.error_fraction))
+    title = f"{len(names)} groups of rows: where errors gather, and which rows took part in a fit"
+    with house_style():
+        figure = new_figure(9.6, 1.4 + 0.3 * len(names))
+        headline(figure, title)
+        axes = figure.subplots()
+        axes.axvline(0.0, color="#777777", lw=0.9)
+        for label, rows, look in (
+            ("tested", accuracy.tested, {"color": COLOURS["moe"], "alpha": 0.75, "marker": "o"}),
+            (
+                "used in a fit",
+                [row for row in accuracy.rows if row.used_in_fit],
+                {"facecolors": "none", "edgecolors": "#777777", "marker": "o"},
+            ),
+            (
+                "its release left out",
+                [row for row in accuracy.left_out if row.left_out_error is not None],
+                {"color": COLOURS["compute"], "marker": "x", "alpha": 0.6},
+            ),
+        ):
+            if rows:
+                at = [names.index(row.group) for row in rows]
+                axes.scatter([row.error_fraction for row in rows], at, s=18, linewidths=0.9, label=label, **look)
+        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="predicted over measured - 1")
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}" if value else "0")
+        light_grid(axes, "x")
+        axes.legend(loc="lower right")
+    return finish(figure, f"{title}. Worst: {worst.id} {signed_percent(worst.error_fraction)}.")
+
+
+def made_of(accuracy: Accuracy) -> Picture:
+    """What predictions are made of, over the measured time: kernels, communication, host, waiting; the worst tested
+    rows. Needs a kind whose rows say their parts.
+    """
+    rows = [row for row in accuracy.tested if row.parts_s][:WORST_SHOWN][::-1]
+    parts = list(rows[0].parts_s)
+    title = "What the worst predictions are made of, over the measured time"
+    with house_style():
+        figure = new_figure(9.6, 1.5 + 0.3 * len(rows))
+        headline(figure, title)
+        axes = figure.subplots()
+        left = np.zeros(len(rows))
+        for part in parts:
+            shares = np.array([row.parts_s[part] / row.measured for row in rows])
+            axes.barh(range(len(rows)), shares, left=left, height=0.7, color=PART_COLOURS[part], label=PART_WORDS[part])
+            left += shares
+        axes.axvline(1.0, color=COLOURS["ink"], lw=1.0, label="measured")
+        axes.set(yticks=range(len(rows)), yticklabels=[row.id for row in rows], xlabel="share of the measured step")
+        axes.tick_params(axis="y", labelsize=7)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        light_grid(axes, "x")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=5)
+    largest = max(parts, key=lambda part: sum(row.parts_s[part] / row.measured for row in rows))
+    return finish(figure, f"{title}: {len(rows)} rows, mostly {PART_WORDS[largest]}.")

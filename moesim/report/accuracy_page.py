@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.door import read_text, write_text_atomically
+from moesim.study.accuracy import rows_by_part, summarise_errors
 from moesim.units import format_seconds
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ HEAD = (
 )
 HEAD += "measured - 1.\n"
 NUM_WORST = 12
+SUMMARISED = (
+    *("tested", "tested_inside_envelope", "tested_outside_envelope", "used_in_fit"),
+    "leave_one_release_out",  # every row, predicted without any row of its release
+)
 TITLES = {
     "dispatch": "Exchanges alone: dispatch, combine and NCCL collectives",
     "layer": "One MoE layer",
@@ -58,8 +63,7 @@ def accuracy_section(accuracy: Accuracy, *, figure: str = "", said: Sequence[str
         "| rows | n | median abs. error | 90th percentile | mean (bias) | worst |",
         "|---|---|---|---|---|---|",
     ]
-    names = ("tested", "tested_inside_envelope", "tested_outside_envelope", "used_in_fit")
-    for name in names:
+    for name in SUMMARISED:
         part = summary[name]
         if part is not None:
             lines.append(
@@ -68,6 +72,7 @@ def accuracy_section(accuracy: Accuracy, *, figure: str = "", said: Sequence[str
             )
     lines += ["", *(line for paragraph in said for line in (paragraph, ""))]
     lines += ["Tested rows by release and operation:", "", *_group_table(accuracy.groups()), ""]
+    lines += _part_table(accuracy)
     lines += [f"The worst {NUM_WORST} tested rows:", "", *_row_table(accuracy.tested[:NUM_WORST]), ""]
     if accuracy.not_expressed:
         lines += ["Rows without a prediction:", ""]
@@ -82,6 +87,19 @@ def _group_table(groups: Sequence[ErrorSummary]) -> list[str]:
         for group in groups
     ]
     return ["| group | n | median | 90th percentile | bias | worst |", "|---|---|---|---|---|---|", *rows]
+
+
+def _part_table(accuracy: Accuracy) -> list[str]:
+    """Tested rows by what takes most of their step; nothing for kinds that have no parts."""
+    kinds = {name: summarise_errors(name, rows) for name, rows in rows_by_part(accuracy).items()}
+    if not kinds:
+        return []
+    return [
+        "Tested rows by what takes a fifth or more of the predicted step besides kernels (`kernels`: nothing does):",
+        "",
+        *_group_table(list(kinds.values())),
+        "",
+    ]
 
 
 def _row_table(rows: Sequence[AccuracyRow]) -> list[str]:

@@ -7,7 +7,7 @@ rows that moesim cannot express are listed with the reason, never left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ NEEDED: Mapping[Kind, tuple[str, ...]] = {
     "layer": ("gpu", "forward_ms", "ep"),
     "training": ("id", "model", "gpu"),
 }
+BINDS_FROM = 0.2  # of a step: from here on a part besides kernels names the row
 CARRIED = Path(__file__).parent.parent / "catalog" / "measurements"
 
 
@@ -40,6 +41,8 @@ class AccuracyRow:
     source: str
     reasons: tuple[str, ...] = ()  # why outside the envelope
     like: Likeness  # what other questions are compared with
+    parts_s: Mapping[str, float] = field(default_factory=dict)  # of the prediction, by what the GPU does
+    left_out_error: float | None = None  # with constants fitted without any row of its release; None: none was fitted
 
     @property
     def error_fraction(self) -> float:
@@ -57,6 +60,8 @@ class AccuracyRow:
             "used_in_fit": self.used_in_fit,
             "gpu": self.like.gpu,
             "reasons": list(self.reasons),
+            "parts_s": dict(self.parts_s),
+            "left_out_error": self.left_out_error,
             "source": self.source,
         }
 
@@ -111,6 +116,14 @@ class Accuracy:
         names = sorted({row.group for row in self.tested})
         return tuple(summarise_errors(name, [row for row in self.tested if row.group == name]) for name in names)
 
+    @property
+    def left_out(self) -> tuple[AccuracyRow, ...]:
+        """Every row as if nothing of its release had been fitted on; nothing where no row says."""
+        if all(row.left_out_error is None for row in self.rows):
+            return ()
+        errors = ((row, row.error_fraction if row.left_out_error is None else row.left_out_error) for row in self.rows)
+        return tuple(replace(row, predicted=row.measured * (1.0 + error)) for row, error in errors)
+
     def summary(self) -> dict[str, Any]:
         """Counts, and the errors of tested, fitted, inside and outside rows; a part without rows is null."""
         parts = {
@@ -118,6 +131,7 @@ class Accuracy:
             "tested_inside_envelope": [row for row in self.tested if row.inside_envelope],
             "tested_outside_envelope": [row for row in self.tested if not row.inside_envelope],
             "used_in_fit": [row for row in self.rows if row.used_in_fit],
+            "leave_one_release_out": self.left_out,
         }
         errors = {name: summarise_errors(name, rows).to_dict() if rows else None for name, rows in parts.items()}
         return {
@@ -157,6 +171,21 @@ def summarise_errors(name: str, rows: Sequence[AccuracyRow]) -> ErrorSummary:
     )
 
 
+def rows_by_part(accuracy: Accuracy) -> dict[str, tuple[AccuracyRow, ...]]:
+    """Tested rows that say what their prediction is made of, by its largest part besides kernels where that takes a
+    fifth of the step, else by kernels.
+    """
+    found: dict[str, list[AccuracyRow]] = {}
+    for row in accuracy.tested:
+        if not row.parts_s:
+            continue
+        others = {name: seconds for name, seconds in row.parts_s.items() if name != "kernels"}
+        largest = max(others, key=lambda name: others[name])
+        binds = largest if others[largest] >= BINDS_FROM * row.predicted else "kernels"
+        found.setdefault(binds, []).append(row)
+    return {name: tuple(found[name]) for name in sorted(found)}
+
+
 def score(kind: Kind, cases: Sequence[Record], owner: str) -> Accuracy:
     """Predict every row of a table of measurements and set it beside what was measured; the worst row first.
 
@@ -189,6 +218,12 @@ def _predictor(kind: Kind) -> Predict:
 def carried_cases(kind: Kind) -> tuple[Record, ...]:
     """The measurements that moesim carries, each row with its source."""
     return read_records(CARRIED / f"{kind}.csv", needed=("source",))
+
+
+def asked_cases(path: str, kind: Kind) -> tuple[Record, ...]:
+    """A user's table of measurements, or the carried ones where path is "". Raises InputError as read_cases does."""
+    check(kind in KINDS, "accuracy", "kind", "must be one of " + ", ".join(KINDS), kind, near_match(kind, KINDS))
+    return read_cases(path, kind) if path else carried_cases(kind)
 
 
 def read_cases(path: str | Path, kind: Kind) -> tuple[Record, ...]:

@@ -12,20 +12,24 @@ import re
 from typing import Any
 
 from moesim.catalog.hardware import load_cluster
-from moesim.catalog.step import rows_of_fit
+from moesim.catalog.step import left_out_errors, rows_of_fit
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model
 from moesim.describe.workload import GRAPH_MODULES, MODULES, Precision
 from moesim.door.records import Record
 from moesim.errors import InputError, MoesimError
 from moesim.metrics.scored import step_likeness
+from moesim.metrics.step import COMM_PARTS
+from moesim.metrics.summary import step_parts
 from moesim.scenario import Scenario
 from moesim.study.accuracy import AccuracyRow, NotExpressed, Prediction
 from moesim.study.accuracy_cases import catalog_gpu, catalog_model, default_cluster, given, number, whole
 from moesim.timeline.step import run_step
+from moesim.timeline.trace import Trace
 from moesim.units import MILLI
 
 RACK_SHARE = 64
+PARTS = ("kernels", "communication", "host", "others")
 MOST_MICRO_BATCHES = 4096  # of a replica: eight times the most that was ever published
 PRECISIONS: tuple[tuple[str, Precision], ...] = (
     (r"nvfp4", "nvfp4"),
@@ -42,7 +46,7 @@ def predict(row: Record, owner: str) -> list[Prediction]:
     try:
         scenario, reasons = express(row, owner)
         measured_s = step_s(row, owner)
-        predicted_s = run_step(scenario).step_s
+        trace = run_step(scenario)
     except InputError as error:
         return [NotExpressed(id=name, reason=f"{error.field} {error.rule}: {error.got}")]
     except MoesimError as error:
@@ -52,15 +56,27 @@ def predict(row: Record, owner: str) -> list[Prediction]:
         AccuracyRow(
             id=name,
             group=f"{release_of(row)}, {scenario.cluster.gpu.name}, {kind}",
-            predicted=predicted_s,
+            predicted=trace.step_s,
             measured=measured_s,
             inside_envelope=not reasons,
             used_in_fit=name in rows_of_fit(),
             source=row.get("source", ""),
             reasons=reasons,
             like=step_likeness(scenario),
+            parts_s=_parts_s(trace),
+            left_out_error=left_out_errors().get(name),
         )
     ]
+
+
+def _parts_s(trace: Trace) -> dict[str, float]:
+    """Mean seconds of a rank by what it does: kernels, communication, waiting for its host, waiting for others."""
+    parts = step_parts(trace)
+    waits = {"host": "host", "wait_for_slowest": "others", "pipeline_bubble": "others"}
+    found = dict.fromkeys(PARTS, 0.0)
+    for name, seconds in parts.items():
+        found[waits.get(name, "communication" if name in COMM_PARTS else "kernels")] += seconds
+    return found
 
 
 def release_of(row: Record) -> str:
