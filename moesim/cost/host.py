@@ -81,6 +81,11 @@ def sustained(device: DeviceCost, constants: StepConstants, gpu: Gpu) -> DeviceC
     )
 
 
+def with_fused_streams(device: DeviceCost, constants: StepConstants) -> DeviceCost:
+    """The sustained device for work whose kernels are fused: the optimizer's."""
+    return replace(device, stream_bytes_per_s=device.stream_bytes_per_s / constants.stream_fraction)
+
+
 def once_a_step_s(num_parameters: float, device: DeviceCost, constants: StepConstants) -> float:
     """Seconds of a step besides micro-batches, reduction and the optimizer's own update: a rank's float32 gradients are
     cleared and scaled, and what the constant step_s stands for. See docs/model.md#host.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moesim.catalog.step import StepConstants
 from moesim.cost.device import DeviceCost, device_cost
-from moesim.cost.host import constants_of, once_a_step_s, sustained
+from moesim.cost.host import constants_of, once_a_step_s, sustained, with_fused_streams
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.memory import outer_parameters, rank_parameters
 from moesim.cost.offload import optimizer_transfer_s
@@ -178,14 +178,15 @@ def _lay_out_stage(
     split = (layout.dp * parallel.cp * copies, layout.edp * copies) if parallel.zero >= 1 else (1, 1)
     slowest = float(scenario.speed_of_rank[layout.stage_ranks(stage)].min())
     shard = dense / split[0] + expert / split[1]
-    update_s = optimizer_s(shard, scenario.train, device) / slowest
+    fused = with_fused_streams(device, constants)
+    update_s = optimizer_s(shard, scenario.train, fused) / slowest
     transfer_s = optimizer_transfer_s(shard, scenario.train, scenario.cluster.gpu.host_bytes_per_s.value)
     return _Stage(
         kinds=kinds,
         traced_R=traced_R,
         reduce_s=reduce_s - hidden["grad_reduce"],
         hidden_s=sum(hidden.values()),
-        optimizer_s=update_s + once_a_step_s(dense + expert, device, constants),
+        optimizer_s=update_s + once_a_step_s(dense + expert, fused, constants),
         host_s=max(transfer_s - update_s, 0.0),
         gather_s=gather_s - hidden["param_gather"],
     )
