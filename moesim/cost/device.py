@@ -92,6 +92,7 @@ class DeviceCost:
     attention_by_dims: Mapping[int, AttentionRate]  # forward, by a head's query and value elements
     attention_backward_share: float  # of the forward's rate
     recipe: Recipe = RECIPES["bf16"]
+    times_moved: float = 1.0  # bytes that kernels which are not fused move, over those that are counted
     profile: Profile | None = None
     silicon: Silicon | None = None  # what timed tables say beside the law
     bf16: DeviceCost | None = None  # the same device in BF16 where products run in FP8: router and head stay wide
@@ -159,11 +160,12 @@ class DeviceCost:
     def stream_s(self, num_bytes: ArrayLike) -> Floats:
         """Seconds of a memory-bound kernel that reads and writes num_bytes in all. See docs/model.md#stream."""
         moved = np.asarray(num_bytes, dtype=np.float64)
-        return np.where(moved > 0, self.stream_start_s + moved / self.stream_bytes_per_s, 0.0)
+        return np.where(moved > 0, self.stream_start_s + moved * self.times_moved / self.stream_bytes_per_s, 0.0)
 
     def cast_s(self, num_elements: ArrayLike) -> Floats:
         """Seconds to cast a tensor to the recipe's format, in both layouts; none in BF16. See docs/model.md#casts."""
-        return self.stream_s(self.recipe.cast_bytes(1.0) * np.asarray(num_elements, dtype=np.float64))
+        moved = self.recipe.cast_bytes(1.0) * np.asarray(num_elements, dtype=np.float64)
+        return self.stream_s(moved / self.times_moved)  # one kernel, fused in itself
 
     def attention_s(self, flops: float, *, dims: float, keys_seen: float, backward: bool) -> float:
         """Seconds of the attention kernel alone (scores, softmax, values) for a count of useful FLOPs.

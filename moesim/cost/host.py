@@ -71,7 +71,6 @@ def sustained(device: DeviceCost, constants: StepConstants, gpu: Gpu) -> DeviceC
     return replace(
         device,
         law=replace(device.law, utilisation=device.law.utilisation * constants.product_fraction),
-        stream_bytes_per_s=device.stream_bytes_per_s * constants.stream_fraction,
         attention_by_dims={
             dims: replace(rate, endless_flops_per_s=rate.endless_flops_per_s * constants.attention_fraction)
             for dims, rate in device.attention_by_dims.items()
@@ -81,9 +80,12 @@ def sustained(device: DeviceCost, constants: StepConstants, gpu: Gpu) -> DeviceC
     )
 
 
-def with_fused_streams(device: DeviceCost, constants: StepConstants) -> DeviceCost:
-    """The sustained device for work whose kernels are fused: the optimizer's."""
-    return replace(device, stream_bytes_per_s=device.stream_bytes_per_s / constants.stream_fraction)
+def unfused(device: DeviceCost, constants: StepConstants) -> DeviceCost:
+    """The sustained device for layers with experts, whose memory-bound kernels are not fused. See
+    docs/model.md#sustained.
+    """
+    wide = None if device.bf16 is None else unfused(device.bf16, constants)
+    return replace(device, times_moved=1.0 / constants.stream_fraction, bf16=wide)
 
 
 def once_a_step_s(num_parameters: float, device: DeviceCost, constants: StepConstants) -> float:

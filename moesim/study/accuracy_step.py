@@ -168,7 +168,7 @@ def _fitted(
     for _ in range(ROUNDS):
         errors_N = _log_errors(constants, cases)
         slopes_NK = np.array([(_log_errors(_moved(constants, {k: STEP}), cases) - errors_N) / STEP for k in keys]).T
-        move_K: Floats = np.zeros(len(keys))
+        move_K: NDArray[np.floating] = np.zeros(len(keys))
         for _ in range(REWEIGHTINGS):
             weights_N = 1.0 / np.hypot(errors_N + slopes_NK @ move_K, SMOOTH_ERROR) ** 0.5
             held = STAY * np.eye(len(keys))  # what no row tells stays where it is

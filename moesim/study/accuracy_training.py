@@ -37,6 +37,7 @@ PRECISIONS: tuple[tuple[str, Precision], ...] = (
     (r"fp8.*(block|subchannel)|fp8sc", "fp8"),
     (r"fp8", "fp8_tensor"),
 )
+MODULE_WORDS = {"norm": "layernorm", "act": "moe_act"}  # the ModelZoo's words for Megatron's modules
 NO_RECOMPUTE = ("", "none", "[]", "see yaml")
 
 
@@ -149,7 +150,7 @@ def _recompute(row: Record) -> str | None:
     told = row.get("recompute", "").split(" (")[0]
     if told in NO_RECOMPUTE:
         return "none"
-    names = [name.strip() for name in told.split(",")]
+    names = [MODULE_WORDS.get(name.strip(), name.strip()) for name in told.split(",")]
     return ",".join(names) if names == ["full"] or set(names) <= set(MODULES) else None
 
 

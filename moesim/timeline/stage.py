@@ -74,6 +74,7 @@ class StagePlan:
 
     scenario: Scenario
     device: DeviceCost
+    moe_device: DeviceCost  # for layers with experts
     stage: int
     chunks: tuple[tuple[Placed, ...], ...]  # layers of each virtual stage
     first_layers: tuple[int, ...]  # number of each chunk's first layer in the model
@@ -213,7 +214,11 @@ class StagePlan:
             self.scenario.num_micro_batches,
         )
         casts = weight_casts_s(
-            self.scenario.model, placed.layer, num_rank_experts=num_rank_experts, parallel=parallel, device=self.device
+            self.scenario.model,
+            placed.layer,
+            num_rank_experts=num_rank_experts,
+            parallel=parallel,
+            device=self._device(placed.layer),
         )
         first_M = np.zeros((num_micro_batches, 1))
         num_lines = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp).num_lines
@@ -249,7 +254,7 @@ class StagePlan:
             self.packed.share_MR(layer),
             parallel=self.scenario.parallel,
             train=self.scenario.train,
-            device=self.device,
+            device=self._device(layer),
             backward=backward,
         )
 
@@ -257,7 +262,7 @@ class StagePlan:
         """Of a layer's attention and of its dense or shared block."""
         scenario = self.scenario
         return weight_gradients_s(
-            scenario.model, layer, parallel=scenario.parallel, train=scenario.train, device=self.device
+            scenario.model, layer, parallel=scenario.parallel, train=scenario.train, device=self._device(layer)
         )
 
     def _in_step(
@@ -296,7 +301,7 @@ class StagePlan:
             direct = isinstance(layer.attention, LatentAttention) and layer.attention.q_lora_rank is None
             tp_collectives = int(operation == "up projections" and direct)  # queries gather the hidden state
             attention = cost.forward if operation == "core attention" else None
-            parallel, device = self.scenario.parallel, self.device
+            parallel, device = self.scenario.parallel, self._device(layer)
             seconds = again_s(self.scenario.model, layer, operation, parallel=parallel, train=train, device=device)
             packing_s = self._packing_s(layer, backward=False) if attention is not None else 0.0
             phases = [_local(operation, "attention", index, seconds + packing_s)]
@@ -309,7 +314,7 @@ class StagePlan:
         rows_MRE = self.load.rows_MLRE[:, at]
         moving = self._moving(at)
         experts = experts_s(
-            self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.device, backward=False
+            self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.moe_device, backward=False
         )
         return [
             _local("router", "router", index, one_pass.router_s),
@@ -331,11 +336,11 @@ class StagePlan:
         rows_MRE = self.load.rows_MLRE[:, at]
         moving = self._moving(at)
         model, parallel = self.scenario.model, self.scenario.parallel
-        experts = experts_s(model, moe, rows_MRE, parallel=parallel, device=self.device, backward=True)
-        weights = expert_weight_gradients_s(model, moe, rows_MRE, parallel=parallel, device=self.device)
+        experts = experts_s(model, moe, rows_MRE, parallel=parallel, device=self.moe_device, backward=True)
+        weights = expert_weight_gradients_s(model, moe, rows_MRE, parallel=parallel, device=self.moe_device)
         again = []
         if activates:
-            seconds = expert_activation_s(moe, rows_MRE, parallel=parallel, device=self.device)
+            seconds = expert_activation_s(moe, rows_MRE, parallel=parallel, device=self.moe_device)
             again = [_local("expert activation again", "recompute", index, seconds)]
         return [
             *_moved("unpermute", index, moving.unpermute_s),
@@ -367,7 +372,7 @@ class StagePlan:
             rows_E=self.load.rows_MLRE[:, at],
             exchanges=parallel.ep * parallel.etp > 1,
             dispatcher=self.scenario.routing.dispatcher,
-            device=self.device,
+            device=self.moe_device,
         )
 
     def _embedding(self, *, backward: bool) -> list[Phase]:
@@ -387,9 +392,16 @@ class StagePlan:
     def _weights(self, name: str, seconds: float) -> list[Phase]:
         return [Phase(name=name, part="gradient_reduction", layer=-1, seconds=seconds)] if seconds else []
 
+    def _device(self, layer: Layer) -> DeviceCost:
+        return self.moe_device if layer.is_moe else self.device
+
     def _cost(self, layer: Layer) -> LayerCost:
         return layer_cost(
-            self.scenario.model, layer, parallel=self.scenario.parallel, train=self.scenario.train, device=self.device
+            self.scenario.model,
+            layer,
+            parallel=self.scenario.parallel,
+            train=self.scenario.train,
+            device=self._device(layer),
         )
 
 

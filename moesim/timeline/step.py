@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moesim.catalog.step import StepConstants
 from moesim.cost.device import DeviceCost, device_cost
-from moesim.cost.host import constants_of, once_a_step_s, sustained, with_fused_streams
+from moesim.cost.host import constants_of, once_a_step_s, sustained, unfused
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.memory import outer_parameters, rank_parameters
 from moesim.cost.offload import optimizer_transfer_s
@@ -155,6 +155,7 @@ def _lay_out_stage(
         num_ranks=drawn * layout.block_size,
         weight_gather_C=gathers,
         gradient_scatter_C=scatters,
+        moe_device=unfused(device, constants),
         issue_s=constants.issue_s,
     )
     asked = [rank - int(layout.stage_ranks(stage)[0]) for rank in trace_ranks if rank in layout.stage_ranks(stage)]
@@ -178,15 +179,14 @@ def _lay_out_stage(
     split = (layout.dp * parallel.cp * copies, layout.edp * copies) if parallel.zero >= 1 else (1, 1)
     slowest = float(scenario.speed_of_rank[layout.stage_ranks(stage)].min())
     shard = dense / split[0] + expert / split[1]
-    fused = with_fused_streams(device, constants)
-    update_s = optimizer_s(shard, scenario.train, fused) / slowest
+    update_s = optimizer_s(shard, scenario.train, device) / slowest
     transfer_s = optimizer_transfer_s(shard, scenario.train, scenario.cluster.gpu.host_bytes_per_s.value)
     return _Stage(
         kinds=kinds,
         traced_R=traced_R,
         reduce_s=reduce_s - hidden["grad_reduce"],
         hidden_s=sum(hidden.values()),
-        optimizer_s=update_s + once_a_step_s(dense + expert, fused, constants),
+        optimizer_s=update_s + once_a_step_s(dense + expert, device, constants),
         host_s=max(transfer_s - update_s, 0.0),
         gather_s=gather_s - hidden["param_gather"],
     )
