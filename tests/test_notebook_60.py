@@ -69,7 +69,6 @@ def test_it_runs_whole_on_rows_of_one_s_own(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    given = {"kind": "training", "cases": str(table), "out_dir": str(tmp_path / "out")}
-    run_notebook(NOTEBOOK, given, tmp_path / "page")
-    result = json.loads((tmp_path / "out" / "results.json").read_text())["result"]
+    page = run_notebook(NOTEBOOK, {"kind": "training", "cases": str(table)}, tmp_path / "page")
+    result = json.loads((page / "results.json").read_text())["result"]
     assert {row["id"] for row in result["rows"]} == {row["id"] for row in rows if "XS" not in row["id"]}

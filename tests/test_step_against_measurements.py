@@ -1,5 +1,5 @@
-"""How far step times are from measured ones today. The 70b rows took part in the fit of the step's constants, 405b and
-DeepSeek-V3 did not (moesim/study/accuracy_step.py).
+"""How far step times are from measured ones today. Some 70b rows and DeepSeek-V3 took part in the fit of the step's
+constants, 405b did not (moesim/study/accuracy_step.py).
 
 A band that no longer holds fails: then the statement in README.md and in metrics/summary.py must change with it.
 """

@@ -47,7 +47,7 @@ def test_every_row_of_a_fit_is_told_with_its_release_left_out() -> None:
 def test_a_gpu_that_no_constant_names_takes_the_fallbacks_and_says_so() -> None:
     assert step_constants("my-gpu") == step_constants(FALLBACK_GPU)
     gpu = dataclasses.replace(Scenario.make(**DENSE).cluster.gpu, name="my-gpu")
-    told = [item for item in sustained(device_cost(gpu, "bf16"), step_constants("my-gpu"), gpu).provenance]
+    told = sustained(device_cost(gpu, "bf16"), step_constants("my-gpu"), gpu).provenance
     assert {item.kind for item in told if item.part.startswith("step:")} == {"assumed"}
 
 
@@ -128,7 +128,8 @@ def test_a_fit_finds_the_constant_that_made_its_rows() -> None:
     )
     rows = [scenario, scenario.with_(tp=2), scenario.with_(seq_len=8192)]
     measured = [run_step(row, constants=step_constants("h100-sxm", made)).step_s for row in rows]
-    cases = [Case(id=str(i), release="r", scenario=s, measured_s=m) for i, (s, m) in enumerate(zip(rows, measured))]
+    pairs = zip(rows, measured, strict=True)
+    cases = [Case(id="row", release="r", scenario=row, measured_s=seconds) for row, seconds in pairs]
     found = _fitted(all_step_constants(), [("product_fraction", "a100-80gb")], cases)
     value = next(float(c.value) for c in found if key_of(c) == ("product_fraction", "a100-80gb"))
     assert math.isclose(value, 0.6, rel_tol=0.01)
