@@ -110,6 +110,10 @@ Median wall seconds of whole processes after one warm-up; the largest process's 
     text += "\n\n" + port.stdout.decode().strip()
     if port.returncode:
         broken.append("exchanges in port mode")
+    growth = subprocess.run([sys.executable, "-m", "benchmarks.growth"], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    text += "\n\n" + growth.stdout.decode().strip()
+    if growth.returncode:
+        broken.append("growth with the cluster")
     (ROOT / "docs" / "speed.md").write_text(text + "\n")
     if broken:
         print("over the limit: " + "; ".join(broken), file=sys.stderr)

@@ -131,7 +131,7 @@ class _File:
     profile: str = "auto"
     fidelity: Literal["port", "exact"] = "port"
     seed: int = 0
-    replicas: int = 8  # blocks of a stage's ranks that are simulated at most; more are estimated from these
+    replicas: int = 4  # blocks of a stage's ranks that are simulated at most; more are estimated from these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ class Scenario:
     )
     fidelity: Literal["port", "exact"] = "port"
     seed: int = 0
-    replicas: int = 8  # blocks of a stage's ranks that are simulated at most; more are estimated from these
+    replicas: int = 4  # blocks of a stage's ranks that are simulated at most; more are estimated from these
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as asked, for echoing
 
     def __post_init__(self) -> None:

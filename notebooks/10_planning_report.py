@@ -72,7 +72,7 @@ out_dir: str = ""  # folder for results.json, results.csv and trace.json; "" wri
 # %%
 from IPython.display import display
 
-from moesim.report import figures, load_figures, sentences, tables
+from moesim.report import figures, gap_figures, load_figures, sentences, tables
 from moesim.report.export import write_results
 from moesim.report.parameters import read_question
 from moesim.report.progress import working
@@ -166,6 +166,12 @@ figures.step_time(study.step)
 
 # %%
 sentences.about_step(study)
+
+# %%
+gap_figures.waterfall(study.gap)
+
+# %%
+gap_figures.about_gap(study.gap)
 
 # %% [markdown]
 # ## Expert load: how uneven it is

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from moesim.cli import app
 from moesim.metrics.critical import critical_path
+from moesim.report.gap_figures import about_gap, waterfall
 from moesim.scenario import Scenario
 from moesim.study.gap import explain_gap
 from moesim.timeline.step import run_step
@@ -88,3 +89,11 @@ def test_the_verb_tells_the_gap_where_asked():
     assert [step["name"] for step in told["gap"]["steps"]] == ["roofline", "kernels", "host", "balanced", "skewed"]
     assert told["gap"]["steps"][-1]["step_s"] == told["step_s"]
     assert told["gap"]["critical_path"]["num_operations"] == 16
+
+
+def test_the_report_shows_the_waterfall_and_says_what_costs_most(gap):
+    picture = waterfall(gap)
+    ratio = gap.steps[-1].step_s / gap.steps[0].step_s
+    assert picture.alt.startswith(f"The step takes {ratio:.1f} times the roofline")
+    costs = {step.words: gap.added_s[step.name] for step in gap.steps[1:]}
+    assert max(costs, key=costs.get) in about_gap(gap).text

@@ -13,6 +13,7 @@ from moesim.describe.counts import Description, describe
 from moesim.errors import check
 from moesim.metrics.step import StepResult
 from moesim.scenario import Scenario
+from moesim.study.gap import Gap, explain_gap
 from moesim.study.links import BreakEven, break_even
 from moesim.study.simulate import simulate
 from moesim.study.sizes import DropPoint, EpPoint, SizePoint, cluster_sizes, drop_curve, memory_over_ep
@@ -38,6 +39,7 @@ class PlanningStudy:
     memory_over_ep: tuple[EpPoint, ...]
     drop_curve: tuple[DropPoint, ...]
     cluster_sizes: tuple[SizePoint, ...]
+    gap: Gap
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with sorted keys, the same for the same scenario and seed; nothing of when or where it ran."""
@@ -62,6 +64,7 @@ class PlanningStudy:
             "memory_over_ep": self.memory_over_ep,
             "drop_curve": self.drop_curve,
             "cluster_sizes": self.cluster_sizes,
+            "gap": self.gap.to_dict(),
         }
         plain = _plain(values)
         assert isinstance(plain, dict)
@@ -83,6 +86,7 @@ class PlanningStudy:
             for name in ("total_bytes_per_s", "active_bytes_per_s"):
                 rate = getattr(self.break_even, name)
                 rows.append(("break_even", name, "", "none" if rate is None else rate, "B/s"))
+        rows += [("gap", step.name, "", step.step_s, "s") for step in self.gap.steps]
         for point in self.memory_over_ep:
             rows += [("memory_over_ep", part, point.ep, size, "B") for part, size in point.memory.items()]
             rows.append(("memory_over_ep", "fits", point.ep, point.fits, ""))
@@ -131,6 +135,8 @@ def planning_study(scenario: Scenario, tokens_to_train: float, progress: Progres
     memory = memory_over_ep(scenario, step)
     say("drops over capacity factors")
     drops = drop_curve(scenario)
+    say("from the roofline to the step")
+    gap = explain_gap(scenario)
     sizes = cluster_sizes(scenario, tokens_to_train, step, say)
     return PlanningStudy(
         scenario=scenario,
@@ -142,6 +148,7 @@ def planning_study(scenario: Scenario, tokens_to_train: float, progress: Progres
         memory_over_ep=tuple(memory),
         drop_curve=tuple(drops),
         cluster_sizes=tuple(sizes),
+        gap=gap,
     )
 
 
