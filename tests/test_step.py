@@ -14,10 +14,12 @@ import pytest
 
 from moesim.cost.activations import MEGATRON
 from moesim.describe.hardware import Sourced
+from moesim.describe.schedules import OneForwardOneBackward
 from moesim.errors import InputError
 from moesim.metrics.summary import summarise
 from moesim.scenario import Scenario
 from moesim.timeline import step as step_room
+from moesim.timeline.pipeline import DeadlockError
 from moesim.timeline.step import run_step
 
 SMALL = {"model": "mixtral-8x7b", "cluster": "h100-8x-ib400", "num_gpus": 32, "ep": 8, "pp": 2, "global_batch": 64}
@@ -85,6 +87,18 @@ def test_holding_weight_gradients_back_shortens_the_bubble_and_computes_the_same
     # Stages differ by embedding and head alone, so the bubble is near its closed form in either order.
     assert gpipe.step_s == pytest.approx(whole.step_s, rel=0.01)
     assert gpipe.memory["activations_bytes"] > whole.memory["activations_bytes"]
+
+
+def test_a_step_that_cannot_go_on_names_the_ranks_and_what_they_wait_for(monkeypatch):
+    class Backwards(OneForwardOneBackward):
+        def __call__(self, stage, num_micro_batches):
+            operations = super().__call__(stage, num_micro_batches)
+            return operations[::-1] if stage == 1 else operations
+
+    monkeypatch.setattr(step_room, "make_schedule", lambda *_, **sizes: Backwards(pp=sizes["pp"]))
+    told = r"stage 0, ranks 0-7, waits for the backward of micro-batch 0 at chunk 0; .*stage 1, ranks 16-23, waits for"
+    with pytest.raises(DeadlockError, match=told):
+        run_step(scenario())
 
 
 def test_one_expert_parallel_rank_exchanges_nothing():

@@ -10,7 +10,7 @@ Legend: B blocks of a stage that are simulated, M micro-batches of a line, C chu
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Protocol
@@ -82,12 +82,16 @@ class StageClock:
 
 
 def run_pipeline(
-    stages: Sequence[StageWork], schedule: Order, num_replicas: int | None = None
+    stages: Sequence[StageWork],
+    schedule: Order,
+    num_replicas: int | None = None,
+    name: Callable[[int, int], str] = "stage {} block {}".format,
 ) -> tuple[float, list[StageClock]]:
     """Run one step; returns its length [s] and each stage's clock. Raises DeadlockError naming stages and blocks that
     wait in vain.
 
-    num_replicas: how many blocks a stage has of which those simulated are a sample; None: these are all.
+    num_replicas: how many blocks a stage has of which those simulated are a sample; None: these are all. name: of a
+    stage and a block, for an error's words.
     """
     num_chunks, num_blocks, num_micro_batches = next(iter(stages[0].seconds_CBM.values())).shape
     assert num_chunks == schedule.num_chunks
@@ -104,7 +108,7 @@ def run_pipeline(
         (i, waits) for i, (process, waits) in enumerate(zip(processes, run.waits_for, strict=True)) if process.is_alive
     ]
     if stuck:
-        told = "; ".join(f"stage {i // num_blocks} block {i % num_blocks} waits for {waits}" for i, waits in stuck[:8])
+        told = "; ".join(f"{name(*divmod(i, num_blocks))} waits for {waits}" for i, waits in stuck[:8])
         raise DeadlockError(
             f"the step cannot go on: {told}" + (f"; and {len(stuck) - 8} more" if len(stuck) > 8 else "")
         )

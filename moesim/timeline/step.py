@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from moesim.cost.host import constants_of, once_a_step_s, sustained, unfused
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.memory import outer_parameters, rank_parameters
 from moesim.cost.offload import optimizer_transfer_s
+from moesim.describe.parallel import RankLayout
 from moesim.describe.pipeline import chunk_depths, stage_chunks
 from moesim.describe.schedules import Operation, Schedule, Way, make_schedule
 from moesim.errors import check
@@ -98,7 +99,7 @@ def run_step(
     num_blocks = 1 if _all_blocks_same(times) else drawn
     send = _send_s(scenario)
     work = [_work(scenario, schedule, s, stages[s], num_blocks, send) for s in range(parallel.pp)]
-    step_s, clocks = run_pipeline(work, schedule, layout.num_blocks)
+    step_s, clocks = run_pipeline(work, schedule, layout.num_blocks, partial(_ranks_in_words, layout))
     runs = [_stage_run(scenario, s, stages[s], work[s], clocks[s]) for s in range(parallel.pp)]
     return Trace(
         scenario=scenario,
@@ -263,6 +264,17 @@ def _drawn_blocks(scenario: Scenario, packed: PackedWork | None, trace_ranks: Se
     least = max(scenario.replicas, *(r % layout.ranks_per_stage // layout.block_size + 1 for r in (0, *trace_ranks)))
     tells_apart = packed is not None or scenario.placement.rank_speeds or not groups_lie_alike(scenario)
     return layout.num_blocks if tells_apart else min(least, layout.num_blocks)
+
+
+def _ranks_in_words(layout: RankLayout, stage: int, block: int) -> str:
+    """Whom a process stands for.
+
+    >>> from moesim.describe.parallel import Parallelism
+    >>> _ranks_in_words(Parallelism(pp=2, ep=4).rank_layout(16), 1, 1)
+    'stage 1, ranks 12-15,'
+    """
+    first = stage * layout.ranks_per_stage + block * layout.block_size
+    return f"stage {stage}, ranks {first}-{first + layout.block_size - 1},"
 
 
 def _all_blocks_same(times: Sequence[OperationTimes]) -> bool:
