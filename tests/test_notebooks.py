@@ -101,7 +101,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_planning_report_renders_whole(rendered: Path) -> None:
     assert {path.name for path in rendered.iterdir()} == set(FILES)
     page = (rendered / "report.html").read_text()
-    assert page.count("<svg") == 9
+    assert page.count("<svg") == 10
     for words in ("Does it fit?", "How fast is it?", "What binds?", "What to change first?", "olmoe-1b-7b"):
         assert words in page
     assert "Traceback" not in page
