@@ -312,7 +312,10 @@ def test_the_verb_ends_with_1_where_a_point_failed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("--by engin", "--by: must be engine, sizes, or package.module:function; got 'engin'. Did you mean engine?"),
+        (
+            "--by engin",
+            "--by: must be engine, fast, sizes, or package.module:function; got 'engin'. Did you mean engine?",
+        ),
         ("--by nowhere:f", "must be a function that can be imported"),
         ("--workers 2 --dask-address tcp://localhost:1", "--workers: are Dask's own"),
         ("--dask-scheduler-file nope.json", "must be a file that a scheduler wrote"),
