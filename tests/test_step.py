@@ -43,6 +43,8 @@ LAYOUTS = [
     {"ep": 1, "zero": 0, "capacity_factor": 1.0},
     {"model": "llama-3-8b", "ep": 1, "tp": 4},
     {"pp": 4, "schedule": "gpipe", "zero": 2},
+    {"pp": 4, "overlap": "forward_backward,weight_gradient,grad_reduce"},
+    {"pp": 4, "schedule": "dualpipe", "global_batch": 128},
     {"pp": 4, "schedule": "zb-h1", "recompute": "moe_act", "overlap": "grad_reduce"},
     {"model": "switch-base-128", "cluster": "a100-8x-ib200", "ep": 16, "pp": 1, "num_gpus": 16, "seq_len": 512},
 ]
