@@ -82,3 +82,9 @@ def test_forced_balance_and_dense_models_need_the_same_in_every_step() -> None:
         assert step.memory["peak_p99_bytes"] == pytest.approx(step.memory["peak_bytes"], abs=1e-6 * GIB)
         assert step.out_of_memory_fraction == float(not step.fits)
         assert step.memory_over_steps["num_steps"] == 1
+
+
+def test_a_part_of_a_dualpipe_step_fills_the_pipeline_from_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_of_steps, "MOST_COUNTS", 1)
+    asked = scenario(schedule="dualpipe", micro_batch=1)
+    assert len(memory_over_steps(asked, 2).peak_bytes_S) == 2

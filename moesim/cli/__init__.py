@@ -8,6 +8,7 @@ from moesim.cli import place as _place  # noqa: F401
 from moesim.cli import routing_verbs as _routing_verbs  # noqa: F401
 from moesim.cli import selfcheck as _selfcheck  # noqa: F401
 from moesim.cli import sweep as _sweep  # noqa: F401
+from moesim.cli import uncertainty as _uncertainty  # noqa: F401
 from moesim.cli import validate as _validate  # noqa: F401
 from moesim.cli.verbs import app
 

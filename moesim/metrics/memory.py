@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.memory import RankMemory, StageProfile, fullest_of, stage_profile
+from moesim.describe.schedules import make_schedule
 from moesim.describe.workload import Balanced, Recorded, Training
 from moesim.errors import check
 from moesim.routing.popularity import Popularities, popularity_LE
@@ -187,12 +188,18 @@ def fullest(scenario: Scenario, load: StepLoad | None, train: Training | None = 
 
 
 def _part(scenario: Scenario, load: StepLoad) -> tuple[int, int]:
-    """(groups, micro-batches) that a sampled step is drawn with: whole rounds of the pipeline, at least one."""
+    """(groups, micro-batches) that a sampled step is drawn with: whole fills of the pipeline, at least one."""
     num_groups, num_micro_batches, num_layers, num_experts = load.load.assigned_GMLE.shape
-    each, pp = num_layers * num_experts, scenario.parallel.pp
-    rounds = MOST_COUNTS // (num_groups * each * pp)
-    num_micro_batches = min(num_micro_batches, max(rounds, 1) * pp)
+    each, filled = num_layers * num_experts, micro_batches_to_fill(scenario)
+    fills = MOST_COUNTS // (num_groups * each * filled)
+    num_micro_batches = min(num_micro_batches, max(fills, 1) * filled)
     return min(num_groups, max(MOST_COUNTS // (num_micro_batches * each), 1)), num_micro_batches
+
+
+def micro_batches_to_fill(scenario: Scenario) -> int:
+    """Micro-batches of one fill of the pipeline, from both ends where the schedule has two lines."""
+    p = scenario.parallel
+    return p.pp * make_schedule(scenario.train.schedule, pp=p.pp, vpp=p.vpp).num_lines
 
 
 def _training_of(scenario: Scenario, part: StepLoad) -> Training:

@@ -16,7 +16,7 @@ from typing import Any
 from moesim.cost.recompute import useful_modules
 from moesim.describe.workload import Training
 from moesim.errors import InputError, MoesimError
-from moesim.metrics.memory import memory_by_stage
+from moesim.metrics.memory import memory_by_stage, micro_batches_to_fill
 from moesim.scenario import Scenario
 from moesim.timeline.load import StepLoad, step_load
 from moesim.timeline.step import run_step
@@ -206,7 +206,7 @@ def predicted_step_s(scenario: Scenario) -> float:
 
 def _micro_batches(scenario: Scenario) -> int:
     """One fill of the pipeline: as many as a stage can hold."""
-    return min(scenario.num_micro_batches, scenario.parallel.pp * scenario.parallel.vpp)
+    return min(scenario.num_micro_batches, micro_batches_to_fill(scenario) * scenario.parallel.vpp)
 
 
 def _one_group(scenario: Scenario) -> Scenario:

@@ -190,12 +190,12 @@ def goodput_study(scenario: Scenario, plan: RunPlan, progress: Progress | None =
     factors, told = step_factors(scenario)
     own = np.array(full) * scenario.train.global_batch * scenario.train.seq_len
 
-    fleet = _typical_fleet(plan)
+    fleet = typical_fleet(plan)
     luck = [stream(scenario.seed, f"goodput run {i}") for i in range(plan.num_runs)]
     drawn = [_Draw.of(rng, plan, work_s, factors) for rng in luck]
     rate = float(np.median([draw.rate for draw in drawn]))
     mean_s = mean_time_between_s(rate, num_gpus)
-    size_bytes, shape = _checkpoints(scenario, plan)
+    size_bytes, shape = checkpoints_of(scenario, plan)
     best_s = best_interval_s(shape, operations, fleet, rate, num_gpus)
     checkpoints = replace(shape, interval_s=plan.checkpoint_interval_s or best_s)
 
@@ -381,12 +381,12 @@ def _spares(plan: RunPlan, num_gpus: int) -> int:
     return math.ceil(num_gpus / SERVER_GPUS / 100) if plan.num_spares is None else plan.num_spares
 
 
-def _typical_fleet(plan: RunPlan) -> Fleet:
+def typical_fleet(plan: RunPlan) -> Fleet:
     """The fleet whose kinds of failure the formula takes: the one asked for, or the largest that was published."""
     return load_fleet("meta-32k-h100" if plan.fleet == UNKNOWN else plan.fleet, inspected=plan.inspected)
 
 
-def _checkpoints(scenario: Scenario, plan: RunPlan) -> tuple[float, Checkpoints]:
+def checkpoints_of(scenario: Scenario, plan: RunPlan) -> tuple[float, Checkpoints]:
     """(bytes of a checkpoint, how work is saved; its interval is still to be chosen)."""
     facts, num_gpus = checkpoint_facts(), scenario.cluster.num_gpus
     size_bytes = describe(scenario.model, scenario.train.seq_len).total_parameters * facts.bytes_per_parameter.value
