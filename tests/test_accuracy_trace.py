@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from moesim.catalog.step import NO_LOSS
 from moesim.door.records import read_records
 from moesim.errors import InputError
 from moesim.report.accuracy_page import trace_section
@@ -18,7 +19,7 @@ def rows():
 
 
 def test_the_pair_is_four_moe_layers_each_way_and_its_time_is_split_without_rest():
-    trace = run_step(trace_scenario())
+    trace = run_step(trace_scenario(), constants=NO_LOSS)
     pair = next(op for op in trace.stages[STAGE].operations if op.beside_N is not None)
     for is_backward in (False, True):
         layers = {
