@@ -3,8 +3,8 @@
 The trace (deepseek-ai/profile-data) shows a forward of four MoE layers beside a backward of four, EP64 on H800, routing
 forced even, no pipeline communication. The same pair is taken from a whole simulated step under DualPipe. Nothing is
 fitted to it: kernels alone at the efficiencies of the device, NICs at the rate that DeepEP's release of that month
-reached on 16 and 32 ranks (libraries.yaml). What steps of Megatron-LM lose on other GPUs is left out, since the trace is
-of another framework; the span with these losses stands beside. See docs/accuracy.md.
+reached on 16 and 32 ranks (libraries.yaml). What steps of Megatron-LM lose on other GPUs is left out, since the trace
+is of another framework; the span with these losses stands beside. See docs/accuracy.md.
 """
 
 from __future__ import annotations
