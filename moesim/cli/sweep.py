@@ -40,7 +40,8 @@ def sweep(
         Path, typer.Argument(metavar="SWEEP.yaml", help="Base and grid, or list of points.", show_default=False)
     ],
     by: Annotated[
-        str, typer.Option(metavar="NAME", help="What computes a point: engine, sizes, or package.module:function.")
+        str,
+        typer.Option(metavar="NAME", help="What computes a point: engine, fast, sizes, or package.module:function."),
     ] = "engine",
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Processes of this machine; by default its cores.", min=1)
