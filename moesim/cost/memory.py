@@ -91,7 +91,13 @@ def static_memory(
     """
     placed = [item for chunk in stage_chunks(model, parallel, train, stage) for item in chunk]
     layers = [rank_parameters(model, item, parallel, expert_copies) for item in placed]
-    outer = outer_parameters(model, parallel, train, stage)
+    return static_of(layers, outer_parameters(model, parallel, train, stage), parallel, layout, train)
+
+
+def static_of(
+    layers: Sequence[tuple[float, float]], outer: float, parallel: Parallelism, layout: RankLayout, train: Training
+) -> StaticMemory:
+    """As static_memory, of a stage whose layers have these (dense, expert) parameters on a rank, and outer ones."""
     dense, expert = outer + sum(d for d, _ in layers), sum(e for _, e in layers)
     copies = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp).num_copies
     split_dense, split_expert = layout.dp * parallel.cp * copies, layout.edp * copies

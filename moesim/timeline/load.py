@@ -33,7 +33,7 @@ from moesim.placement.policies import POLICIES, Known
 from moesim.placement.slots import LayerPlacements
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
-from moesim.routing.visits import visit_probabilities
+from moesim.routing.visits import VisitProbabilities, visit_probabilities
 from moesim.scenario import Scenario
 from moesim.seeds import stream
 from moesim.timeline.placed import PlacedExperts, placed_experts, scenario_ranks, sender_weights, token_choices
@@ -286,7 +286,7 @@ def _exchange(scenario: Scenario, placed: PlacedExperts, sent: _Sent, nodes: Nod
 def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, node_of_rank_R: Ranks) -> Exchange:
     """Bytes between ranks, then the busiest port's time, for all micro-batches and layers at once."""
     parallel, train, cluster = scenario.parallel, scenario.train, scenario.cluster
-    visits = visit_probabilities(placed.popularities, placed.rank_of_slot, node_of_rank_R)
+    visits = _visits(placed.popularities, placed.rank_of_slot, node_of_rank_R)
     copies = expected_copies(
         sent.rows_GMLS,
         popularities=placed.popularities,
@@ -334,6 +334,17 @@ def _exchange_of_alike(scenario: Scenario, placed: PlacedExperts, sent: _Sent, n
         combine_backward_s_GMLR=out if gradient == narrow else seconds(dispatch, gradient),
         arrived_GMLR=received if sent.dedup == "none" else copies.visits_GMLR * (parallel.ep * parallel.etp),
     )
+
+
+def _visits(popularities: Popularities, placement: Placement, node_of_rank_R: Ranks) -> VisitProbabilities:
+    """visit_probabilities, remembered: other batches and dispatchers of a search ask for the same ones."""
+    return _visits_of(popularities, placement.expert_to_rank_E.tobytes(), placement.num_ranks, node_of_rank_R.tobytes())
+
+
+@lru_cache(maxsize=32)
+def _visits_of(popularities: Popularities, ranks: bytes, num_ranks: int, nodes: bytes) -> VisitProbabilities:
+    placement = Placement(expert_to_rank_E=np.frombuffer(ranks, dtype=np.int64), num_ranks=num_ranks)
+    return visit_probabilities(popularities, placement, np.frombuffer(nodes, dtype=np.int64))
 
 
 def _by_rank(seconds_GMLR: Floats, etp: int) -> Floats:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from moesim.cost.layer import ACTIVATION_BYTES
+from moesim.describe.parallel import Parallelism
 from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s, send_s
 from moesim.scenario import Scenario
 from moesim.timeline.phases import OperationTimes
@@ -15,9 +18,17 @@ def _group_shape(scenario: Scenario, kind: str, copies: int) -> tuple[int, int]:
 
     copies: how often a pipeline holds its parameters, on stages that lie apart.
     """
-    nodes = np.sort(scenario.layout.groups(kind) // scenario.cluster.ranks_per_node, axis=1)
+    p = scenario.parallel
+    sizes = Parallelism(tp=p.tp, pp=p.pp, cp=p.cp, ep=p.ep, etp=p.etp)
+    size, together = _shape_of_groups(sizes, scenario.cluster.num_gpus, scenario.cluster.ranks_per_node, kind)
+    return size * copies, together
+
+
+@lru_cache(maxsize=16384)
+def _shape_of_groups(sizes: Parallelism, num_gpus: int, ranks_per_node: int, kind: str) -> tuple[int, int]:
+    nodes = np.sort(sizes.rank_layout(num_gpus).groups(kind) // ranks_per_node, axis=1)
     together = [int(np.unique(own, return_counts=True)[1].max()) for own in np.unique(nodes, axis=0)]
-    return nodes.shape[1] * copies, min(together)
+    return nodes.shape[1], min(together)
 
 
 def gradient_reduction_s(scenario: Scenario, dense: float, expert: float, copies: int = 1) -> tuple[float, float]:
@@ -74,6 +85,13 @@ def hidden_behind_s(total_s: float, times: OperationTimes, run: int, *, num_buck
         return 0.0
     is_exchange_P = np.array([part in ("dispatch", "combine") for part in times.parts], dtype=bool)
     free = max(1.0 - float(times.seconds_PMV[is_exchange_P, run, 0].sum()) / pass_s, 0.0)
+    return hidden_buckets_s(total_s, pass_s, free, num_buckets, in_pass)
+
+
+def hidden_buckets_s(total_s: float, pass_s: float, free: float, num_buckets: int, in_pass: int) -> float:
+    """How much of total_s in so many buckets hides behind a pass that makes in_pass of them ready one by one and leaves
+    the ports free for a share of the time.
+    """
     bucket_s = total_s / num_buckets
     # Chunks that ended earlier reduced while later ones ran; the buckets of the last chunk follow one another.
     done_s = 0.0

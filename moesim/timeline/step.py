@@ -97,7 +97,7 @@ def run_step(
     ]
     times = [kind.times for stage in stages for kind in stage.kinds]
     num_blocks = 1 if _all_blocks_same(times) else drawn
-    send = _send_s(scenario)
+    send = neighbour_send_s(scenario)
     work = [_work(scenario, schedule, s, stages[s], num_blocks, send) for s in range(parallel.pp)]
     step_s, clocks = run_pipeline(work, schedule, layout.num_blocks, partial(_ranks_in_words, layout))
     runs = [_stage_run(scenario, s, stages[s], work[s], clocks[s]) for s in range(parallel.pp)]
@@ -373,7 +373,7 @@ def _send_after_s(work: StageWork, kind: _Kind) -> float:
     return own if kind.beside is None else max(own, work.send_s(Operation("backward", kind.beside, 0)))
 
 
-def _send_s(scenario: Scenario) -> tuple[float, float]:
+def neighbour_send_s(scenario: Scenario) -> tuple[float, float]:
     """Seconds to hand a micro-batch to the neighbouring stage, and from the last stage round to the first."""
     num_bytes = rank_tokens(scenario.parallel, scenario.train) * scenario.model.hidden * ACTIVATION_BYTES
     layout, in_node = scenario.layout, scenario.cluster.ranks_per_node
