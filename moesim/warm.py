@@ -8,6 +8,7 @@ from moesim.fabric import exact, port_kernels
 from moesim.placement import search
 from moesim.routing import sampler
 from moesim.routing.balancing import LossFreeBias, TrainingSetting, simulate_balancing
+from moesim.study import fast
 from moesim.timeline import stream_kernels
 
 
@@ -18,6 +19,7 @@ def warm() -> None:
     sampler.warm()
     search.warm()
     stream_kernels.warm()
+    fast.warm()
     setting = TrainingSetting(
         num_experts=4, top_k=1, num_layers=1, num_steps=2, sequences_per_batch=8, seq_len=16, learning_rate=1e-3
     )

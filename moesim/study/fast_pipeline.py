@@ -116,9 +116,9 @@ def pipeline_s(
     """
     pp, _, _, num_samples = takes_SCWN.shape
     if pp == 1 and vpp == 1:
-        ways = _ways_of(name)
+        ways = ways_of(name)
         whole, rest = divmod(num_micro_batches, num_samples)
-        each_N = takes_SCWN[0, 0][ways].sum(axis=0)
+        each_N = takes_SCWN[0, 0][list(ways)].sum(axis=0)
         return float(whole * each_N.sum() + each_N[:rest].sum() + casts_SC[0, 0] + reduce_S[0])
     period = int(np.lcm(pp if vpp > 1 else 1, num_samples))
     most = FULL_ROUNDS * pp + 2 * period
@@ -131,10 +131,10 @@ def pipeline_s(
     return short_s + (num_micro_batches - short) // period * (longer_s - short_s)
 
 
-def _ways_of(name: ScheduleName) -> list[int]:
+def ways_of(name: ScheduleName) -> tuple[int, ...]:
     """Indices of the ways that a schedule takes."""
     names = ("forward", "input_gradient", "weight_gradient") if name == "zb-h1" else ("forward", "backward")
-    return [WAYS.index(way) for way in names]
+    return tuple(WAYS.index(way) for way in names)
 
 
 def run_order(order: Order, takes_SCWN: Floats, casts_SC: Floats, reduce_S: Floats) -> float:
@@ -177,8 +177,3 @@ def _last_s(
             takes += casts_SC[s, c]
         end_O[o] = clock_S[s] = begin + takes
     return (clock_S + reduce_S).max()
-
-
-def warm() -> None:
-    """Compile the recurrence into its cache."""
-    pipeline_s("1f1b", 1, 2, np.ones((2, 1, len(WAYS), 1)), np.zeros((2, 1)), np.zeros(2))

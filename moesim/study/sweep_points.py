@@ -51,9 +51,9 @@ def sizes_point(scenario: Scenario) -> Result:
 
 def fast_point(scenario: Scenario) -> Result:
     """A step by the fast path: time and memory, without a clock."""
-    from moesim.study.fast import engine_step
+    from moesim.study.fast import fast_step
 
-    step = dataclasses.asdict(engine_step(scenario))
+    step = dataclasses.asdict(fast_step(scenario))
     return step | {f"step_parts_s.{part}": seconds for part, seconds in step.pop("parts").items()}
 
 

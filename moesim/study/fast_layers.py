@@ -1,0 +1,286 @@
+"""What every layer of a model takes on one shape of parallelism, once for all configurations that share it.
+
+The phases are the event engine's own (timeline.stage). Of a layer's ranks four stand for all: the one with the most
+rows, the one with the longest exchanges, the one with the fewest rows (whose host falls behind), and the mean one;
+collectives wait for the slowest of them. Loads are drawn as the engine draws them, a few micro-batches instead of
+all. See docs/model.md#fast-path.
+
+Legend: L layers of the stack (multi-token-prediction layers that are trained at its end), N sampled micro-batches, W
+ways (describe.schedules.WAYS), G groups, R ranks of a group, E experts on a rank, V standing ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.device import DeviceCost
+from moesim.cost.layer import rank_tokens, weight_casts_s
+from moesim.describe.model import Layer, MoeFfn
+from moesim.describe.parallel import Parallelism
+from moesim.describe.pipeline import Placed
+from moesim.describe.schedules import WAYS, Way
+from moesim.describe.workload import Balanced
+from moesim.scenario import Scenario
+from moesim.timeline.load import StepLoad, step_load
+from moesim.timeline.phases import OperationTimes, Phase, lay_out
+from moesim.timeline.stage import StageLoad, StagePlan
+
+Floats = NDArray[np.float64]
+SAMPLES = 4  # micro-batches that are drawn of a skewed step
+MOST_GROUPS = 8  # expert-parallel groups that are drawn of a block
+_STANDING = 4  # ranks that stand for all: most rows, longest exchanges, fewest rows, the mean
+_MEAN = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoutedLoad:
+    """A few micro-batches of a step's load; at: the standing ranks of each layer, over groups and ranks."""
+
+    step: StepLoad
+    at_VNL: NDArray[np.int64]
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.at_VNL.shape[1])
+
+    def received_LR(self) -> Floats:
+        """Rows that each rank of each group receives of a micro-batch, by MoE layer: the mean of the samples."""
+        received_GMLR = self.step.received_GMLR(0)
+        assert received_GMLR is not None
+        num_layers = received_GMLR.shape[2]
+        return np.moveaxis(received_GMLR.mean(axis=1, dtype=np.float64), 1, 0).reshape(num_layers, -1)
+
+    def of_layers(self, at: Sequence[int]) -> StageLoad:
+        """Some MoE layers' loads as one layer's micro-batches, on the standing ranks."""
+        exchange = self.step.exchange_by_stage[0]
+        rows_GNLRE = self.step.rows_GMLRE[:, :, at]
+        at_VNL = self.at_VNL[:, :, at]
+
+        def standing(values_GNLR: NDArray[np.floating]) -> Floats:
+            """(N*L, 1, V): by standing rank; the mean one's is the mean."""
+            values_NLX = _groups_last(values_GNLR)
+            chosen = np.take_along_axis(values_NLX, np.moveaxis(at_VNL, 0, 2), axis=2).astype(np.float64)
+            chosen[..., _MEAN] = values_NLX.mean(axis=2, dtype=np.float64)
+            return chosen.reshape(-1, 1, _STANDING)
+
+        rows_NLXE = np.moveaxis(rows_GNLRE, 0, 2).reshape(*rows_GNLRE.shape[1:3], -1, rows_GNLRE.shape[-1])
+        rows_NLVE = np.take_along_axis(rows_NLXE, np.moveaxis(at_VNL, 0, 2)[..., None], axis=2)
+        return StageLoad(
+            rows_MLRE=rows_NLVE.reshape(-1, 1, _STANDING, rows_NLVE.shape[-1]).astype(np.float64),
+            laid_out_rows=self.step.laid_out_rows,
+            arrived_MLR=standing(exchange.arrived_GMLR[:, :, at]),
+            dispatch_s_MLR=standing(exchange.dispatch_s_GMLR[:, :, at]),
+            combine_s_MLR=standing(exchange.combine_s_GMLR[:, :, at]),
+            dispatch_backward_s_MLR=standing(exchange.dispatch_backward_s_GMLR[:, :, at]),
+            combine_backward_s_MLR=standing(exchange.combine_backward_s_GMLR[:, :, at]),
+        )
+
+
+def _groups_last(values_GNLR: NDArray[np.floating]) -> NDArray[np.floating]:
+    """(N, L, G*R)."""
+    return np.moveaxis(values_GNLR, 0, 2).reshape(*values_GNLR.shape[1:3], -1)
+
+
+def load_key(scenario: Scenario) -> tuple[float, ...]:
+    """What a routed load depends on beside the routing and the cluster."""
+    p = scenario.parallel
+    return rank_tokens(p, scenario.train), p.ep, p.etp, _num_groups(scenario)
+
+
+def _num_groups(scenario: Scenario) -> int:
+    """Expert-parallel groups to draw: those of a block, or those that lie on nodes in different ways."""
+    p, in_node = scenario.parallel, scenario.cluster.ranks_per_node
+    group = p.ep * p.etp
+    in_block = scenario.layout.block_size // group
+    ways = 1 if in_node % group == 0 else math.lcm(group, in_node) // group
+    skewed = not isinstance(scenario.routing.popularity, Balanced)
+    return min(max(in_block if skewed else 1, ways), scenario.layout.edp, max(MOST_GROUPS, ways))
+
+
+def routed_load(scenario: Scenario) -> RoutedLoad:
+    """The load of a configuration's expert-parallel group (or of those of a block), for a few micro-batches."""
+    p, cluster = scenario.parallel, scenario.cluster
+    groups = _num_groups(scenario)
+    samples = 1 if isinstance(scenario.routing.popularity, Balanced) else max(SAMPLES // groups, 1)
+    samples = min(samples, scenario.num_micro_batches)
+    num_gpus = groups * p.ep * p.etp
+    if num_gpus > cluster.ranks_per_node and num_gpus % cluster.ranks_per_node:
+        num_gpus = math.lcm(num_gpus, cluster.ranks_per_node)
+    alone = replace(
+        scenario,
+        cluster=replace(cluster, num_gpus=num_gpus),
+        parallel=Parallelism(ep=p.ep, etp=p.etp),
+        train=replace(
+            scenario.train,
+            seq_len=int(rank_tokens(p, scenario.train)),
+            micro_batch=1,
+            global_batch=samples * num_gpus,
+            schedule="1f1b",
+            recompute="none",
+            overlap="none",
+        ),
+    )
+    step = step_load(alone)
+    assert step is not None
+    exchange = step.exchange_by_stage[0]
+    rows_NLX = _groups_last(step.rows_GMLRE.sum(axis=-1))
+    wires_NLX = _groups_last(exchange.dispatch_s_GMLR + exchange.combine_s_GMLR)
+    beside_mean_NLX = np.abs(rows_NLX - rows_NLX.mean(axis=-1, keepdims=True))
+    chosen = [rows_NLX.argmax(-1), wires_NLX.argmax(-1), rows_NLX.argmin(-1), beside_mean_NLX.argmin(-1)]
+    return RoutedLoad(step=step, at_VNL=np.stack(chosen))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerTimes:
+    """Seconds of all layers' passes; those of layers a..b-1 are the difference of two entries of an ``upto`` array.
+
+    parts_s: by part, of one micro-batch's passes through all layers, embedding and head, on the mean rank; with
+    wait_for_slowest they sum to the passes. exchange_upto_2L: of the dispatches and combines of the mean rank in a
+    forward and in a backward. variance_upto_L: of forward and backward together, from micro-batch to micro-batch.
+    """
+
+    upto_WNL: Floats
+    casts_upto_L: Floats
+    variance_upto_L: Floats
+    exchange_upto_2L: Floats
+    embedding_W: Floats
+    head_W: Floats
+    parts_s: dict[str, float]
+    casts_parts_s: dict[str, float]
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.upto_WNL.shape[1])
+
+
+def stack_of(scenario: Scenario) -> tuple[Layer, ...]:
+    """The layers that are trained, in order."""
+    return scenario.model.layers + (scenario.model.mtp_layers if scenario.train.mtp else ())
+
+
+def layer_times(
+    scenario: Scenario, device: DeviceCost, issue_s: float, routed: RoutedLoad | None, ways: Sequence[Way]
+) -> LayerTimes:
+    """Every layer of a scenario's model, each kind of layer laid out once for all layers and samples of its kind."""
+    stack, num_stack = stack_of(scenario), len(scenario.model.layers)
+    alone = _alone(scenario)
+    num_samples = routed.num_samples if routed is not None else 1
+    seconds_WNL = np.zeros((len(WAYS), num_samples, len(stack)))
+    exchange_2L = np.zeros((2, len(stack)))
+    casts_L = np.zeros(len(stack))
+    parts: dict[str, float] = {}
+    casts_parts: dict[str, float] = {}
+    moe_at = {number: at for at, number in enumerate(i for i, layer in enumerate(stack) if layer.is_moe)}
+    kinds: dict[tuple[Layer, bool], list[int]] = {}
+    for number, layer in enumerate(stack):
+        kinds.setdefault((layer, number >= num_stack), []).append(number)
+    for (layer, is_mtp), numbers in kinds.items():
+        load = routed.of_layers([moe_at[i] for i in numbers]) if routed is not None and layer.is_moe else None
+        placed = Placed(layer=layer, moe_index=0 if layer.is_moe else -1, is_mtp=is_mtp)
+        plan = _plan(alone, device, issue_s, (placed,), depth=1, load=load)
+        casts = weight_casts_s(
+            scenario.model,
+            layer,
+            num_rank_experts=0 if load is None else load.rows_MLRE.shape[-1],
+            parallel=scenario.parallel,
+            device=device,
+        )
+        casts_L[numbers] = sum(casts.values())
+        for part, value in casts.items():
+            casts_parts[part] = casts_parts.get(part, 0.0) + value * len(numbers)
+        for way in ways:
+            times = _times(plan.phases(way, 0), num_samples * len(numbers) if load is not None else 1)
+            share = len(numbers) / times.duration_MB.shape[0]
+            seconds_WNL[WAYS.index(way)][:, numbers] = times.duration_MB.reshape(
+                -1, 1 if load is None else len(numbers)
+            )
+            is_wire = [part in ("dispatch", "combine") for part in times.parts]
+            wires_M = times.seconds_PMV[is_wire].sum(axis=(0, 2))
+            exchange_2L[int(way != "forward"), numbers] += wires_M.reshape(
+                -1, 1 if load is None else len(numbers)
+            ).mean(axis=0)
+            for part, value_R in times.part_R.items():
+                parts[part] = parts.get(part, 0.0) + float(value_R[_MEAN]) * share
+    embedding_W, head_W = np.zeros(len(WAYS)), np.zeros(len(WAYS))
+    for depth, end_W in ((0, embedding_W), (2, head_W)):
+        plan = _plan(alone, device, issue_s, (), depth=depth, load=None)
+        for way in ways:
+            times = _times(plan.phases(way, 0), 1)
+            end_W[WAYS.index(way)] = times.duration_MB[0, 0]
+            for part, value_R in times.part_R.items():
+                parts[part] = parts.get(part, 0.0) + float(value_R[_MEAN])
+    variance_L = seconds_WNL.sum(axis=0).var(axis=0, ddof=1) if num_samples > 1 else np.zeros(len(stack))
+    return LayerTimes(
+        upto_WNL=_upto(seconds_WNL),
+        casts_upto_L=_upto(casts_L),
+        variance_upto_L=_upto(variance_L),
+        exchange_upto_2L=_upto(exchange_2L),
+        embedding_W=embedding_W,
+        head_W=head_W,
+        parts_s=parts,
+        casts_parts_s=casts_parts,
+    )
+
+
+def _alone(scenario: Scenario) -> Scenario:
+    """The scenario on one stage and one block, since a layer asks for no more."""
+    p, cluster = scenario.parallel, scenario.cluster
+    num_gpus = scenario.layout.block_size
+    if num_gpus > cluster.ranks_per_node and num_gpus % cluster.ranks_per_node:
+        num_gpus = math.lcm(num_gpus, cluster.ranks_per_node)
+    parallel = Parallelism(tp=p.tp, cp=p.cp, cp_kind=p.cp_kind, ep=p.ep, etp=p.etp)
+    dp = parallel.rank_layout(num_gpus).dp
+    train = replace(scenario.train, global_batch=scenario.train.micro_batch * dp)
+    return replace(scenario, cluster=replace(cluster, num_gpus=num_gpus), parallel=parallel, train=train)
+
+
+def _plan(
+    alone: Scenario,
+    device: DeviceCost,
+    issue_s: float,
+    chunk: tuple[Placed, ...],
+    *,
+    depth: int,
+    load: StageLoad | None,
+) -> StagePlan:
+    """A plan of one layer, or of embedding (depth 0) or head (depth 2) alone."""
+    return StagePlan(
+        scenario=alone,
+        device=device,
+        stage=0,
+        chunks=(chunk,),
+        first_layers=(0,),
+        depths=(depth,),
+        num_ranks=_STANDING,
+        last_depth=2,
+        load=load,
+        weight_gather_C=(0.0,),
+        gradient_scatter_C=(0.0,),
+        issue_s=issue_s,
+    )
+
+
+def _times(phases: Sequence[Phase], num_runs: int) -> OperationTimes:
+    """Phases on the standing ranks; casts of weights, which only a step's first micro-batch has, stand apart."""
+    standing = [
+        replace(phase, ranks_in_step=_STANDING if phase.ranks_in_step > 1 else 1)
+        for phase in phases
+        if phase.name != "cast weights"
+    ]
+    traced = np.array([_MEAN])
+    return lay_out(standing, num_runs=num_runs, num_ranks=_STANDING, block_size=_STANDING, traced=traced)
+
+
+def _upto(values: Floats) -> Floats:
+    """Sums over the last axis up to each place, one entry more."""
+    return np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
+
+
+def has_moe(scenario: Scenario) -> bool:
+    """Whether any layer that is trained routes tokens."""
+    return any(isinstance(layer.ffn, MoeFfn) for layer in stack_of(scenario))
