@@ -140,9 +140,7 @@ class FastPath:
             if self._once("moe", lambda: has_moe(scenario))
             else None
         )
-        times = self._once(
-            ("times", shape), lambda: layer_times(scenario, self._device, self._constants.issue_s, routed, ways)
-        )
+        times = self._once(("times", shape), lambda: layer_times(scenario, self._device, self._constants, routed, ways))
         split = self._once(("split", cut), lambda: split_of(scenario))
         costs = self._once(("stages", shared), lambda: stage_costs(scenario, split, self._device, self._constants))
         near_s, round_s = self._once(

@@ -18,7 +18,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.catalog.step import StepConstants
 from moesim.cost.device import DeviceCost
+from moesim.cost.host import unfused
 from moesim.cost.layer import rank_tokens, weight_casts_s
 from moesim.describe.model import Layer, MoeFfn
 from moesim.describe.parallel import Parallelism
@@ -164,7 +166,7 @@ def stack_of(scenario: Scenario) -> tuple[Layer, ...]:
 
 
 def layer_times(
-    scenario: Scenario, device: DeviceCost, issue_s: float, routed: RoutedLoad | None, ways: Sequence[Way]
+    scenario: Scenario, device: DeviceCost, constants: StepConstants, routed: RoutedLoad | None, ways: Sequence[Way]
 ) -> LayerTimes:
     """Every layer of a scenario's model, each kind of layer laid out once for all layers and samples of its kind."""
     stack, num_stack = stack_of(scenario), len(scenario.model.layers)
@@ -182,13 +184,13 @@ def layer_times(
     for (layer, is_mtp), numbers in kinds.items():
         load = routed.of_layers([moe_at[i] for i in numbers]) if routed is not None and layer.is_moe else None
         placed = Placed(layer=layer, moe_index=0 if layer.is_moe else -1, is_mtp=is_mtp)
-        plan = _plan(alone, device, issue_s, (placed,), depth=1, load=load)
+        plan = _plan(alone, device, constants, (placed,), depth=1, load=load)
         casts = weight_casts_s(
             scenario.model,
             layer,
             num_rank_experts=0 if load is None else load.rows_MLRE.shape[-1],
             parallel=scenario.parallel,
-            device=device,
+            device=plan.moe_device if layer.is_moe else device,
         )
         casts_L[numbers] = sum(casts.values())
         for part, value in casts.items():
@@ -208,7 +210,7 @@ def layer_times(
                 parts[part] = parts.get(part, 0.0) + float(value_R[_MEAN]) * share
     embedding_W, head_W = np.zeros(len(WAYS)), np.zeros(len(WAYS))
     for depth, end_W in ((0, embedding_W), (2, head_W)):
-        plan = _plan(alone, device, issue_s, (), depth=depth, load=None)
+        plan = _plan(alone, device, constants, (), depth=depth, load=None)
         for way in ways:
             times = _times(plan.phases(way, 0), 1)
             end_W[WAYS.index(way)] = times.duration_MB[0, 0]
@@ -242,7 +244,7 @@ def _alone(scenario: Scenario) -> Scenario:
 def _plan(
     alone: Scenario,
     device: DeviceCost,
-    issue_s: float,
+    constants: StepConstants,
     chunk: tuple[Placed, ...],
     *,
     depth: int,
@@ -252,6 +254,7 @@ def _plan(
     return StagePlan(
         scenario=alone,
         device=device,
+        moe_device=unfused(device, constants),
         stage=0,
         chunks=(chunk,),
         first_layers=(0,),
@@ -261,7 +264,7 @@ def _plan(
         load=load,
         weight_gather_C=(0.0,),
         gradient_scatter_C=(0.0,),
-        issue_s=issue_s,
+        issue_s=constants.issue_s,
     )
 
 
