@@ -5,6 +5,7 @@ from moesim.cli import alltoall as _alltoall  # noqa: F401
 from moesim.cli import exchange as _exchange  # noqa: F401
 from moesim.cli import goodput as _goodput  # noqa: F401
 from moesim.cli import place as _place  # noqa: F401
+from moesim.cli import plan as _plan  # noqa: F401
 from moesim.cli import routing_verbs as _routing_verbs  # noqa: F401
 from moesim.cli import selfcheck as _selfcheck  # noqa: F401
 from moesim.cli import sweep as _sweep  # noqa: F401

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,7 @@ class Answer:
     warnings: Sequence[str] = ()
     exit_status: int = 0
     writes_own_files: bool = False  # --out is the verb's own business
+    run: Mapping[str, Any] = field(default_factory=dict)  # what the clock says: differs from run to run
 
 
 def deliver(answer: Answer, call: Call) -> None:
@@ -49,7 +50,7 @@ def deliver(answer: Answer, call: Call) -> None:
     if call.out is not None and not answer.writes_own_files:
         write_results(call.out / "results.json", envelope)
     if call.as_json:
-        sys.stdout.write(to_json(envelope | {"run": run_facts(call.started_s)}) + "\n")
+        sys.stdout.write(to_json(envelope | {"run": run_facts(call.started_s) | dict(answer.run)}) + "\n")
         return
     for table in answer.tables:
         print_table(table)

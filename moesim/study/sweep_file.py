@@ -86,10 +86,19 @@ def read_sweep(path: str | Path) -> SweepFile:
 
 def base_of(sweep: SweepFile, folder: Path) -> tuple[dict[str, Any], Path]:
     """(the base scenario's mapping, the folder where files that it names lie)."""
-    if not isinstance(sweep.base, str):
-        return dict(sweep.base), folder
-    near = folder / sweep.base
-    file = near if near.is_file() else Path(sweep.base)
+    raw, found = base_mapping(sweep.base, folder)
+    assert found is not None
+    return raw, found
+
+
+def base_mapping(base: str | Mapping[str, Any], folder: Path | None) -> tuple[dict[str, Any], Path | None]:
+    """(a base scenario's mapping, the folder of files that it names): base is that mapping, or a scenario file's name,
+    looked up in folder first.
+    """
+    if not isinstance(base, str):
+        return dict(base), folder
+    near = folder / base if folder is not None else Path(base)
+    file = near if near.is_file() else Path(base)
     raw = read_yaml(file)
     check(isinstance(raw, dict), str(file), "", "must be a mapping of scenario fields", type(raw).__name__)
     return raw, file.parent

@@ -1,0 +1,180 @@
+"""The plan: of every configuration on every kind of cluster, the cheapest and the fastest that keep all limits.
+
+Bounds sort out what cannot be, the fast path tells time and memory of the rest, and the event engine runs at most
+MOST_FINALISTS of the best. Every part is deterministic: the same question has the same answer, on any number of
+processes. See docs/model.md#plan-bounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moesim.errors import MoesimError, check
+from moesim.scenario import Scenario
+from moesim.study.plan_points import Judge, Miss, PlanPoint
+from moesim.study.plan_question import Offer, PlanQuestion
+from moesim.study.plan_search import Found, search_offer
+from moesim.study.plan_space import telling
+
+Progress = Callable[[str], None]
+MOST_FINALISTS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer. cheapest, fastest: None where nothing keeps all limits; then nearest misses the least."""
+
+    question: PlanQuestion
+    cheapest: PlanPoint | None
+    fastest: PlanPoint | None
+    pareto: tuple[PlanPoint, ...]  # cheapest first: each is faster than all before
+    rivals: tuple[tuple[str, Any, PlanPoint], ...]  # axis, value, the best with it (see moesim.study.plan_reasons)
+    fallen: tuple[PlanPoint, ...]  # finalists that the engine does not confirm
+    nearest: PlanPoint | None
+    num_evaluated: int
+    num_families: int
+    num_rejected: Mapping[str, int]
+    refusals: Mapping[str, int]
+    num_confirmed: int
+    configs_per_s: float  # of the searches, by the clock
+    search_s: float
+
+
+def scenario_of(question: PlanQuestion, point: PlanPoint) -> Scenario:
+    """A point as a scenario of its own."""
+    return question.on(offer_of(question, point)).base.with_(**point.settings)
+
+
+def offer_of(question: PlanQuestion, point: PlanPoint) -> Offer:
+    """The cluster that a point is on."""
+    return next(offer for offer in question.offers if offer.name == point.cluster)
+
+
+def confirm(question: PlanQuestion, point: PlanPoint) -> PlanPoint:
+    """A point by the event engine, in a process of its own; where the engine refuses it, that is what it misses by."""
+    offer = offer_of(question, point)
+    try:
+        return Judge(question.on(offer).base, question, offer).confirmed(point)
+    except MoesimError as error:
+        return replace(point, misses=(Miss(rule=str(error), value=0.0, limit=0.0, shortfall=1.0),))
+
+
+def plan(question: PlanQuestion, executor: Executor, progress: Progress | None = None) -> Plan:
+    """Search every offer, confirm the best, and keep what tells why the others lost.
+
+    executor: where searches and engine runs are computed; the answer is the same on any. Raises InputError and
+    NotModelledError.
+    """
+    say = progress or (lambda _: None)
+    began_s = time.perf_counter()
+    for offer in question.offers:
+        question.on(offer)  # refuses what is wrong before anything runs
+    found = _searched(question, executor, say, bounded=True)
+    rule = "must leave a layout that divides GPUs, heads, experts, layers and batch"
+    check(any(one.num_families for one in found), "plan", "axes", rule, dict(question.axes))
+    if not any(not point.misses for one in found for point in one.points):
+        say("nothing keeps all limits: looking for what misses them least")
+        found += _searched(question, executor, say, bounded=False)
+    search_s = time.perf_counter() - began_s
+    num_evaluated = sum(one.num_evaluated for one in found)
+    points = [point for one in found for point in one.points]
+    feasible = [point for point in points if not point.misses]
+    confirmed = _confirmed(question, executor, feasible, say)
+    good = [point for point in confirmed.values() if point.is_confirmed and not point.misses]
+    cheapest = min(good, key=lambda point: point.cheapness, default=None)
+    fastest = min(good, key=lambda point: point.fastness, default=None)
+    known = [confirmed.get(id(point), point) for point in feasible]
+    missed = [point for point in [*confirmed.values(), *points] if point.misses]
+    rejected: Counter[str] = Counter()
+    refusals: Counter[str] = Counter()
+    for one in found:
+        rejected.update(one.num_rejected)
+        refusals.update(one.refusals)
+    return Plan(
+        question=question,
+        cheapest=cheapest,
+        fastest=fastest,
+        pareto=pareto(point for point in known if not point.misses) if cheapest is not None else (),
+        rivals=_rivals([*known, *(point for point in points if point.misses)], cheapest),
+        fallen=tuple(point for point in confirmed.values() if point.misses),
+        nearest=min(missed, key=lambda point: point.nearness, default=None) if cheapest is None else None,
+        num_evaluated=num_evaluated,
+        num_families=sum(one.num_families for one in found),
+        num_rejected=dict(sorted(rejected.items())),
+        refusals=dict(refusals.most_common(8)),
+        num_confirmed=len(confirmed),
+        configs_per_s=num_evaluated / search_s,
+        search_s=search_s,
+    )
+
+
+def _searched(question: PlanQuestion, executor: Executor, say: Progress, *, bounded: bool) -> list[Found]:
+    """Every offer's search; without bounds of its largest cluster only, where deadlines are missed least."""
+    tasks: list[tuple[Offer, Future[Found]]] = []
+    for offer in question.offers:
+        sizes = None if bounded else question.on(offer).axes["num_gpus"][-1:]
+        tasks.append((offer, executor.submit(search_offer, question, offer, sizes, bounded)))
+    found = []
+    for offer, task in tasks:
+        one = task.result()
+        rate = one.num_evaluated / one.fast_s if one.fast_s > 0 else 0.0
+        say(f"{offer.name}: {one.num_evaluated:,} configurations in {one.search_s:.1f} s, {rate:,.0f} a second")
+        found.append(one)
+    return found
+
+
+def _confirmed(
+    question: PlanQuestion, executor: Executor, feasible: Sequence[PlanPoint], say: Progress
+) -> dict[int, PlanPoint]:
+    """The finalists by the engine, by the id of the fast path's point.
+
+    The cheapest and the fastest are run; where the engine has them dearer, slower or breaking a limit, the next best
+    are, MOST_FINALISTS at most.
+    """
+    confirmed: dict[int, PlanPoint] = {}
+    while len(confirmed) < MOST_FINALISTS:
+        told = [(confirmed.get(id(point), point), point) for point in feasible]
+        alive = [pair for pair in told if not pair[0].misses]
+        if not alive:
+            break
+        first = (min(alive, key=lambda pair: pair[0].cheapness)[1], min(alive, key=lambda pair: pair[0].fastness)[1])
+        wanted = [point for point in {id(point): point for point in first}.values() if id(point) not in confirmed]
+        if not wanted:
+            break
+        wanted = wanted[: MOST_FINALISTS - len(confirmed)]
+        say(f"{len(wanted)} of the best by the event engine")
+        runs = [(point, executor.submit(confirm, question, point)) for point in wanted]
+        confirmed |= {id(point): run.result() for point, run in runs}
+    return confirmed
+
+
+def pareto(points: Iterable[PlanPoint]) -> tuple[PlanPoint, ...]:
+    """Those that no other beats in both price and days, the cheapest first."""
+    front: list[PlanPoint] = []
+    for point in sorted(points, key=lambda point: point.cheapness):
+        if not front or point.days < front[-1].days:
+            front.append(point)
+    return tuple(front)
+
+
+def _rivals(points: Sequence[PlanPoint], cheapest: PlanPoint | None) -> tuple[tuple[str, Any, PlanPoint], ...]:
+    """For each value that the cheapest does not have, of each axis on its cluster, and of the clusters, the best with
+    it.
+    """
+    if cheapest is None:
+        return ()
+    winner: dict[str, Any] = {"cluster": cheapest.cluster, **cheapest.settings}
+    best: dict[tuple[str, Any], PlanPoint] = {}
+    for point in points:
+        for name, value in {"cluster": point.cluster, **telling(point.settings)}.items():
+            if name != "cluster" and point.cluster != cheapest.cluster:
+                continue
+            key = name, value
+            if value != winner[name] and (key not in best or point.nearness < best[key].nearness):
+                best[key] = point
+    return tuple((name, value, point) for (name, value), point in best.items())
