@@ -220,7 +220,8 @@ def test_at_most_four_finalists_are_run_and_one_that_breaks_a_limit_falls(monkey
 
     monkeypatch.setattr(plan_search, "FastPath", Formula)
     monkeypatch.setattr(plan_module, "confirm", confirm)
-    found = _plan(replace(QUESTION, limits=Limits(deadline_s=40 * DAY_S)))
+    least_days = min(point.days for point in _brute_force(QUESTION))
+    found = _plan(replace(QUESTION, limits=Limits(deadline_s=1.5 * least_days * DAY_S)))
     assert 0 < len(asked) <= 4
     assert found.num_confirmed == len(asked)
     assert all(point.misses for point in found.fallen)
