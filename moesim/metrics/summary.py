@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.catalog.step import rows_of_fit
 from moesim.cost.activations import MEGATRON
 from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory
@@ -204,9 +205,14 @@ def _envelope(trace: Trace) -> list[str]:
     scenario = trace.scenario
     model, train = scenario.model, scenario.train
     reasons = [
-        f"Step times are not fitted to any measured step. {accuracy_statement(scenario)} All scores: docs/accuracy.md."
+        f"Some constants of a step are fitted on {len(rows_of_fit())} measured ones. {accuracy_statement(scenario)} "
+        "All scores: docs/accuracy.md."
     ]
-    reasons += ["Host launch overhead beyond a kernel's start, and CUDA graphs, are not modelled."]
+    if trace.device.profile is not None:
+        reasons = [
+            f"Products are timed on this device; what a whole step loses beside them (clocks under power, its host) is "
+            f"left out. {accuracy_statement(scenario)} All scores: docs/accuracy.md."
+        ]
     if scenario.parallel.ep > 1:
         if train.overlap in ("none", "grad_reduce") and train.schedule != "dualpipe":
             reasons += ["All-to-alls do not overlap with compute (train.overlap is what runs beside it)."]
