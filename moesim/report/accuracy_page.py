@@ -131,7 +131,8 @@ def trace_section(rows: Sequence[TraceRow]) -> str:
             "A forward of four MoE layers beside a backward of four (DualPipe, EP64, H800, FP8, routing forced even): "
             f"the published profile of one rank ({span.source}) beside the same pair of a simulated step. Nothing is "
             "fitted to it: kernels alone, without the losses that steps of Megatron-LM on other GPUs showed (another "
-            "framework made the trace); the span with them stands last. Made by tools/make_accuracy.py from "
+            "framework made the trace); the span with them stands last. That choice was made after both "
+            "spans were seen. Made by tools/make_accuracy.py from "
             "`moesim.study.accuracy_trace`.",
             "",
             f"Exposed communication: {predicted_share:.1%} of the span, measured {measured_share:.1%} "
