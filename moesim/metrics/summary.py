@@ -214,8 +214,8 @@ def _envelope(trace: Trace) -> list[str]:
             f"left out. {accuracy_statement(scenario)} All scores: docs/accuracy.md."
         ]
     if scenario.parallel.ep > 1:
-        if train.overlap in ("none", "grad_reduce") and train.schedule != "dualpipe":
-            reasons += ["All-to-alls do not overlap with compute (train.overlap is what runs beside it)."]
+        if set(train.overlaps) <= {"grad_reduce", "tensor_parallel"} and train.schedule != "dualpipe":
+            reasons += ["Nothing computes beside the all-to-alls, as asked; train.overlap names what may."]
         if scenario.fidelity == "port":
             reasons += ["In an all-to-all every rank's time is that of its busiest port."]
     if RECIPES[train.precision].cast_reads:
@@ -225,8 +225,8 @@ def _envelope(trace: Trace) -> list[str]:
         ]
     if model.mtp_layers and not train.mtp:
         reasons += [
-            f"The {len(model.mtp_layers)} multi-token-prediction layer(s) of {model.name} are not trained in this "
-            "scenario (mtp: true adds them)."
+            f"Multi-token prediction of {model.name} ({_layers(len(model.mtp_layers))}) is not trained here (mtp: true "
+            "adds it)."
         ]
     if scenario.parallel.zero >= 2:
         reasons += ["ZeRO-2 and ZeRO-3 collectives are fully exposed, and replicas do not wait for each other in them."]
@@ -237,6 +237,10 @@ def _envelope(trace: Trace) -> list[str]:
     if any(layer.cross_attention is not None for layer in model.layers):
         reasons += ["Encoder and decoder are given the same number of tokens."]
     return reasons
+
+
+def _layers(number: int) -> str:
+    return "1 layer" if number == 1 else f"{number} layers"
 
 
 def _warnings(trace: Trace, headroom: float, over_steps: MemoryOverSteps) -> tuple[str, ...]:

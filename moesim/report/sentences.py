@@ -20,9 +20,11 @@ _LEVERS = {
     "experts": "This is the work the model is for: faster GPUs or larger micro-batches (fuller products) shorten it.",
     "attention": "Shorter sequences or faster GPUs shorten it.",
     "dense_ffn": "Larger micro-batches or faster GPUs shorten it.",
-    "all_to_all": "A faster network, a smaller expert-parallel size, or overlap (not modelled yet) shorten it.",
+    "all_to_all": "A faster network, a smaller expert-parallel size, or computing beside it (overlap) shortens it.",
     "wait_for_slowest": "More even expert load (a balancing loss, expert replicas) shortens it.",
     "pipeline_bubble": "More micro-batches per step (a larger global batch) or fewer pipeline stages shorten it.",
+    "pipeline_send": "Fewer pipeline stages or virtual stages, or a faster network, shorten it.",
+    "host_transfer": "Offloading less shortens it.",
     "gradient_reduction": "Overlap with the backward pass (overlap=grad_reduce) or a larger batch shortens it.",
     "tensor_parallel_comm": "A smaller tensor-parallel size shortens it.",
     "recompute": "More memory per GPU, or a cut that needs less, would spare it.",
@@ -336,7 +338,7 @@ def about_sizes(study: PlanningStudy) -> Sentence:
             f" Twice as many need {larger.days:,.1f} days: {asked.days / larger.days:.2f} times as fast, "
             f"{asked.days / larger.days / 2:.0%} of the ideal."
         )
-    text += " Interruptions and restarts are not counted."
+    text += " Interruptions and restarts are not counted; moesim goodput counts them."
     return Sentence(text=text)
 
 
