@@ -180,8 +180,8 @@ class Scenario:
             self.train.seq_len,
         )
         check_context(model, p, self.train)
-        for i in (*range(len(model.layers)),):
-            attention = model.layers[i].attention
+        for layer in model.kinds:
+            attention = layer.attention
             check(
                 attention.num_heads % p.tp == 0,
                 "scenario.parallel",
@@ -189,7 +189,7 @@ class Scenario:
                 f"must divide the {attention.num_heads} attention heads of {model.name}",
                 p.tp,
             )
-            ffn = model.layers[i].ffn
+            ffn = layer.ffn
             if not hasattr(ffn, "num_experts"):
                 continue
             check(

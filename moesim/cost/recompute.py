@@ -106,5 +106,5 @@ def useful_modules(model: Model) -> tuple[Module, ...]:
     >>> useful_modules(load_model("llama-3-8b"))
     ('core_attn', 'mlp')
     """
-    layers = {*model.layers, *model.mtp_layers}
+    layers = (*model.kinds, *model.mtp_layers)
     return tuple(module for module in MODULES if any(made_again(layer, module).operations for layer in layers))

@@ -7,6 +7,7 @@ Counts and FLOPs are in ``moesim.describe.counts``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 from moesim.describe.checks import check_choice, check_number, check_whole
@@ -195,4 +196,9 @@ class Model:
 
     @property
     def is_moe(self) -> bool:
-        return bool(self.moe_layers)
+        return any(layer.is_moe for layer in self.kinds)
+
+    @cached_property
+    def kinds(self) -> tuple[Layer, ...]:
+        """The layers of the stack that differ, each once, in order."""
+        return tuple(dict.fromkeys(self.layers))

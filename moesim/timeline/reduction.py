@@ -19,13 +19,16 @@ def _group_shape(scenario: Scenario, kind: str, copies: int) -> tuple[int, int]:
     copies: how often a pipeline holds its parameters, on stages that lie apart.
     """
     p = scenario.parallel
-    sizes = Parallelism(tp=p.tp, pp=p.pp, cp=p.cp, ep=p.ep, etp=p.etp)
-    size, together = _shape_of_groups(sizes, scenario.cluster.num_gpus, scenario.cluster.ranks_per_node, kind)
+    cluster = scenario.cluster
+    size, together = _shape_of_groups(p.tp, p.pp, p.cp, p.ep, p.etp, cluster.num_gpus, cluster.ranks_per_node, kind)
     return size * copies, together
 
 
 @lru_cache(maxsize=16384)
-def _shape_of_groups(sizes: Parallelism, num_gpus: int, ranks_per_node: int, kind: str) -> tuple[int, int]:
+def _shape_of_groups(
+    tp: int, pp: int, cp: int, ep: int, etp: int, num_gpus: int, ranks_per_node: int, kind: str
+) -> tuple[int, int]:
+    sizes = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
     nodes = np.sort(sizes.rank_layout(num_gpus).groups(kind) // ranks_per_node, axis=1)
     together = [int(np.unique(own, return_counts=True)[1].max()) for own in np.unique(nodes, axis=0)]
     return nodes.shape[1], min(together)
