@@ -190,7 +190,7 @@ class Scenario:
                 p.tp,
             )
             ffn = layer.ffn
-            if not hasattr(ffn, "num_experts"):
+            if not isinstance(ffn, MoeFfn):
                 continue
             check(
                 ffn.num_experts % p.ep == 0,

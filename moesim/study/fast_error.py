@@ -28,12 +28,12 @@ AXES: Mapping[str, tuple[Any, ...]] = {
     "dispatcher": ("alltoall", "deepep"),
 }
 BASES: tuple[Mapping[str, Any], ...] = (
-    {"model": "deepseek-v3", "cluster": "h800-8x-ib400", "precision": "fp8", "global_batch": 1024},
-    {"model": "mixtral-8x7b", "cluster": "h100-8x-ib400", "global_batch": 512},
-    {"model": "qwen3-30b-a3b", "cluster": "b200-8x-ib400", "global_batch": 512, "overlap": "grad_reduce,param_gather"},
-    {"model": "olmoe-1b-7b", "cluster": "a100-8x-ib200", "global_batch": 512},
+    {"model": "deepseek-v3", "cluster": "h800-8x-ib400", "precision": "fp8", "global_batch": 256},
+    {"model": "mixtral-8x7b", "cluster": "h100-8x-ib400", "global_batch": 256},
+    {"model": "qwen3-30b-a3b", "cluster": "b200-8x-ib400", "global_batch": 256, "overlap": "grad_reduce,param_gather"},
+    {"model": "olmoe-1b-7b", "cluster": "a100-8x-ib200", "global_batch": 256},
 )
-SIZES = (64, 128, 256)  # GPUs
+SIZES = (32, 64, 128)  # GPUs
 SCHEDULES = ("1f1b", "1f1b", "gpipe", "zb-h1")
 
 
@@ -66,7 +66,7 @@ def differences(
     an error of ours.
     """
     rng = np.random.default_rng(seed)
-    paths = [FastPath(Scenario.make(num_gpus=64, **base, **popularity)) for base in BASES]
+    paths = [FastPath(Scenario.make(num_gpus=SIZES[0], **base, **popularity)) for base in BASES]
     found: list[Difference] = []
     for changes in _random(rng):
         path = paths[len(found) % len(paths)]
