@@ -62,8 +62,8 @@ bench: $(STAMP) ## Time the engine and the report; writes docs/speed.md
 accuracy: $(STAMP) ## Score every carried measurement; writes docs/accuracy.md, its figures and the scores
 	$(BIN)/python tools/make_accuracy.py
 
-constraints: ## Resolve constraints.txt again (needs uv)
-	$(PYTHON) tools/make_constraints.py
+constraints: ## Resolve constraints.txt again (needs uv; ARGS=--upgrade for newer versions)
+	$(PYTHON) tools/make_constraints.py $(ARGS)
 
 clean: ## Remove the environment and the outputs
 	rm -rf $(VENV) out
