@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import papermill
 import pytest
 
-from moesim.door import read_yaml
 from moesim.errors import InputError
 from moesim.report import memory_figures
 from moesim.report.memory_export import read_ginis
 from moesim.report.memory_sentences import about_fit, about_skew, verdict
-from moesim.report.parameters import ask, check_parameters, find_notebook, notebooks_folder, parameters_of
+from moesim.report.parameters import find_notebook
 from moesim.report.runner import run_notebook
-from moesim.scenario import LEAVES, Scenario
+from moesim.scenario import Scenario
 from moesim.study.memory import MemoryStudy, memory_study
+from tests.notebook_cases import loads_nothing, parameter_files, question_of, takes_flat_names_and
 
 NOTEBOOK = find_notebook("12_memory")
 OWN = {"ginis", "out_dir"}
-PARAMETER_FILES = sorted((notebooks_folder() / "params" / "12_memory").glob("*.yaml"))
 SMALL: dict[str, Any] = {
     "model": "olmoe-1b-7b",
     "cluster": "h100-8x-ib400",
@@ -44,16 +41,12 @@ def study() -> MemoryStudy:
 
 
 def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
-    assert set(parameters_of(NOTEBOOK)) == {*LEAVES, *OWN}
-    assert set(papermill.inspect_notebook(NOTEBOOK)) == {*LEAVES, *OWN}
+    assert takes_flat_names_and(NOTEBOOK, OWN)
 
 
-@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", parameter_files(NOTEBOOK), ids=lambda path: path.stem)
 def test_every_parameter_file_asks_a_valid_question(path: Path) -> None:
-    given = read_yaml(path)
-    question = ask(check_parameters(given, parameters_of(NOTEBOOK)), sorted(given))
-    assert question.scenario.cluster.num_gpus == given["num_gpus"]
-    read_ginis(question.own)
+    read_ginis(question_of(NOTEBOOK, path).own)
 
 
 @pytest.mark.parametrize("ginis", ["0.4", "0.4,0.2", "0,1", "0;0.2"])
@@ -116,7 +109,7 @@ def test_it_renders_whole(rendered: Path) -> None:
     for words in ("Does it fit?", "What trades memory for time?", "olmoe-1b-7b"):
         assert words in page
     assert "Traceback" not in page
-    assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//", page)
+    assert loads_nothing(page)
 
 
 def test_the_page_says_what_the_results_hold(rendered: Path) -> None:

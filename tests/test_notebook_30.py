@@ -1,48 +1,28 @@
 """The placement notebook: its parameters, that it runs whole, that its files agree with its page."""
 
 import json
-import re
 from pathlib import Path
 
-import papermill
 import pytest
 
-from moesim.door import read_yaml
 from moesim.errors import InputError
-from moesim.report.parameters import ask, check_parameters, find_notebook, notebooks_folder, parameters_of
+from moesim.report.parameters import find_notebook
 from moesim.report.placement_export import read_lists
 from moesim.report.runner import run_notebook
-from moesim.scenario import LEAVES
+from tests.notebook_cases import OLMOE_ON_32, loads_nothing, parameter_files, question_of, takes_flat_names_and
 
 NOTEBOOK = find_notebook("30_expert_placement")
 OWN = {"policies", "slots", "out_dir"}
-PARAMETER_FILES = sorted((notebooks_folder() / "params" / "30_expert_placement").glob("*.yaml"))
-SMALL = {
-    "model": "olmoe-1b-7b",
-    "cluster": "h100-8x-ib400",
-    "num_gpus": 32,
-    "pp": 2,
-    "ep": 16,
-    "seq_len": 512,
-    "global_batch": 32,
-    "precision": "bf16",
-    "recompute": "none",
-    "policies": "contiguous,eplb,search",
-    "slots": "64,80",
-}
+SMALL = OLMOE_ON_32 | {"policies": "contiguous,eplb,search", "slots": "64,80"}
 
 
 def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
-    assert set(parameters_of(NOTEBOOK)) == {*LEAVES, *OWN}
-    assert set(papermill.inspect_notebook(NOTEBOOK)) == {*LEAVES, *OWN}
+    assert takes_flat_names_and(NOTEBOOK, OWN)
 
 
-@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", parameter_files(NOTEBOOK), ids=lambda path: path.stem)
 def test_every_parameter_file_asks_a_valid_question(path: Path) -> None:
-    given = read_yaml(path)
-    question = ask(check_parameters(given, parameters_of(NOTEBOOK)), sorted(given))
-    assert question.scenario.cluster.num_gpus == given["num_gpus"]
-    read_lists(question.own)
+    read_lists(question_of(NOTEBOOK, path).own)
 
 
 def test_its_lists_are_read_strictly() -> None:
@@ -68,7 +48,7 @@ def test_it_renders_whole(rendered: Path) -> None:
     for words in ("Where should experts live?", "How many copies?", "What does moving cost?", "olmoe-1b-7b"):
         assert words in page
     assert "Traceback" not in page
-    assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//", page)
+    assert loads_nothing(page)
 
 
 def test_the_page_says_what_the_results_hold(rendered: Path) -> None:

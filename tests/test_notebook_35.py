@@ -1,51 +1,34 @@
 """The all-to-all notebook: its parameters, that it runs whole, that its files agree with its page."""
 
 import json
-import re
 from pathlib import Path
 
-import papermill
 import pytest
 
 from moesim.catalog.hardware import load_cluster
 from moesim.catalog.libraries import load_library
-from moesim.door import read_yaml
 from moesim.errors import InputError, NotModelledError
 from moesim.fabric.nccl import BULK_START_S
 from moesim.report.alltoall_export import read_lists
 from moesim.report.alltoall_sentences import about_size
-from moesim.report.parameters import ask, check_parameters, find_notebook, notebooks_folder, parameters_of
+from moesim.report.parameters import find_notebook
 from moesim.report.runner import run_notebook
-from moesim.scenario import LEAVES, Scenario
+from moesim.scenario import Scenario
 from moesim.study.exchange import ALGORITHMS, dispatch_traffic, exchange_study, kernel_starts
+from tests.notebook_cases import OLMOE_ON_32, loads_nothing, parameter_files, question_of, takes_flat_names_and
 
 NOTEBOOK = find_notebook("35_all_to_all")
 OWN = {"tokens", "ginis", "out_dir"}
-PARAMETER_FILES = sorted((notebooks_folder() / "params" / "35_all_to_all").glob("*.yaml"))
-SMALL = {
-    "model": "olmoe-1b-7b",
-    "cluster": "h100-8x-ib400",
-    "num_gpus": 32,
-    "pp": 2,
-    "ep": 16,
-    "seq_len": 512,
-    "global_batch": 32,
-    "precision": "bf16",
-    "recompute": "none",
-}
+SMALL = OLMOE_ON_32
 
 
 def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
-    assert set(parameters_of(NOTEBOOK)) == {*LEAVES, *OWN}
-    assert set(papermill.inspect_notebook(NOTEBOOK)) == {*LEAVES, *OWN}
+    assert takes_flat_names_and(NOTEBOOK, OWN)
 
 
-@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", parameter_files(NOTEBOOK), ids=lambda path: path.stem)
 def test_every_parameter_file_asks_a_valid_question(path: Path) -> None:
-    given = read_yaml(path)
-    question = ask(check_parameters(given, parameters_of(NOTEBOOK)), sorted(given))
-    assert question.scenario.cluster.num_gpus == given["num_gpus"]
-    read_lists(question.own)
+    read_lists(question_of(NOTEBOOK, path).own)
 
 
 def test_its_lists_are_read_strictly() -> None:
@@ -123,7 +106,7 @@ def test_it_renders_whole(rendered: Path) -> None:
     for words in ("What does skew cost?", "Which algorithm?", "olmoe-1b-7b", "The busiest port is NIC"):
         assert words in page
     assert "Traceback" not in page
-    assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//", page)
+    assert loads_nothing(page)
 
 
 def test_the_page_says_what_the_results_hold(rendered: Path) -> None:
