@@ -93,7 +93,6 @@ def route(
     from moesim.cli.question import scenario_of
 
     scenario = scenario_of(call, scenario_file)
-    from moesim.study.balance import balance_over_training
     from moesim.study.routed import as_recorded
     from moesim.study.routing import facts_of
 
@@ -105,11 +104,7 @@ def route(
         load, result, tables = _routed(scenario, rest, wanted_drop, full=full)
         facts = facts_of(load, against)
         check(against is None or facts is not None, "--against", "", "needs a recording beside it", str(against))
-        balancing: list[BalanceCurve] = []
-        if training_steps:
-            balancing = balance_over_training(
-                scenario, num_steps=training_steps, learning_rate=learning_rate, histogram_every=histogram_every
-            )
+        balancing = _balanced(scenario, training_steps, learning_rate, histogram_every)
     result["recording"] = None if facts is None else facts.to_dict()
     result["balancing"] = [curve.to_dict() for curve in balancing]
     source = None if load.source == "popularity" else load.source
@@ -151,6 +146,17 @@ def _routed(
     own = next(curve for curve in curves if curve.asked)
     first = fields_table(title, headline(result, load, needed))
     return load, result, [first, *_alerts(result), _drop_table(own), *costs]
+
+
+def _balanced(scenario: Scenario, num_steps: int, learning_rate: float, histogram_every: int) -> list[BalanceCurve]:
+    """How balancing evens the load out over so many steps; nothing of none."""
+    from moesim.study.balance import balance_over_training
+
+    if not num_steps:
+        return []
+    return balance_over_training(
+        scenario, num_steps=num_steps, learning_rate=learning_rate, histogram_every=histogram_every
+    )
 
 
 def _write_files(
