@@ -114,6 +114,10 @@ Median wall seconds of whole processes after one warm-up; the largest process's 
     text += "\n\n" + growth.stdout.decode().strip()
     if growth.returncode:
         broken.append("growth with the cluster")
+    search = subprocess.run([sys.executable, "-m", "benchmarks.search"], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    text += "\n\n" + search.stdout.decode().strip()
+    if search.returncode:
+        broken.append("search by the fast path")
     (ROOT / "docs" / "speed.md").write_text(text + "\n")
     if broken:
         print("over the limit: " + "; ".join(broken), file=sys.stderr)

@@ -9,9 +9,10 @@ import pytest
 
 from moesim.metrics.step import STEP_PARTS
 from moesim.scenario import Scenario
-from moesim.study.fast import FastPath, FastStep, Refused, engine_step, expected_largest
+from moesim.study.fast import FastPath, FastStep, Refused, engine_step
 from moesim.study.fast_error import differences
 from moesim.study.sweep_points import compute
+from moesim.timeline.pipeline import expected_largest
 
 SMALL = {"model": "olmoe-1b-7b", "cluster": "h100-8x-ib400", "num_gpus": 16, "ep": 8, "global_batch": 64}
 

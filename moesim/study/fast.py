@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +30,7 @@ from moesim.study.fast_layers import LayerTimes, has_moe, layer_times, load_key,
 from moesim.study.fast_memory import kept_bytes, layer_bytes, software_of
 from moesim.study.fast_pipeline import order_of, pipeline_s, ways_of
 from moesim.study.fast_stages import Split, StageCosts, split_of, stage_costs
+from moesim.timeline.pipeline import expected_largest
 from moesim.timeline.reduction import hidden_buckets_s
 from moesim.timeline.step import neighbour_send_s
 
@@ -258,15 +258,6 @@ def _shown(
         ]
         shown[name] = shown[name] - np.array(hidden)
     return shown["grad_reduce"], shown["param_gather"]
-
-
-def expected_largest(number: int) -> float:
-    """The expected largest of so many standard normal numbers (Blom 1958).
-
-    >>> round(expected_largest(8), 2)
-    1.42
-    """
-    return 0.0 if number <= 1 else NormalDist().inv_cdf((number - 0.375) / (number + 0.25))
 
 
 def _peak_bytes(scenario: Scenario, costs: StageCosts, kept_S: Floats, layer_input_bytes: float) -> float:
