@@ -17,12 +17,12 @@ from moesim.errors import InputError
 from moesim.metrics.step import STEP_PARTS
 from moesim.study import plan as plan_module
 from moesim.study import plan_search
-from moesim.study.fast import FastPath, FastStep, Refused
+from moesim.study.fast import FastStep, Refused
 from moesim.study.plan import Plan, plan
 from moesim.study.plan_points import Judge, PlanPoint
 from moesim.study.plan_question import Limits, Offer, PlanQuestion, without_axes
 from moesim.study.plan_reasons import rejections, remedies
-from moesim.study.plan_search import search
+from moesim.study.plan_search import Paths, search
 from moesim.study.plan_space import INNER, LeastStep, Leaves, StaticBytes, cluster_sizes
 from moesim.units import DAY_S, GIGA
 
@@ -80,7 +80,7 @@ def _use_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     def confirm(_: PlanQuestion, point: PlanPoint) -> PlanPoint:
         return replace(point, is_confirmed=True)
 
-    monkeypatch.setattr(plan_search, "FastPath", Formula)
+    monkeypatch.setattr(plan_search, "Paths", Formula)
     monkeypatch.setattr(plan_module, "confirm", confirm)
 
 
@@ -96,8 +96,9 @@ def _brute_force(question: PlanQuestion, fast: Any = Formula) -> list[PlanPoint]
         space = question.on(offer)
         judge = Judge(space.base, question, offer)
         every = [
-            family | dict(zip(INNER, inner, strict=True))
+            choice | dict(zip(INNER, inner, strict=True))
             for family in space.families()
+            for choice in (family, *space.others(family))
             for inner in itertools.product(*(space.axes[name] for name in INNER))
             if space.takes_micro_batch(family, inner[0])
         ]
@@ -126,9 +127,9 @@ def test_with_the_real_fast_path_the_staircase_loses_nothing_to_brute_force() ->
     small = {"tp": (1,), "pp": (1, 2), "ep": (8,), "vpp": (1,), "micro_batch": (1, 2), "num_gpus": (8,)}
     question = replace(QUESTION, offers=QUESTION.offers[:1], axes=small, max_gpus=8)
     space = question.on(question.offers[0])
-    found = search(space, question, question.offers[0], FastPath(space.base))
+    found = search(space, question, question.offers[0], Paths(space.base))
     best = min(found.points, key=lambda point: point.cheapness)
-    expected = min(_brute_force(question, FastPath), key=lambda point: point.cheapness)
+    expected = min(_brute_force(question, Paths), key=lambda point: point.cheapness)
     assert best.settings == expected.settings
     assert best.price == pytest.approx(expected.price)
 
@@ -137,10 +138,9 @@ def test_no_step_is_below_its_bounds() -> None:
     question = replace(QUESTION, axes=QUESTION.axes | {"ep": (8,), "vpp": (1,), "tp": (1, 2)}, max_gpus=8)
     for offer in question.offers:
         space = question.on(offer)
-        families = [family for family in space.families() if family["policy"] == "contiguous"]
-        tried = [family | {"micro_batch": 1, "recompute": "none"} for family in families]
+        tried = [family | {"micro_batch": 1, "recompute": "none"} for family in space.families()]
         static, least = StaticBytes(space.base), LeastStep(space.base)
-        for leaves, step in zip(tried, FastPath(space.base)(tried), strict=True):
+        for leaves, step in zip(tried, Paths(space.base)(tried), strict=True):
             assert isinstance(step, FastStep)
             assert least(leaves) < step.step_s
             assert static(leaves) < step.peak_bytes
@@ -218,7 +218,7 @@ def test_at_most_four_finalists_are_run_and_one_that_breaks_a_limit_falls(monkey
         slower = replace(point, days=point.days * 3, gpu_hours=point.gpu_hours * 3, is_confirmed=True)
         return Judge(question.on(question.offers[0]).base, question, question.offers[0]).judged(slower)
 
-    monkeypatch.setattr(plan_search, "FastPath", Formula)
+    monkeypatch.setattr(plan_search, "Paths", Formula)
     monkeypatch.setattr(plan_module, "confirm", confirm)
     least_days = min(point.days for point in _brute_force(QUESTION))
     found = _plan(replace(QUESTION, limits=Limits(deadline_s=1.5 * least_days * DAY_S)))

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from moesim.errors import MoesimError
+from moesim.scenario import Scenario
+from moesim.study.fast import AXES as FAST_AXES
 from moesim.study.fast import FastPath, FastStep, Refused
 from moesim.study.plan_points import Judge, PlanPoint
 from moesim.study.plan_question import Offer, PlanQuestion
@@ -52,10 +55,11 @@ def search(space: Space, question: PlanQuestion, offer: Offer, fast: Fast, *, bo
     families = space.families()
     while chunk := list(itertools.islice(families, CHUNK)):
         search.walk(chunk)
+    search.look([other for point in search.kept() for other in space.others(point.settings)])
     if not search.best and search.near_memory:
         search.look([leaves for _, _, leaves in sorted(search.near_memory)])
     return Found(
-        points=tuple(sorted({id(point): point for point in search.best.values()}.values(), key=_nearest_first)),
+        points=tuple(search.kept()),
         num_evaluated=search.num_evaluated,
         num_rejected=dict(sorted(search.rejected.items())),
         num_families=search.num_families,
@@ -63,10 +67,6 @@ def search(space: Space, question: PlanQuestion, offer: Offer, fast: Fast, *, bo
         search_s=time.perf_counter() - began_s,
         fast_s=search.fast_s,
     )
-
-
-def _nearest_first(point: PlanPoint) -> tuple[Any, ...]:
-    return point.nearness
 
 
 class _Search:
@@ -97,6 +97,10 @@ class _Search:
                     places.append((family, micro_batch, recompute + 1))
                 else:
                     places.append((family, micro_batch + 1, recompute))
+
+    def kept(self) -> list[PlanPoint]:
+        """The best of every value of every axis, the nearest to keeping all limits first."""
+        return sorted({id(point): point for point in self.best.values()}.values(), key=lambda point: point.nearness)
 
     def look(self, configurations: Sequence[Leaves]) -> None:
         """Evaluate these, whatever bounds say."""
@@ -164,6 +168,34 @@ class _Search:
         return points
 
 
+class Paths:
+    """The fast path with a base for each value of what it does not vary by itself (`moesim.study.fast.AXES`)."""
+
+    def __init__(self, base: Scenario) -> None:
+        self._base = base
+        self._paths: dict[str, FastPath] = {}
+
+    def __call__(self, configurations: Iterable[Leaves]) -> list[FastStep | Refused]:
+        """As FastPath's; what one base has in common is asked of it together."""
+        asked = list(configurations)
+        outcomes: dict[int, FastStep | Refused] = {}
+        groups: dict[str, list[int]] = {}
+        for i, leaves in enumerate(asked):
+            groups.setdefault(repr([item for item in leaves.items() if item[0] not in FAST_AXES]), []).append(i)
+        for key, members in groups.items():
+            if key not in self._paths:
+                first = asked[members[0]]
+                others = {name: value for name, value in first.items() if name not in FAST_AXES}
+                try:
+                    self._paths[key] = FastPath(self._base.with_(**others))
+                except MoesimError as error:
+                    outcomes |= {i: Refused(str(error)) for i in members}
+                    continue
+            own = [{name: value for name, value in asked[i].items() if name in FAST_AXES} for i in members]
+            outcomes |= dict(zip(members, self._paths[key](own), strict=True))
+        return [outcomes[i] for i in range(len(asked))]
+
+
 def search_offer(
     question: PlanQuestion, offer: Offer, sizes: Sequence[int] | None = None, bounded: bool = True
 ) -> Found:
@@ -171,4 +203,4 @@ def search_offer(
     space = question.on(offer)
     if sizes is not None:
         space = replace(space, axes=dict(space.axes) | {"num_gpus": tuple(sizes)})
-    return search(space, question, offer, FastPath(space.base), bounded=bounded)
+    return search(space, question, offer, Paths(space.base), bounded=bounded)

@@ -27,7 +27,8 @@ from moesim.scenario import Scenario
 Leaves = Mapping[str, Any]  # flat names of a scenario and their values
 SHAPE = ("num_gpus", "tp", "cp", "pp", "ep", "etp", "zero")  # what decides ranks and static memory
 INNER = ("micro_batch", "recompute")  # the staircase
-MOST_VPP = 4
+LAST = ("dispatcher", "policy")  # chosen for the best of the others
+MOST_VPP = 2
 MOST_MICRO_BATCH = 8
 LONG_SEQUENCE_TOKENS = 16384  # from here on sequences may be cut over ranks
 MOST_CP = 16
@@ -47,15 +48,26 @@ class Space:
 
         Those of fewer GPUs come first; the last axis varies fastest.
         """
-        rest = [name for name in self.axes if name not in (*SHAPE, *INNER)]
+        rest = [name for name in self.axes if name not in (*SHAPE, *INNER, *LAST)]
         for values in itertools.product(*(self.axes[name] for name in SHAPE)):
             shape = dict(zip(SHAPE, values, strict=True))
             if not self._divides(shape):
                 continue
+            last = {name: self.axes[name][0] for name in LAST}
+            if shape["ep"] > 1:  # the search meets experts in order, and messages as DeepEP sends them where it may
+                last["dispatcher"] = self.axes["dispatcher"][-1]
             for inner in itertools.product(*(self.axes[name] for name in rest)):
-                family = shape | dict(zip(rest, inner, strict=True))
-                if self._is_told_apart(family):
+                family = shape | dict(zip(rest, inner, strict=True)) | last
+                interleaves = family["vpp"] == 1 or family["pp"] > 1
+                if interleaves and family["pp"] * family["vpp"] <= len(self.base.model.layers):
                     yield family
+
+    def others(self, leaves: Leaves) -> list[dict[str, Any]]:
+        """A configuration with every other dispatcher and placement; none where experts are not spread."""
+        if leaves["ep"] == 1:
+            return []
+        every = [dict(zip(LAST, values, strict=True)) for values in itertools.product(*(self.axes[n] for n in LAST))]
+        return [dict(leaves) | one for one in every if any(leaves[name] != value for name, value in one.items())]
 
     def _divides(self, shape: Leaves) -> bool:
         model, train = self.base.model, self.base.train
@@ -71,15 +83,6 @@ class Space:
             and train.seq_len % (shape["tp"] * shape["cp"]) == 0
             and all(layer.attention.num_heads % shape["tp"] == 0 for layer in set(model.layers))
         )
-
-    def _is_told_apart(self, family: Leaves) -> bool:
-        """No two families are the same run: a dispatcher and a placement matter only where experts are spread."""
-        if family["pp"] == 1 and family["vpp"] > 1:
-            return False
-        if family["pp"] * family["vpp"] > len(self.base.model.layers):
-            return False
-        first = {name: self.axes[name][0] for name in ("dispatcher", "policy") if name in self.axes}
-        return family["ep"] > 1 or all(family[name] == value for name, value in first.items())
 
     def takes_micro_batch(self, family: Leaves, micro_batch: int) -> bool:
         """Whether the batch divides into such micro-batches, and in rounds of the pipeline where it is interleaved."""
