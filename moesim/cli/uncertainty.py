@@ -157,14 +157,15 @@ def _tables(study: UncertaintyStudy, currency: str) -> list[Table]:
     drawn = {unknown.name: unknown for unknown in study.unknowns}
     told = [
         (
-            drawn[bar.unknown].words,
-            *(f"{value:.3g}" for value in (drawn[bar.unknown].p10, drawn[bar.unknown].p90)),
+            bar.unknown,
+            f"{drawn[bar.unknown].p10:.3g} to {drawn[bar.unknown].p90:.3g}",
             *(format(_shown(metric, value), form) for value in (bar.at_p10, bar.at_p90)),
         )
         for bar in study.tornado(metric)
     ]
-    heads = ("Unknown", "P10", "P90", "at P10", "at P90")
-    matters = Table(title=f"What matters most: {words}", columns=heads, rows=told, right=heads[1:])
+    heads = ("Unknown", "P10 to P90", "at its P10", "at its P90")
+    note = "; ".join(f"{unknown.name}: {unknown.words}" for unknown in study.unknowns)
+    matters = Table(title=f"What matters most: {words}", columns=heads, rows=told, right=heads[1:], note=note)
     return [ranges, matters]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moesim.cost.memory import RankMemory
+from moesim.describe.hardware import Cluster
 from moesim.errors import InputError, MoesimError
 from moesim.metrics.memory import memory_by_stage
 from moesim.metrics.step import MEMORY_PARTS, StepResult
@@ -135,13 +136,15 @@ def cluster_sizes(
     return points
 
 
-def scenario_on(scenario: Scenario, num_gpus: int) -> Scenario | SizePoint:
-    """The scenario on another number of GPUs, with ep halved as often as it must be; or why there is none."""
+def scenario_on(scenario: Scenario, num_gpus: int, cluster: Cluster | None = None) -> Scenario | SizePoint:
+    """The scenario on another number of GPUs, of another cluster where one is given, with ep halved as often as it
+    must be; or why there is none.
+    """
     ep, refusal = scenario.parallel.ep, ""
     while ep >= 1:
         try:
-            cluster = dataclasses.replace(scenario.cluster, num_gpus=num_gpus)
-            return scenario.with_(cluster=cluster, ep=ep)
+            sized = dataclasses.replace(cluster or scenario.cluster, num_gpus=num_gpus)
+            return scenario.with_(cluster=sized, ep=ep)
         except MoesimError as error:
             refusal = refusal or str(error)
         if ep % 2:

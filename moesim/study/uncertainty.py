@@ -243,7 +243,7 @@ class _Model:
             log_step_C=log_step_C,
             run=plan.run,
             weighed_tokens=_weighed_tokens(scenario, plan.run, step, say) if plan.run else 0.0,
-            goodput=_goodput(scenario, plan) if plan.run else None,
+            goodput=goodput_over_rates(scenario, plan) if plan.run else None,
         )
 
     def __call__(self, values: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -324,7 +324,7 @@ def _fleet_told(plan: UncertaintyPlan) -> str:
     return "between the published clusters'" if plan.run.fleet == UNKNOWN else plan.run.fleet
 
 
-def _goodput(scenario: Scenario, plan: UncertaintyPlan) -> Callable[[Floats], Floats]:
+def goodput_over_rates(scenario: Scenario, plan: UncertaintyPlan) -> Callable[[Floats], Floats]:
     """The share of time that is kept, by the formula, over failures per GPU and hour, saving as the median wants."""
     run, num_gpus = plan.run, scenario.cluster.num_gpus
     assert run is not None
@@ -350,12 +350,18 @@ def _weighed_tokens(scenario: Scenario, run: RunPlan, step: StepResult, say: Pro
 
 def _sampled(scenario: Scenario, **changes: Any) -> tuple[float, float]:
     """(seconds, bytes of the fullest GPU) of a step with few micro-batches, to be compared with others like it."""
-    most = SAMPLED_FILLS * micro_batches_to_fill(scenario) * scenario.parallel.vpp
-    batch = scenario.train.micro_batch * scenario.layout.dp * min(scenario.num_micro_batches, most)
     described = {"cluster": scenario.cluster, "model": scenario.model}
-    short = scenario.with_(**described | {"global_batch": batch} | changes)
+    short = with_fills(scenario, SAMPLED_FILLS)
+    short = short.with_(**described | changes)
     trace = run_step(short)
     return trace.step_s, float(fullest(short, trace.load).peak_bytes)
+
+
+def with_fills(scenario: Scenario, num_fills: int) -> Scenario:
+    """The scenario with micro-batches for so many fills of its pipeline, where it has more."""
+    most = num_fills * micro_batches_to_fill(scenario) * scenario.parallel.vpp
+    batch = scenario.train.micro_batch * scenario.layout.dp * min(scenario.num_micro_batches, most)
+    return scenario.with_(cluster=scenario.cluster, model=scenario.model, global_batch=batch)
 
 
 def _with_nics(cluster: Cluster, factor: float) -> Cluster:
