@@ -8,6 +8,7 @@ import re
 import pytest
 from report_fakes import step_result
 
+from moesim.catalog.step import NAMES
 from moesim.report import sentences, tables
 from moesim.report.sentences import first_page
 from moesim.scenario import Scenario
@@ -156,3 +157,7 @@ def test_a_scenario_placed_in_order_is_advised_to_place_by_load_and_one_placed_s
     assert placed.tokens_per_s_per_gpu > 0
     for other in ({"policy": "search", "gini": 0.4}, {"popularity": "balanced"}):
         assert "policy=search" not in [change.name for change in changes(Scenario.make(**sizes, **other))]
+
+
+def test_every_constant_of_a_step_has_words_in_the_table_of_sources() -> None:
+    assert set(tables._STEP_CONSTANTS) == set(NAMES)

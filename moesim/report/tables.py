@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from moesim.study.sizes import SizePoint
     from moesim.study.twins import Twins
 
+_STEP_CONSTANTS = {  # of catalog.step.NAMES
+    "product_fraction": "products in a step, over the best product's rate",
+    "attention_fraction": "attention in a step, over the best kernel's rate",
+    "stream_fraction": "bytes fused kernels would move, over those moved",
+    "issue_s": "host time to issue one operation",
+    "step_s": "time once a step: clipping, the optimizer's host time",
+}
 KINDS = ("measured", "interpolated", "extrapolated", "spec", "assumed")  # the surest first
 
 
@@ -211,6 +218,8 @@ def not_modelled(result: StepResult) -> GT:
 
 def _number_in_words(part: str) -> str:
     """A number's name for a reader: a derate is the share of a line's rate that a collective reaches."""
+    if part.startswith("step: "):
+        return _STEP_CONSTANTS[part.removeprefix("step: ")]
     if not part.startswith("derate "):
         return part
     link, _, collective = part.removeprefix("derate ").partition("_")
@@ -243,11 +252,13 @@ def _table(name: str, frame: Mapping[str, Sequence[str]], *, right: Sequence[str
     table = GT(pd.DataFrame({key or " ": list(values) for key, values in frame.items()}), id=f"moesim-{name}")
     first = next(iter(frame)) or " "
     short = [key or " " for key, values in frame.items() if max((len(value) for value in values), default=0) < 26]
+    wide = [key or " " for key in frame if len(frame) > 3 and (key or " ") not in short]
     table = (
         table.cols_align("left", columns=[key or " " for key in frame if key not in right])
         .cols_align("right", columns=list(right))
         .tab_style(style.text(weight="bold" if len(frame) > 1 else "normal"), locations=loc.body(columns=[first]))
         .tab_style(style.css("white-space: nowrap;"), locations=loc.body(columns=short))
+        .tab_style(style.css("min-width: 13rem; overflow-wrap: anywhere;"), locations=loc.body(columns=wide))
         .tab_options(
             table_font_size="14px",
             table_width="100%" if len(frame) <= 3 else "auto",

@@ -26,7 +26,7 @@ from moesim.catalog.scores import cases_like
 from moesim.describe.checks import check_number, check_whole
 from moesim.describe.counts import describe
 from moesim.describe.reliability import SERVER_GPUS, Checkpoints, Fleet, Operations
-from moesim.errors import InputError, check
+from moesim.errors import InputError, check, near_match
 from moesim.metrics.scored import step_likeness
 from moesim.scenario import Scenario
 from moesim.seeds import stream
@@ -83,8 +83,9 @@ class RunPlan:
             check_whole("goodput", "num_spares", self.num_spares, least=0)
         check_whole("goodput", "num_runs", self.num_runs, least=2)
         check(self.num_runs <= KILO, "goodput", "num_runs", "must not exceed 1000", self.num_runs)
-        if self.fleet != UNKNOWN:
-            load_fleet(self.fleet)  # refuses an unknown name
+        fleets = (UNKNOWN, *fleet_names())
+        rule = f"must be one of {', '.join(fleets)}"
+        check(self.fleet in fleets, "goodput", "fleet", rule, self.fleet, near_match(self.fleet, fleets))
 
 
 @dataclass(frozen=True, kw_only=True)
