@@ -17,7 +17,7 @@ from moesim.door import read_yaml
 from moesim.report.export import results_json
 from moesim.report.parameters import ask, check_parameters, find_notebook, notebooks_folder, parameters_of
 from moesim.report.runner import FILES, run_notebook
-from moesim.scenario import DEFAULTS, LEAVES
+from moesim.scenario import DEFAULTS, LEAVES, Scenario
 from moesim.study.advice import changes
 from moesim.study.planning import planning_study
 from tests.notebook_cases import loads_nothing
@@ -74,6 +74,13 @@ def test_parameters_are_the_scenarios_flat_names_and_the_reports_own() -> None:
 def test_the_default_question_is_the_scenarios() -> None:
     known = parameters_of(PLANNING)
     assert {name: known[name].default for name in DEFAULTS} == dict(DEFAULTS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_simulates_as_a_scenario_does_of_which_only_the_question_is_told(path: Path) -> None:
+    known, scenario = parameters_of(path), Scenario.make(**DEFAULTS)
+    for name in {"fidelity", "replicas", "seed"} & set(known):
+        assert known[name].default == getattr(scenario, name)
 
 
 def test_papermill_knows_every_parameter_too() -> None:
