@@ -18,7 +18,9 @@ SMALL = {"model": "olmoe-1b-7b", "cluster": "h100-8x-ib400", "num_gpus": 16, "ep
 
 
 def test_a_dozen_random_balanced_configurations_are_the_engines_within_1_percent_and_refusals_word_for_word() -> None:
-    assert max(abs(one.step_error) for one in differences({"popularity": "balanced"}, 12, seed=1)) < 0.01
+    found = differences({"popularity": "balanced"}, 12, seed=1)
+    assert max(abs(one.step_error) for one in found) < 0.01
+    assert max(abs(one.peak_error) for one in found) < 0.01
 
 
 def test_a_dozen_random_skewed_configurations_are_within_8_percent_of_the_engine() -> None:
@@ -64,6 +66,12 @@ def test_other_names_than_the_axes_start_a_base_of_their_own() -> None:
     assert other == FastPath(base.with_(gini=0.5))([{"ep": 4}])[0]
     assert isinstance(refused, Refused)
     assert "ep=3 does not divide" in refused.reason
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
+def test_peak_memory_under_every_schedule_is_the_engines(schedule: str) -> None:
+    base = Scenario.make(**SMALL | {"global_batch": 256, "ep": 4}, popularity="balanced", pp=4, schedule=schedule)
+    assert FastPath(base).step(base).peak_bytes == pytest.approx(engine_step(base).peak_bytes, rel=1e-3)
 
 
 def test_order_and_company_of_configurations_change_nothing() -> None:

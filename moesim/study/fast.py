@@ -148,7 +148,7 @@ class FastPath:
         )
         step_s, parts = _seconds(scenario, times, split, costs, (near_s, round_s))
         held = self._once(("bytes", shape), lambda: layer_bytes(scenario, routed))
-        order = order_of(train.schedule, p.pp, p.vpp, min(scenario.num_micro_batches, _enough(p.pp, p.vpp)))
+        order = order_of(train.schedule, p.pp, p.vpp, _enough(scenario))
         kept_S = kept_bytes(order, held, split.start_SC, split.end_SC, split.start_mtp_SC, split.end_mtp_SC)
         peak_bytes = _peak_bytes(scenario, costs, kept_S, held.layer_input_bytes)
         return _result(scenario, step_s, parts, peak_bytes)
@@ -170,9 +170,12 @@ def _asks_the_engine(scenario: Scenario) -> bool:
     )
 
 
-def _enough(pp: int, vpp: int) -> int:
-    """Micro-batches of which each stage holds as many as it ever does."""
-    return 2 * pp * vpp if vpp == 1 else 4 * pp
+def _enough(scenario: Scenario) -> int:
+    """Micro-batches of which each stage holds as many at once as in the whole step."""
+    pp, vpp, number = scenario.parallel.pp, scenario.parallel.vpp, scenario.num_micro_batches
+    if scenario.train.schedule == "gpipe":
+        return number
+    return min(number, 2 * pp if vpp == 1 else 4 * pp)
 
 
 def _seconds(
