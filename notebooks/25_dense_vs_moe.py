@@ -137,8 +137,8 @@ design_sentences.about_time(study)
 # %% [markdown]
 # ## All numbers
 #
-# *Comm.*: exposed communication, a share of the step. *FLOP/token*: of training. *×*: cost over that of the point's own
-# dense twin of equal active, or equal total, size.
+# *Comm.*: exposed communication, a share of the step. *FLOP*: of training. *Per 1B*: for a thousand million tokens.
+# *×*: cost over that of the point's own dense twin of equal active, or equal total, size.
 
 # %%
 design_tables.designs(study)

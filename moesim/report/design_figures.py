@@ -57,6 +57,7 @@ def change_words(point: DesignPoint) -> str:
     if not point.axis:
         return "as asked"
     if point.axis == "moe_every":
+        assert point.value is not None
         return f"every {'2nd' if point.value == 2 else f'{point.value:g}th'} MoE layer kept"
     if point.axis in ("capacity_factor", "expert_width"):
         return f"{AXIS_WORDS[point.axis]} {value_words(point.value)}"
@@ -66,13 +67,22 @@ def change_words(point: DesignPoint) -> str:
     return f"{value_words(point.value)} {AXIS_WORDS[point.axis]}"
 
 
+def three_digits(count: float) -> str:
+    """A large count to three digits.
+
+    >>> three_digits(671.03e9)
+    '671B'
+    """
+    return short_count(float(f"{count:.3g}"))
+
+
 def price_of_size(study: DesignStudy) -> Picture:
     """GPU-hours per token over total parameters: each MoE design, and dense models of any of those sizes."""
     asked = study.asked.costs[0]
     own, active, total = (cost.gpu_hours_per_billion_tokens for cost in study.asked.costs)
     title = (
-        f"At {short_count(asked.total_parameters)} parameters a token costs {own / total:.2g} × what it costs a dense "
-        f"model as large, {own / active:.2g} × what it costs one as large as the active part"
+        f"At {three_digits(asked.total_parameters)} parameters a token costs {own / total:.2f} × as much as in a dense "
+        f"model as large, {own / active:.2f} × as much as in one as large as the active part"
     )
     with house_style():
         figure = new_figure(9.6, 4.4)
@@ -100,7 +110,7 @@ def price_of_size(study: DesignStudy) -> Picture:
                     s=46,
                     facecolors=[colour if cost.fits else "white" for cost in mine],
                     edgecolors=colour,
-                    label=f"other {AXIS_WORDS[axis]}",
+                    label=AXIS_WORDS[axis],
                     zorder=2,
                 )
         axes.scatter(
@@ -115,8 +125,10 @@ def price_of_size(study: DesignStudy) -> Picture:
         axes.set_xlabel("Parameters, total")
         axes.set_ylabel(_COST_LABEL)
         axes.xaxis.set_major_formatter(lambda x, _: short_count(x))
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.4g}")
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="hollow: does not fit")
+        _round_ticks(axes)
+        all_fit = all(point.costs[0].fits for point in (study.asked, *study.possible))
+        told = "Varied" if all_fit else "Varied (hollow: does not fit)"
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=told, alignment="left")
         light_grid(axes, "both")
     return finish(figure, f"{title}.")
 
@@ -125,7 +137,7 @@ def over_axes(study: DesignStudy) -> Picture:
     """Cost of a token over each axis, beside the dense twins of equal active and of equal total size."""
     shown = [axis for axis in AXES if len(study.on(axis)) > 1]
     title = _strongest(study)
-    columns = min(4, max(2, len(shown)))
+    columns = min(4, max(2, len(shown) + 1))
     lines = -(-(len(shown) + 1) // columns)  # one place for the legend
     with house_style():
         figure = new_figure(9.6, 0.7 + 2.2 * lines)
@@ -181,9 +193,17 @@ def _one_axis(axes: Axes, study: DesignStudy, axis: str) -> None:
     axes.set_xticks(at, [value_words(point.value) for point in points])
     axes.set_xlim(-0.4, len(points) - 0.6)
     axes.set_title(AXIS_WORDS[axis])
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.4g}")
-    axes.minorticks_off()
+    _round_ticks(axes)
     light_grid(axes, "y")
+
+
+def _round_ticks(axes: Axes) -> None:
+    """1, 2 and 5 of each power of ten on a logarithmic axis, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.4g}")
 
 
 def where_time_goes(study: DesignStudy) -> Picture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesim.metrics.scored import accuracy_statement
-from moesim.report.design_figures import AXIS_WORDS, change_words
+from moesim.report.design_figures import AXIS_WORDS, change_words, three_digits
 from moesim.report.sentences import Page, Sentence
 from moesim.report.style import short_count, signed_percent
 from moesim.study.design_axes import AXES, DesignCost, DesignPoint, DesignStudy
@@ -34,9 +34,9 @@ def against_dense(study: DesignStudy) -> Sentence:
     over_active, over_total = own / active.gpu_hours_per_billion_tokens, own / total.gpu_hours_per_billion_tokens
     return Sentence(
         text=f"A thousand million tokens cost {_price(study, moe)}. A dense model of as many active parameters "
-        f"({short_count(active.total_parameters)}) costs {_price(study, active)}, so routing, traffic and skew make a "
-        f"token {over_active:.2g} × as dear; one of as many parameters in all ({short_count(total.total_parameters)}) "
-        f"costs {_price(study, total)}, of which the MoE takes {over_total:.2g} ×." + _cut_words(active, total),
+        f"({three_digits(active.total_parameters)}) costs {_price(study, active)}, so routing, traffic and skew make a "
+        f"token {over_active:.2f} × as dear; one of as many parameters in all ({three_digits(total.total_parameters)}) "
+        f"costs {_price(study, total)}, of which the MoE takes {over_total:.2f} ×." + _cut_words(active, total),
         tone="good" if over_total < 1 else "bad",
     )
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moesim.report.design_figures import change_words
-from moesim.report.style import short_count
+from moesim.report.design_figures import change_words, three_digits
 from moesim.report.tables import _table as table_of
-from moesim.units import format_bytes, format_seconds
+from moesim.units import GIGA, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from great_tables import GT
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 def designs(study: DesignStudy) -> GT:
     """Parameters, compute, memory, communication, step, speed and cost of each design; × are against its own twins."""
     priced = study.price_per_gpu_hour is not None
-    cost_name = f"{study.currency} per 1B tokens" if priced else "GPU-h per 1B tokens"
-    names = ("Design", "Total", "Active", "FLOP/token", "Peak", "Comm.", "Step", "Tokens/s/GPU", cost_name)
+    cost_name = f"{study.currency} per 1B" if priced else "GPU-h per 1B"
+    names = ("Design", "Total", "Active", "GFLOP per token", "Peak", "Comm.", "Step", "Tokens/s per GPU", cost_name)
     frame: dict[str, list[str]] = {name: [] for name in (*names, "× dense active", "× dense total")}
     for point in (study.asked, *study.possible):
         cost, active, total = point.costs
@@ -27,9 +26,9 @@ def designs(study: DesignStudy) -> GT:
         money = study.money_per_billion_tokens(cost)
         row = (
             change_words(point),
-            short_count(cost.total_parameters),
-            short_count(cost.active_parameters),
-            short_count(cost.flops_per_token),
+            three_digits(cost.total_parameters),
+            three_digits(cost.active_parameters),
+            f"{cost.flops_per_token / GIGA:,.3g}",
             format_bytes(cost.peak_bytes) + ("" if cost.fits else " (too much)"),
             f"{cost.exposed_comm_s / cost.step_s:.0%}",
             format_seconds(cost.step_s),
