@@ -402,9 +402,9 @@ def report(
         str | None,
         typer.Argument(
             metavar="[NOTEBOOK]",
-            help="10_planning_report (the default), 12_memory, 15_calibration, 20_routing_and_drops, "
+            help="10_planning_report (the default), 00_tour, 12_memory, 15_calibration, 20_routing_and_drops, "
             "25_dense_vs_moe, 30_expert_placement, 35_all_to_all, 40_cluster_sizing, 45_goodput_and_cost, "
-            "50_quality_vs_active_flops, 70_validate_design, or a file of your own.",
+            "50_quality_vs_active_flops, 60_accuracy, 70_validate_design, or a file of your own.",
             show_default=False,
         ),
     ] = None,
