@@ -68,13 +68,14 @@ def why(name: str, value: Any, point: PlanPoint, winner: PlanPoint) -> str:
     """Why a value of an axis lost, from the parts of the two steps.
 
     >>> why("ep", 64, point, winner)  # doctest: +SKIP
-    'ep=32 beats ep=64: +12 % price; cross-node dispatch and combine 41 % of the step (with ep=32 30 %)'
+    'ep=32 beats ep=64: +12.0% cost; cross-node dispatch and combine 41% of the step, with ep=32 30%'
     """
     miss = worst_miss(point)
     held = {"cluster": winner.cluster, **winner.settings}[name]
     if miss is not None:
         return f"even the nearest with {_said(name, value)} breaks a limit: {miss_words(miss)}"
-    beats = f"{_said(name, held)} beats {_said(name, value)}: +{point.price / winner.price - 1:.1%} price"
+    unit = "GPU-hours" if point.cost is None else "cost"
+    beats = f"{_said(name, held)} beats {_said(name, value)}: {point.price / winner.price - 1:+.1%} {unit}"
     if name == "cluster" or point.cluster != winner.cluster:
         speed = point.tokens_per_s_per_gpu / winner.tokens_per_s_per_gpu
         hourly = [one.price / one.gpu_hours for one in (point, winner)]
