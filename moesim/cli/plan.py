@@ -281,7 +281,8 @@ def _tables(found: Plan, rejected: Sequence[Mapping[str, Any]], runs: Mapping[st
     if found.nearest is not None:
         misses = [("Breaks", miss_words(miss)) for miss in found.nearest.misses]
         ways = [("Would do", text) for text in remedies(found)]
-        rows = [("Layout", _layout(found.nearest)), *misses, *ways]
+        where = f"{found.nearest.settings['num_gpus']:,} GPUs of {found.nearest.cluster}"
+        rows = [("On", where), ("Layout", _layout(found.nearest)), *misses, *ways]
         tables.append(fields_table("No plan keeps all limits. The nearest", rows))
     if rejected:
         shown = sorted(rejected, key=lambda one: one["rule"] != "dearer")[:MOST_SHOWN]
