@@ -142,6 +142,11 @@ def test_the_readme_names_every_verb_and_only_targets_that_exist() -> None:
     assert set(re.findall(r"\bmake ([a-z-]+)", text.replace("make.", ""))) <= targets
 
 
+def test_the_readme_names_every_notebook() -> None:
+    names = {path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    assert names == set(re.findall(r"`([0-9]{2}_\w+)`", README.read_text()))
+
+
 def test_the_refusal_in_the_readme_is_what_a_reader_gets() -> None:
     (shown,) = blocks(README, "text")
     with pytest.raises(moesim.errors.InputError) as refused:
