@@ -86,7 +86,7 @@ def about_trades(study: MemoryStudy) -> Sentence:
     first, last = saving[0], saving[-1]
     text = f"{_told(first, asked)}"
     if last is not first:
-        text += f"; the most is saved by {_told(last, asked)}"
+        text += f"; at most, {_told(last, asked)}"
     return Sentence(text=f"{text}.")
 
 
@@ -102,7 +102,5 @@ def about_skew(study: MemoryStudy) -> Sentence:
     fits = [point.gini for point in study.over_skew if point.p99_bytes <= study.capacity_bytes]
     reach = f"99 of 100 steps fit up to Gini {max(fits):g}" if fits else "At none of them do 99 of 100 steps fit"
     more = f"{format_bytes(abs(grown))} {'more' if grown >= 0 else 'less'}"
-    text = (
-        f"At Gini {high.gini:g} 99 of 100 steps stay under {format_bytes(high.p99_bytes)}, {more} than at {low.gini:g}."
-    )
-    return Sentence(text=f"{text} {reach}.")
+    text = f"At Gini {high.gini:g}, 99 of 100 steps stay under {format_bytes(high.p99_bytes)}, {more} than at Gini "
+    return Sentence(text=f"{text}{low.gini:g}. {reach}.")

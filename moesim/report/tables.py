@@ -65,7 +65,7 @@ def question(scenario: Scenario) -> GT:
         (
             "Batch",
             f"{train.global_batch:,} sequences of {train.seq_len:,} tokens, {short_count(tokens)} tokens a step; "
-            f"{scenario.num_micro_batches} micro-batches of {train.micro_batch} per replica",
+            f"{scenario.num_micro_batches:,} micro-batches of {train.micro_batch} per replica",
         ),
         (
             "Arithmetic",
