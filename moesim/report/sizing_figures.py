@@ -162,7 +162,7 @@ def _over_size(study: SizingStudy, name: str, title: str, unit: str, scale: floa
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.set_xlabel("GPUs (hollow: does not fit)")
         axes.set_ylabel(unit)
-        axes.legend(loc="best")
+        figure.legend(loc="outside lower center", ncols=max(len(kinds), 1))
         light_grid(axes, "y")
     return finish(figure, f"{title}.")
 

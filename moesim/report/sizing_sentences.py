@@ -58,7 +58,7 @@ def how_long(study: SizingStudy) -> Sentence:
         kept = first.days.p50 * first.num_gpus / (last.days.p50 * last.num_gpus)
         told.append(
             f"{gpu}: {first.days.p50:,.0f} days with {first.num_gpus:,}, {last.days.p50:,.0f} with {last.num_gpus:,}, "
-            f"each of which does {kept:.0%} of the work"
+            f"each of which gets {kept:.0%} as much done"
         )
     return Sentence(text="; ".join(told) + "." if told else NOTHING_FITS)
 
