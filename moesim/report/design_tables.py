@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def designs(study: DesignStudy) -> GT:
     """Parameters, compute, memory, communication, step, speed and cost of each design; × are against its own twins."""
     priced = study.price_per_gpu_hour is not None
-    cost_name = f"{study.currency} per 1B" if priced else "GPU-h per 1B"
+    cost_name = f"{study.currency} per 1B" if priced else "GPU hours per 1B"
     names = ("Design", "Total", "Active", "GFLOP per token", "Peak", "Comm.", "Step", "Tokens/s per GPU", cost_name)
     frame: dict[str, list[str]] = {name: [] for name in (*names, "× dense active", "× dense total")}
     for point in (study.asked, *study.possible):
