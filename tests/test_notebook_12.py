@@ -79,7 +79,7 @@ def test_a_study_that_fits_says_so_and_one_that_does_not_says_what_would(study: 
 
 def test_more_skew_needs_more(study: MemoryStudy) -> None:
     assert study.over_skew[1].p99_bytes > study.over_skew[0].p99_bytes
-    assert "more than at 0" in about_skew(study).text
+    assert "more than at Gini 0." in about_skew(study).text
 
 
 def test_a_dense_model_has_no_skew() -> None:
