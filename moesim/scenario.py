@@ -283,8 +283,9 @@ class Scenario:
         described = {
             name: leaves.pop(name) for name in ("model", "cluster") if isinstance(leaves.get(name), Model | Cluster)
         }
-        raw = json.loads(json.dumps(self.raw))
-        if raw and leaves.keys() & {"popularity", "gini", "recording"}:  # another one; what it remembers stays
+        fields = [f.name for f in dataclasses.fields(self) if f.name not in ("model", "cluster", "raw")]
+        raw = {**self.raw, **{name: _plain(getattr(self, name)) for name in fields}}  # a replaced field counts
+        if leaves.keys() & {"popularity", "gini", "recording"}:  # another one; what it remembers stays
             correlation = raw["routing"]["popularity"].get("correlation")
             forgets = correlation is None or leaves.get("popularity") == "balanced" or leaves.get("recording")
             raw["routing"]["popularity"] = {} if forgets else {"correlation": correlation}
@@ -294,16 +295,11 @@ class Scenario:
         cluster = described.get("cluster") or (
             load_cluster(asked.cluster, asked.num_gpus) if named["cluster"] else self.cluster
         )
-        kept = {
-            f.name: getattr(asked, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("model", "cluster", "raw")
-        }
         return Scenario(
             model=model,
             cluster=cluster,
             raw=_plain(asked) | {"model": model.name, "num_gpus": cluster.num_gpus},
-            **kept,
+            **{name: getattr(asked, name) for name in fields},
         )
 
     def placed_anew(self, policy: str, num_slots: int | None) -> Scenario:
