@@ -37,7 +37,7 @@ def gate_words(gate: Gate) -> str:
     bound = gate.limit if gate.status == "fail" or gate.warn is None else gate.warn
     asked = "" if bound is None else f", {'limit' if gate.status == 'fail' else 'wanted'} at {gate.sense} "
     asked += "" if bound is None else value_words(gate, bound)
-    return f"{'no value' if gate.value is None else value_words(gate, gate.value)} {gate.unit}{asked}"
+    return f"{value_words(gate, gate.value)} {gate.unit}{asked}"
 
 
 def value_words(gate: Gate, value: float) -> str:

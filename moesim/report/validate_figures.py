@@ -73,7 +73,7 @@ def _upper(text: str) -> str:
 
 def gates(found: Validation) -> Picture:
     """Each gate's number over its limit: left of the line is good."""
-    shown = [gate for gate in found.gates if gate.value is not None and _bound(gate) is not None]
+    shown = [gate for gate in found.gates if _bound(gate) is not None]
     num_failed, num_warned = (sum(gate.status == status for gate in shown) for status in ("fail", "warn"))
     title = f"Of {len(shown)} gates {num_failed} failed, {num_warned} warned"
     with house_style():
@@ -102,7 +102,6 @@ def used_share(gate: Gate) -> float:
     """How much of its limit a gate takes up: below 1 it is kept."""
     bound, value = _bound(gate), gate.value
     assert bound is not None
-    assert value is not None
     over, under = (value, bound) if gate.sense == "most" else (bound, value)
     if under <= 0:
         return 0.0 if over <= 0 else math.inf
@@ -114,7 +113,6 @@ def _draw(axes: Axes, at: int, gate: Gate) -> None:
     colour = STATUS_COLOURS[gate.status]
     axes.plot([0, share], [at, at], color=colour, linewidth=6, solid_capstyle="butt")
     bound = _bound(gate)
-    assert gate.value is not None
     assert bound is not None
     unit = gate.unit if not gate.unit.startswith("of ") else ""
     text = f"{value_words(gate, gate.value)} {unit} (at {gate.sense} {value_words(gate, bound)})".replace("  ", " ")

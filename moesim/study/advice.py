@@ -47,7 +47,7 @@ def changes(scenario: Scenario, progress: Callable[[str], None] | None = None) -
     'recompute=full'
     """
     ways = [(dict(way.leaves), way.words) for way in ways_to_fit(scenario, progress)]
-    singles = [*ways, *(one for one in _candidates(scenario) if one[0] not in [leaves for leaves, _ in ways])]
+    singles = [*ways, *(one for one in single_changes(scenario) if one[0] not in [leaves for leaves, _ in ways])]
     tried = _with_memory(scenario, singles)
     if not any(headroom >= 0 for _, _, headroom in tried) and scenario.train.recompute == "none":
         recompute = {"recompute": "full"}
@@ -75,30 +75,7 @@ def changes(scenario: Scenario, progress: Callable[[str], None] | None = None) -
     return sorted(found, key=lambda change: (-(change.tokens_per_s_per_gpu or 0), -change.headroom_bytes))
 
 
-def fixes_of(gate: str, scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
-    """Single changes that may help one gate of moesim.study.validate, the likeliest first."""
-    factor = scenario.routing.capacity_factor
-    if gate == "dropped" and factor:
-        return [
-            ({"capacity_factor": factor * more}, "experts take more before they drop") for more in (1.25, 1.5, 2.0)
-        ] + [({"capacity_factor": None}, "nothing is dropped")]
-    leaves = _GATE_LEAVES.get(gate, ())
-    order = {name: i for i, name in enumerate(leaves)}
-    found = [one for one in _candidates(scenario) if set(one[0]) & set(leaves)]
-    return sorted(found, key=lambda one: min(order.get(name, len(order)) for name in one[0]))
-
-
-# Which settings bear on a gate, the likeliest to help first.
-_GATE_LEAVES: Mapping[str, tuple[str, ...]] = {
-    "memory_headroom": ("recompute", "pp", "ep", "zero", "tp"),
-    "out_of_memory": ("recompute", "policy", "pp", "ep", "zero"),
-    "exposed_communication": ("dispatcher", "ep", "overlap", "policy", "micro_batch"),
-    "bubble": ("vpp", "pp"),
-    "mfu": ("dispatcher", "cuda_graphs", "policy", "ep", "recompute", "vpp", "pp", "micro_batch"),
-}
-
-
-def _candidates(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
+def single_changes(scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
     """Settings worth trying, the likeliest to help first, with what each means."""
     p, train = scenario.parallel, scenario.train
     found: list[tuple[dict[str, Any], str]] = []

@@ -20,13 +20,13 @@ from moesim.door.parse import parse_as
 from moesim.errors import InputError, MoesimError, check, near_match
 from moesim.metrics.step import StepResult
 from moesim.scenario import Scenario
-from moesim.study.advice import fixes_of
+from moesim.study.advice import single_changes
 from moesim.study.fits import ways_to_fit
 from moesim.study.goodput import UNKNOWN, GoodputStudy, RunPlan, goodput_study
 from moesim.study.simulate import simulate
 
 Progress = Callable[[str], None]
-Status = Literal["pass", "warn", "fail", "skipped"]
+Status = Literal["pass", "warn", "fail"]
 Sense = Literal["least", "most"]
 MAX_TRIED = 5  # changes that are simulated for one gate
 NUM_RUNS = 16
@@ -42,16 +42,27 @@ class GateRule:
     limit: float | None
     warn: float | None = None
     needs_tokens: bool = False
+    leaves: tuple[str, ...] = ()  # settings that bear on it, the likeliest to help first
 
 
 # Limits without a source are this project's own judgement; a design file sets its own.
 GATES: Mapping[str, GateRule] = MappingProxyType(
     {
         "memory_headroom": GateRule(
-            words="free memory of the fullest GPU", sense="least", unit="of its memory", limit=0.02, warn=0.08
+            words="free memory of the fullest GPU",
+            sense="least",
+            unit="of its memory",
+            limit=0.02,
+            warn=0.08,
+            leaves=("recompute", "pp", "ep", "zero", "tp"),
         ),
         "out_of_memory": GateRule(
-            words="steps that run out of memory", sense="most", unit="of all steps", limit=1e-3, warn=1e-5
+            words="steps that run out of memory",
+            sense="most",
+            unit="of all steps",
+            limit=1e-3,
+            warn=1e-5,
+            leaves=("recompute", "policy", "pp", "ep", "zero"),
         ),
         "dropped": GateRule(
             words="assignments that are dropped", sense="most", unit="of all assignments", limit=0.05, warn=0.01
@@ -60,10 +71,29 @@ GATES: Mapping[str, GateRule] = MappingProxyType(
             words="busiest expert over the mean of its layer", sense="most", unit="times", limit=6.0, warn=3.0
         ),
         "exposed_communication": GateRule(
-            words="communication that nothing hides", sense="most", unit="of the step", limit=0.40, warn=0.25
+            words="communication that nothing hides",
+            sense="most",
+            unit="of the step",
+            limit=0.40,
+            warn=0.25,
+            leaves=("dispatcher", "ep", "overlap", "policy", "micro_batch"),
         ),
-        "bubble": GateRule(words="pipeline fill and drain", sense="most", unit="of the step", limit=0.30, warn=0.15),
-        "mfu": GateRule(words="model FLOPs over the peak", sense="least", unit="of the peak", limit=0.10, warn=0.20),
+        "bubble": GateRule(
+            words="pipeline fill and drain",
+            sense="most",
+            unit="of the step",
+            limit=0.30,
+            warn=0.15,
+            leaves=("vpp", "pp"),
+        ),
+        "mfu": GateRule(
+            words="model FLOPs over the peak",
+            sense="least",
+            unit="of the peak",
+            limit=0.10,
+            warn=0.20,
+            leaves=("dispatcher", "cuda_graphs", "policy", "ep", "recompute", "vpp", "pp", "micro_batch"),
+        ),
         "envelope": GateRule(
             words="things that are not modelled or not validated", sense="most", unit="reasons", limit=None, warn=0
         ),
@@ -125,11 +155,11 @@ class Design:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One gate's answer. value is None where it was skipped; fix is "" where none is needed or none was found."""
+    """One gate's answer. fix is "" where none is needed or none was found."""
 
     name: str
     status: Status
-    value: float | None
+    value: float
     limit: float | None
     warn: float | None
     sense: Sense
@@ -323,7 +353,7 @@ class _Fixer:
         if gate.name in ("envelope", "goodput", "days", "cost"):
             return _RUN_FIXES.get(gate.name, "")
         memory = gate.name in ("memory_headroom", "out_of_memory")
-        candidates = [*(self.ways if memory else []), *fixes_of(gate.name, self.design.scenario)]
+        candidates = [*(self.ways if memory else []), *changes_for(gate.name, self.design.scenario)]
         wanted = gate.limit if gate.status == "fail" else gate.warn
         better: list[tuple[float, str]] = []
         nearest: tuple[float, str] | None = None
@@ -335,7 +365,7 @@ class _Fixer:
             told = _told(leaves, words, value, gate, found.step_s / self.step.step_s - 1)
             if passes(value, wanted, gate.sense):
                 better.append((-found.tokens_per_s_per_gpu, told))
-            elif gate.value is not None and not math.isclose(value, gate.value, rel_tol=0.01):
+            elif not math.isclose(value, gate.value, rel_tol=0.01):
                 gain = value - gate.value if gate.sense == "least" else gate.value - value
                 nearest = max(filter(None, (nearest, (gain, told))), key=lambda one: one[0])
         if better:
@@ -354,12 +384,22 @@ class _Fixer:
         return self.simulated[key]
 
 
+def changes_for(gate: str, scenario: Scenario) -> list[tuple[dict[str, Any], str]]:
+    """Single changes that may help one gate, the likeliest first."""
+    factor = scenario.routing.capacity_factor
+    if gate == "dropped" and factor:
+        more = [({"capacity_factor": factor * by}, "experts take more before they drop") for by in (1.25, 1.5, 2.0)]
+        return [*more, ({"capacity_factor": None}, "nothing is dropped")]
+    order = {name: i for i, name in enumerate(GATES[gate].leaves)}
+    found = [one for one in single_changes(scenario) if one[0].keys() & order.keys()]
+    return sorted(found, key=lambda one: min(order.get(name, len(order)) for name in one[0]))
+
+
 _RUN_FIXES = MappingProxyType(
     {
         "goodput": "watch machines (inspected: true), hold more spares (num_spares), or use calmer machines",
         "days": "a faster step, more GPUs, or fewer tokens: moesim plan searches",
         "cost": "a faster step, a lower price, or fewer tokens: moesim plan searches",
-        "envelope": "",
     }
 )
 
