@@ -70,19 +70,11 @@ def accuracy(
 
 
 def _write(folder: Path, found: Accuracy, call: Call, answer: Answer) -> list[Path]:
-    from moesim.door import write_text_atomically
-    from moesim.report.accuracy_figures import predicted_measured
-    from moesim.report.accuracy_page import accuracy_section, write_section
+    from moesim.report.accuracy_export import write_pages
 
-    written = [folder / "results.json"]
-    write_results(written[0], envelope_of(call.command, answer))
-    figure = f"accuracy-{found.kind}.svg"
-    if found.rows:
-        written.append(folder / figure)
-        write_text_atomically(written[-1], predicted_measured(found).svg + "\n")
-        written.append(folder / "accuracy.md")
-        write_section(written[-1], found.kind, accuracy_section(found, figure=figure))
-    return written
+    path = folder / "results.json"
+    write_results(path, envelope_of(call.command, answer))
+    return [path, *write_pages(found, folder)]
 
 
 def _warnings(found: Accuracy) -> list[str]:

@@ -89,7 +89,7 @@ def plan(
 ) -> Answer:
     """Find the cheapest and the fastest layout to train a number of tokens, and tell why the others lost."""
     from moesim.study.plan import plan as find_plan
-    from moesim.study.plan_reasons import rejections, remedies
+    from moesim.study.plan_reasons import rejections
     from moesim.study.sweep_workers import processes
 
     limits = {
@@ -108,29 +108,35 @@ def plan(
         found = find_plan(question, executor, call.note)
     runs = _goodput(found, call) if goodput else {}
     rejected = rejections(found)
-    nearest = found.nearest
     return Answer(
         inputs=_inputs(question),
-        result={
-            "cheapest": found.cheapest and found.cheapest.to_dict(),
-            "fastest": found.fastest and found.fastest.to_dict(),
-            "pareto": [point.to_dict() for point in found.pareto],
-            "rejected": rejected,
-            "num_rejected": dict(found.num_rejected),
-            "refusals": dict(found.refusals),
-            "fallen": [point.to_dict() | {"misses": point.misses} for point in found.fallen],
-            "nearest": nearest and nearest.to_dict() | {"misses": nearest.misses, "remedies": remedies(found)},
-            "num_families": found.num_families,
-            "num_evaluated": found.num_evaluated,
-            "num_confirmed": found.num_confirmed,
-            "ranked_by": "cost" if question.is_priced else "gpu_hours",
-            "goodput": {name: study.to_dict() for name, study in runs.items()},
-        },
+        result=_result(found, rejected, runs),
         tables=_tables(found, rejected, runs),
         warnings=_warnings(found, runs),
         exit_status=DONE if found.cheapest is not None else GATE_FAILED,
         run={"configs_per_s": round(found.configs_per_s, 1), "search_s": round(found.search_s, 3)},
     )
+
+
+def _result(found: Plan, rejected: Sequence[Mapping[str, Any]], runs: Mapping[str, Any]) -> dict[str, Any]:
+    from moesim.study.plan_reasons import remedies
+
+    nearest = found.nearest
+    return {
+        "cheapest": found.cheapest and found.cheapest.to_dict(),
+        "fastest": found.fastest and found.fastest.to_dict(),
+        "pareto": [point.to_dict() for point in found.pareto],
+        "rejected": rejected,
+        "num_rejected": dict(found.num_rejected),
+        "refusals": dict(found.refusals),
+        "fallen": [point.to_dict() | {"misses": point.misses} for point in found.fallen],
+        "nearest": nearest and nearest.to_dict() | {"misses": nearest.misses, "remedies": remedies(found)},
+        "num_families": found.num_families,
+        "num_evaluated": found.num_evaluated,
+        "num_confirmed": found.num_confirmed,
+        "ranked_by": "cost" if found.question.is_priced else "gpu_hours",
+        "goodput": {name: study.to_dict() for name, study in runs.items()},
+    }
 
 
 def _question(

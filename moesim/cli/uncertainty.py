@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,17 +112,25 @@ def uncertainty(
         | ({"against": studies[1].scenario.to_dict()} if pairs else {}),
         result=studies[0].to_dict() | ({"against": studies[1].to_dict(), "pairs": list(pairs)} if pairs else {}),
         tables=[*tables, *([_pair_table(pairs)] if pairs else [])],
-        provenance=[
-            {"part": unknown.words, "kind": "assumed" if unknown.source == "given" else "measured"}
-            | {"source": unknown.source}
-            for unknown in studies[0].unknowns
-        ],
-        warnings=[
-            f"only {study.fits_fraction:.0%} of draws fit into {study.scenario.cluster.gpu.name}'s memory"
-            for study in studies
-            if study.fits_fraction < 1
-        ],
+        provenance=_provenance(studies[0]),
+        warnings=_warnings(studies),
     )
+
+
+def _provenance(study: UncertaintyStudy) -> list[dict[str, str]]:
+    return [
+        {"part": unknown.words, "kind": "assumed" if unknown.source == "given" else "measured"}
+        | {"source": unknown.source}
+        for unknown in study.unknowns
+    ]
+
+
+def _warnings(studies: Sequence[UncertaintyStudy]) -> list[str]:
+    return [
+        f"only {study.fits_fraction:.0%} of draws fit into {study.scenario.cluster.gpu.name}'s memory"
+        for study in studies
+        if study.fits_fraction < 1
+    ]
 
 
 def _says_popularity(call: Call, file: Path | None) -> bool:

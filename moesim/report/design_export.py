@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from pathlib import Path
 
-from moesim.door import write_text_atomically
 from moesim.errors import InputError, check, near_match
-from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.report.export import write_study
 from moesim.report.parameters import OWNER
 from moesim.study.design_axes import AXES, DesignStudy, Value
 from moesim.study.quality import SOURCE, TOKENS
@@ -43,23 +39,13 @@ def write_design(study: DesignStudy, out_dir: str | Path) -> list[Path]:
 
     Raises InputError where the folder cannot be written.
     """
-    if not str(out_dir):
-        return []
-    paths = [Path(out_dir) / name for name in ("results.json", "results.csv")]
     estimate = [{"part": "quality", "kind": "estimate", "source": f"{SOURCE}, after {TOKENS:g} tokens"}]
-    envelope = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "design",
-        "inputs": {"scenario": study.scenario.to_dict()},
-        "result": study.to_dict(),
-        "provenance": estimate if study.asked.quality is not None else [],
-        "warnings": [f"{point.name}: {point.note}" for point in study.points if point.note],
-    }
-    text = json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text_atomically(paths[0], text + "\n")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    writer.writerows(study.rows())
-    write_text_atomically(paths[1], table.getvalue())
-    return paths
+    return write_study(
+        out_dir,
+        command="design",
+        inputs={"scenario": study.scenario.to_dict()},
+        result=study.to_dict(),
+        rows=study.rows(),
+        provenance=estimate if study.asked.quality is not None else [],
+        warnings=[f"{point.name}: {point.note}" for point in study.points if point.note],
+    )

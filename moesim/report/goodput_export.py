@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moesim.catalog.failures import sources
-from moesim.door import write_text_atomically
-from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.report.export import write_study
 from moesim.study.goodput import GoodputStudy, RunPlan
 from moesim.units import GIGA, MINUTE_S
 
@@ -41,22 +37,11 @@ def write_goodput(study: GoodputStudy, out_dir: str | Path) -> list[Path]:
 
     Raises InputError where the folder cannot be written.
     """
-    if not str(out_dir):
-        return []
-    paths = [Path(out_dir) / name for name in ("results.json", "results.csv")]
-    envelope = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "goodput",
-        "inputs": {"scenario": study.scenario.to_dict()},
-        "result": study.to_dict(),
-        "provenance": [{"part": part, "kind": kind, "source": source} for part, kind, source in sources()],
-        "warnings": [],
-    }
-    text = json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text_atomically(paths[0], text + "\n")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    writer.writerows(study.rows())
-    write_text_atomically(paths[1], table.getvalue())
-    return paths
+    return write_study(
+        out_dir,
+        command="goodput",
+        inputs={"scenario": study.scenario.to_dict()},
+        result=study.to_dict(),
+        rows=study.rows(),
+        provenance=[{"part": part, "kind": kind, "source": source} for part, kind, source in sources()],
+    )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesim.door import write_text_atomically
 from moesim.errors import InputError
 from moesim.placement.maps import save_map
-from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.report.export import write_study
 from moesim.report.parameters import OWNER
 from moesim.study.place import policy_of
 from moesim.study.placement import PlacementStudy
@@ -50,22 +46,13 @@ def write_placement(study: PlacementStudy, out_dir: str | Path) -> list[Path]:
     """
     if not str(out_dir):
         return []
-    folder = Path(out_dir)
-    paths = [folder / name for name in ("results.json", "results.csv", "physical_to_logical.json")]
-    envelope = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "place",
-        "inputs": {"scenario": study.scenario.to_dict()},
-        "result": study.to_dict(),
-        "provenance": [],
-        "warnings": [],
-    }
-    text = json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text_atomically(paths[0], text + "\n")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    writer.writerows(study.rows())
-    write_text_atomically(paths[1], table.getvalue())
-    save_map(paths[2], study.fastest.placed.placements)
+    paths = write_study(
+        out_dir,
+        command="place",
+        inputs={"scenario": study.scenario.to_dict()},
+        result=study.to_dict(),
+        rows=study.rows(),
+    )
+    paths.append(Path(out_dir) / "physical_to_logical.json")
+    save_map(paths[-1], study.fastest.placed.placements)
     return paths

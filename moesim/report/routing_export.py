@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moesim.door import write_text_atomically
-from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.report.export import envelope_json, table_csv
 from moesim.routing.histogram import write_histogram
 from moesim.study.balance import BalanceCurve
 from moesim.study.routing import RoutingStudy
@@ -29,7 +25,7 @@ def write_routing(study: RoutingStudy, out_dir: str | Path) -> list[Path]:
     folder = Path(out_dir)
     paths = [folder / name for name in ("results.json", "results.csv", "histogram.csv")]
     write_text_atomically(paths[0], routing_json(study))
-    write_text_atomically(paths[1], _routing_csv(study))
+    write_text_atomically(paths[1], table_csv(study.rows()))
     write_histogram(study.load.histogram, paths[2])
     return [*paths, *write_balancing(study.balancing, folder)]
 
@@ -45,25 +41,15 @@ def write_balancing(curves: Sequence[BalanceCurve], folder: Path) -> list[Path]:
 
 
 def routing_json(study: RoutingStudy) -> str:
-    """The study in the envelope of every --json, without ``run``: nothing of when or where it ran."""
-    envelope: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "report",
-        "inputs": {
+    """The study in the envelope of every --json."""
+    return envelope_json(
+        command="report",
+        inputs={
             "scenario": study.scenario.to_dict(),
             "recorded": None if study.load.source == "popularity" else study.load.source,
             "wanted_drop_fraction": study.needed.wanted_drop_fraction,
         },
-        "result": study.to_dict(),
-        "provenance": [dataclasses.asdict(item) for item in study.step.provenance],
-        "warnings": list(study.step.warnings),
-    }
-    return json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _routing_csv(study: RoutingStudy) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    writer.writerows(study.rows())
-    return text.getvalue()
+        result=study.to_dict(),
+        provenance=[dataclasses.asdict(item) for item in study.step.provenance],
+        warnings=study.step.warnings,
+    )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moesim.catalog.hardware import GPU_NAMES
-from moesim.door import write_text_atomically
 from moesim.errors import InputError, near_match
-from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.report.export import write_study
 from moesim.report.parameters import OWNER
 from moesim.study.sizing import SizingStudy
 from moesim.study.uncertainty_inputs import Spread, spread_of
@@ -66,22 +62,11 @@ def write_sizing(study: SizingStudy, out_dir: str | Path) -> list[Path]:
 
     Raises InputError where the folder cannot be written.
     """
-    if not str(out_dir):
-        return []
-    paths = [Path(out_dir) / name for name in ("results.json", "results.csv")]
-    envelope = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "cluster_sizing",
-        "inputs": {"scenario": study.scenario.to_dict()},
-        "result": study.to_dict(),
-        "provenance": [],
-        "warnings": [f"{point.name}: {point.reason}" for point in study.points if point.reason],
-    }
-    text = json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text_atomically(paths[0], text + "\n")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    writer.writerows(study.rows())
-    write_text_atomically(paths[1], table.getvalue())
-    return paths
+    return write_study(
+        out_dir,
+        command="cluster_sizing",
+        inputs={"scenario": study.scenario.to_dict()},
+        result=study.to_dict(),
+        rows=study.rows(),
+        warnings=[f"{point.name}: {point.reason}" for point in study.points if point.reason],
+    )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesim.door import write_text_atomically
 from moesim.metrics.scored import accuracy_statement
 from moesim.metrics.step import StepResult
 from moesim.report.alltoall_figures import ALGORITHM_WORDS, link_words
 from moesim.report.design_figures import three_digits
-from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.report.export import write_study
 from moesim.report.sentences import Page, Sentence
 from moesim.report.style import short_count, signed_percent
 from moesim.scenario import Scenario
@@ -195,25 +191,15 @@ def write_tour(tour: Tour, out_dir: str | Path) -> list[Path]:
 
     Raises InputError where the folder cannot be written.
     """
-    if not str(out_dir):
-        return []
-    paths = [Path(out_dir) / name for name in ("results.json", "results.csv")]
-    envelope = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "tour",
-        "inputs": {"scenario": tour.scenario.to_dict()},
-        "result": tour.to_dict(),
-        "provenance": [item.__dict__ for item in tour.step.provenance],
-        "warnings": list(tour.step.warnings),
-    }
-    text = json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text_atomically(paths[0], text + "\n")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    writer.writerows(tour.rows())
-    write_text_atomically(paths[1], table.getvalue())
-    return paths
+    return write_study(
+        out_dir,
+        command="tour",
+        inputs={"scenario": tour.scenario.to_dict()},
+        result=tour.to_dict(),
+        rows=tour.rows(),
+        provenance=[item.__dict__ for item in tour.step.provenance],
+        warnings=tour.step.warnings,
+    )
 
 
 def _numbers(result: StepResult) -> dict[str, float]:

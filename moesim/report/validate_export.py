@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moesim.door import write_text_atomically
-from moesim.report.export import CSV_COLUMNS, SCHEMA_VERSION
+from moesim.report.export import write_study
 from moesim.report.junit import junit_xml
 from moesim.report.parameters import notebooks_folder
 from moesim.study.validate import Design, Validation, read_design
@@ -33,22 +30,15 @@ def write_validation(found: Validation, out_dir: str | Path) -> list[Path]:
     """
     if not str(out_dir):
         return []
-    paths = [Path(out_dir) / name for name in ("results.json", "results.csv", "junit.xml")]
-    envelope = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "validate",
-        "inputs": {"scenario": found.design.scenario.to_dict()},
-        "result": found.to_dict(),
-        "provenance": [{"part": p.part, "kind": p.kind, "source": p.source} for p in found.step.provenance],
-        "warnings": list(found.step.warnings),
-    }
-    text = json.dumps(envelope, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text_atomically(paths[0], text + "\n")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for gate in found.gates:
-        writer.writerow(("gates", gate.name, gate.status, gate.value, gate.unit))
-    write_text_atomically(paths[1], table.getvalue())
-    write_text_atomically(paths[2], junit_xml(found))
+    paths = write_study(
+        out_dir,
+        command="validate",
+        inputs={"scenario": found.design.scenario.to_dict()},
+        result=found.to_dict(),
+        rows=[("gates", gate.name, gate.status, gate.value, gate.unit) for gate in found.gates],
+        provenance=[{"part": p.part, "kind": p.kind, "source": p.source} for p in found.step.provenance],
+        warnings=found.step.warnings,
+    )
+    paths.append(Path(out_dir) / "junit.xml")
+    write_text_atomically(paths[-1], junit_xml(found))
     return paths

@@ -32,11 +32,6 @@ class LlamaCheck:
     lost_per_failure_s: Range
     checkpoints: Checkpoints
 
-    @property
-    def holds(self) -> bool:
-        """Whether what was published lies inside."""
-        return self.interruptions.p10 <= LLAMA_UNEXPECTED <= self.interruptions.p90
-
 
 def check_llama(*, inspected: bool, num_runs: int = 200, seed: int = 0) -> LlamaCheck:
     """Interruptions, effective time and lost time per failure of Llama-3's run, each P10, P50 and P90 over runs.

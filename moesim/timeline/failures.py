@@ -199,7 +199,7 @@ class _Job:
         num_checkpoints = math.ceil(max(left_s - first_s / slowdown, 0.0) / self.checkpoints.interval_s - _TINY_S)
         self.is_training = True
         try:
-            yield self.env.timeout(left_s * slowdown + max(num_checkpoints, 0) * self.checkpoints.stall_s)
+            yield self.env.timeout(left_s * slowdown + num_checkpoints * self.checkpoints.stall_s)
         except simpy.Interrupt as interrupt:
             cut = interrupt.cause
         self.is_training = False
