@@ -27,26 +27,15 @@ from moesim.describe.hardware import Cluster
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.pipeline import held_by_stage
+from moesim.describe.placement import PlacementChoice
 from moesim.describe.schedules import check_schedule
 from moesim.describe.workload import Recorded, Routing, Training
 from moesim.door.files import read_yaml
 from moesim.door.parse import apply_overrides, parse_as
-from moesim.errors import InputError, check, near_match
+from moesim.errors import InputError, check
+from moesim.leaves import merge, nest, spelt_out
 
 SCHEMA = 1
-PolicyName = Literal[
-    "contiguous",
-    "striped",
-    "random",
-    "by_load",
-    "eplb",
-    "eplb_global",
-    "search",
-    "search_hierarchical",
-    "node_aware",
-    "map",
-]
-SplitName = Literal["even", "nearest", "least_loaded", "uneven"]
 DEFAULTS: Mapping[str, Any] = {
     "model": "deepseek-v3",
     "cluster": "h800-8x-ib400",
@@ -57,63 +46,6 @@ DEFAULTS: Mapping[str, Any] = {
     "global_batch": 15360,
     "precision": "fp8",
 }
-
-MEASURES = ("gini", "cv", "max_mean")  # of a popularity
-
-# Flat names, as notebooks and --set use them, and where each lives in the scenario file.
-LEAVES: Mapping[str, tuple[str, ...]] = {
-    **{name: (name,) for name in ("model", "cluster", "num_gpus", "profile", "fidelity", "seed", "replicas")},
-    **{
-        name: ("parallel", name)
-        for name in (
-            *("tp", "pp", "vpp", "cp", "cp_kind", "ep", "etp", "zero"),
-            *("layout", "num_first_stage_layers", "num_last_stage_layers", "embedding_as_layer", "loss_as_layer"),
-        )
-    },
-    **{
-        name: ("train", name)
-        for name in (
-            "seq_len",
-            "micro_batch",
-            "global_batch",
-            "precision",
-            "recompute",
-            "schedule",
-            "overlap",
-            "mtp",
-            "cuda_graphs",
-        )
-    },
-    **{name: ("train", name) for name in ("offload", "fused_loss")},
-    **{name: ("train", "optimizer", name) for name in ("gradients", "main_weights", "moments")},
-    "popularity": ("routing", "popularity", "kind"),
-    "gini": ("routing", "popularity", "gini"),
-    **{name: ("routing", name) for name in ("recording", "capacity_factor", "drop_policy", "dispatcher")},
-    **{name: ("placement", name) for name in ("policy", "num_slots", "map", "split", "rank_speeds")},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacementChoice:
-    """How experts are placed, and how a sender chooses among the replicas of one."""
-
-    policy: PolicyName = "contiguous"
-    num_slots: int | None = None  # slots of an expert-parallel group, the same on each rank; null: one for each expert
-    map: str | None = None  # a file of physical_to_logical or expert_to_rank, for policy: map
-    split: SplitName = "even"  # which replica a sender takes; of one replica each there is no choice
-    age_steps: int = 0  # steps since experts were placed: a drifting popularity has moved on by then
-    # GPUs that compute slower than the others (or faster), by global rank or ranks such as 8-15: speed over theirs.
-    rank_speeds: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        rule = "must name a file where policy is map, and only there"
-        check((self.policy == "map") == (self.map is not None), "scenario.placement", "map", rule, self.map)
-        slots = self.num_slots
-        check(slots is None or slots >= 1, "scenario.placement", "num_slots", "must be at least 1", slots)
-        for name, speed in self.rank_speeds.items():
-            check(
-                speed > 0, "scenario.placement.rank_speeds", name, "must be positive: a speed over the others'", speed
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +149,7 @@ class Scenario:
             f"must be 1, since {model.name} is dense",
             p.ep * p.etp,
         )
-        _speed_of_rank(self.placement.rank_speeds, layout.num_gpus)  # refuses ranks that are none
+        self.placement.speed_of_rank(layout.num_gpus)  # refuses ranks that are none
         check(
             p.tp <= self.cluster.ranks_per_node,
             "scenario.parallel",
@@ -233,7 +165,7 @@ class Scenario:
     @property
     def speed_of_rank(self) -> NDArray[np.float64]:
         """Each GPU's computing speed over the usual one."""
-        return _speed_of_rank(self.placement.rank_speeds, self.cluster.num_gpus)
+        return self.placement.speed_of_rank(self.cluster.num_gpus)
 
     @property
     def expert_copies(self) -> float:
@@ -331,135 +263,6 @@ class Scenario:
     def point_id(self) -> str:
         """sha256 of the canonical scenario."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
-
-
-def _speed_of_rank(rank_speeds: Mapping[str, float], num_gpus: int) -> NDArray[np.float64]:
-    """1 but for the ranks named. Raises InputError for ranks that are none, or named twice."""
-    speed_of_rank, named = np.ones(num_gpus), np.zeros(num_gpus, dtype=bool)
-    owner, rule = "scenario.placement.rank_speeds", f"must be ranks in 0..{num_gpus - 1}, such as 3 or 8-15"
-    for name, speed in rank_speeds.items():
-        first, _, last = name.partition("-")
-        check(first.isdecimal() and (last or first).isdecimal(), owner, name, rule, name)
-        low, high = int(first), int(last or first)
-        check(low <= high < num_gpus, owner, name, rule, name)
-        check(not named[low : high + 1].any(), owner, name, "names a rank that another entry names", name)
-        speed_of_rank[low : high + 1] = speed
-        named[low : high + 1] = True
-    return speed_of_rank
-
-
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat names to the file's nesting; an unknown name is refused with a near match.
-
-    >>> nest({"ep": 8, "seed": 1})
-    {'parallel': {'ep': 8}, 'seed': 1}
-    """
-    nested: dict[str, Any] = {}
-    for name, value in leaves.items():
-        if name not in LEAVES:
-            raise InputError("parameters", name, "is not a parameter", value, near_match(name, LEAVES))
-        at = nested
-        for key in LEAVES[name][:-1]:
-            at = at.setdefault(key, {})
-        at[LEAVES[name][-1]] = value
-    if "gini" in leaves and "popularity" not in leaves:
-        nested["routing"]["popularity"]["kind"] = "lognormal"
-    return nested
-
-
-def spelt_out(raw: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """The file's mapping with its short forms written out: ``recording: FILE`` is a popularity, recorded; a popularity
-    of which only a measure is given is lognormal, and so are documents without a file; rank_speeds may be a text such
-    as ``3=0.8,8-15=0.5``. Raises
-    InputError for a recording beside a popularity.
-
-    >>> spelt_out({"routing": {"recording": "trace.npy"}}, "scenario")
-    {'routing': {'popularity': {'kind': 'recorded', 'file': 'trace.npy'}}}
-    """
-    raw = dict(raw)
-    if isinstance(raw.get("placement"), Mapping) and "rank_speeds" in raw["placement"]:
-        speeds = _speeds_spelt_out(raw["placement"]["rank_speeds"], f"{owner}.placement")
-        raw["placement"] = dict(raw["placement"]) | {"rank_speeds": speeds}
-    documents = raw["train"].get("documents") if isinstance(raw.get("train"), Mapping) else None
-    if isinstance(documents, Mapping) and "kind" not in documents:
-        kind = {"kind": "histogram" if "file" in documents else "lognormal"}
-        raw["train"] = dict(raw["train"]) | {"documents": kind | dict(documents)}
-    if not isinstance(raw.get("routing"), Mapping):
-        return raw
-    routing = dict(raw["routing"])
-    recording, popularity = routing.pop("recording", None), routing.get("popularity")
-    if not popularity:
-        routing.pop("popularity", None)
-    if recording is not None:
-        rule = "stands in place of a popularity: give one of them"
-        check(not popularity, f"{owner}.routing", "recording", rule, popularity, f"The recording: {recording}.")
-        routing["popularity"] = {"kind": "recorded", "file": recording}
-    elif isinstance(popularity, Mapping) and "kind" not in popularity and popularity.keys() & set(MEASURES):
-        routing["popularity"] = {"kind": "lognormal"} | dict(popularity)
-    return raw | {"routing": routing}
-
-
-def _speeds_spelt_out(speeds: Any, owner: str) -> Any:
-    """rank_speeds as a mapping with texts for keys."""
-    if speeds is None:
-        return {}
-    if isinstance(speeds, Mapping):
-        return {str(rank): speed for rank, speed in speeds.items()}
-    rule = "must be a mapping of ranks to speeds, or read such as 3=0.8,8-15=0.5"
-    check(isinstance(speeds, str), owner, "rank_speeds", rule, speeds)
-    found: dict[str, float] = {}
-    for item in filter(None, (part.strip() for part in speeds.split(","))):
-        rank, equals, speed = (part.strip() for part in item.partition("="))
-        is_number = bool(equals) and speed.replace(".", "", 1).isdecimal()
-        check(is_number and rank not in found, owner, "rank_speeds", rule, speeds)
-        found[rank] = float(speed)
-    return found
-
-
-def overruled(raw: Mapping[str, Any], leaves: Mapping[str, Any], settings: Iterable[str] = ()) -> dict[str, Any]:
-    """A scenario file's mapping with flat names and then ``a.b=c`` texts laid over it, the later overruling.
-
-    A popularity that is named anew forgets what the file said of the old one; so does a recording. Raises InputError.
-
-    >>> overruled({"parallel": {"ep": 4, "pp": 2}}, {"ep": 8}, ["seed=1"])
-    {'parallel': {'ep': 8, 'pp': 2}, 'seed': 1}
-    """
-    spelt = [_dotted(text) for text in settings]
-    asked = apply_overrides(nest(leaves), spelt)
-    kept = _without_replaced(raw, asked, anew="popularity" in leaves)
-    return apply_overrides(merge(kept, nest(leaves)), spelt)
-
-
-def _dotted(text: str) -> str:
-    """A --set text with a flat name (ep=32) spelt as the file nests it (parallel.ep=32)."""
-    name, equals, value = text.partition("=")
-    if "." in name or name.strip() not in LEAVES:
-        return text
-    return ".".join(LEAVES[name.strip()]) + equals + value
-
-
-def _without_replaced(raw: Mapping[str, Any], asked: Mapping[str, Any], *, anew: bool) -> Mapping[str, Any]:
-    """A scenario file's mapping without its popularity, or recording, where another is asked for.
-
-    anew: whether the kind of popularity itself is named, which forgets all that the file said of it.
-    """
-    there, named = raw.get("routing"), asked.get("routing")
-    if not isinstance(there, Mapping) or not isinstance(named, Mapping):
-        return raw
-    old, new = there.get("popularity"), named.get("popularity")
-    was_recorded = isinstance(old, Mapping) and old.get("kind") == "recorded"
-    is_replaced = anew or named.get("recording") is not None or (new is not None and was_recorded)
-    gone = ({"popularity"} if is_replaced else set()) | ({"recording"} if new is not None else set())
-    return {**raw, "routing": {name: value for name, value in there.items() if name not in gone}}
-
-
-def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """base with change laid over it, mapping by mapping."""
-    merged = dict(base)
-    for key, value in change.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
-    return merged
 
 
 def _files_beside(asked: _File, folder: Path | None) -> _File:

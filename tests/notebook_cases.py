@@ -9,8 +9,8 @@ from pathlib import Path
 import papermill
 
 from moesim.door import read_yaml
+from moesim.leaves import LEAVES
 from moesim.report.parameters import Question, ask, check_parameters, notebooks_folder, parameters_of
-from moesim.scenario import LEAVES
 
 OLMOE_ON_32 = {
     "model": "olmoe-1b-7b",

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from moesim.cli import app
 from moesim.cli.call import LEAF_NAMES, join_parameters
 from moesim.cli.output import Answer, Table, print_table, to_json
-from moesim.scenario import LEAVES, Scenario
+from moesim.leaves import LEAVES
+from moesim.scenario import Scenario
 
 SMALL = ["--model", "mixtral-8x7b", "--cluster", "h100-8x-ib400", "--num-gpus", "8", "--ep", "8"]
 SMALL += ["--seq-len", "512", "--global-batch", "8"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import nbformat
 import papermill
 
+from moesim.leaves import LEAVES
 from moesim.report.parameters import find_notebook, notebooks_folder, parameters_of
 from moesim.report.runner import run_notebook
-from moesim.scenario import LEAVES
 
 NOTEBOOK = find_notebook("00_tour")
 OWN = {"tokens_to_train", "price_per_gpu_hour", "out_dir"}

@@ -14,11 +14,11 @@ import pytest
 from moesim import Scenario
 from moesim.describe.popularity import popularity_words
 from moesim.door import read_yaml
+from moesim.leaves import LEAVES
 from moesim.report import load_figures, routing_figures, routing_sentences, routing_tables
 from moesim.report.parameters import ask, check_parameters, find_notebook, notebooks_folder, parameters_of
 from moesim.report.routing_export import routing_json, write_routing
 from moesim.report.runner import run_notebook
-from moesim.scenario import LEAVES
 from moesim.study.routed import routed_load
 from moesim.study.routing import RoutingStudy, routing_study
 from tests.notebook_cases import loads_nothing

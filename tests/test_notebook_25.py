@@ -11,10 +11,11 @@ import pytest
 from moesim.catalog.design import model_from_design
 from moesim.describe.parameters import active_parameters, total_parameters
 from moesim.errors import InputError
+from moesim.leaves import LEAVES
 from moesim.report.design_export import read_axes
 from moesim.report.parameters import find_notebook, parameters_of
 from moesim.report.runner import run_notebook
-from moesim.scenario import LEAVES, Scenario
+from moesim.scenario import Scenario
 from moesim.study.design_axes import AXES, default_values, design_study, first_moe, varied_model, varied_scenario
 from moesim.study.quality import PARAMETERS, quality_of, routed_loss
 

@@ -8,11 +8,12 @@ import papermill
 import pytest
 
 from moesim.errors import InputError
+from moesim.leaves import LEAVES
 from moesim.report.parameters import ask, check_parameters, find_notebook, parameters_of
 from moesim.report.runner import run_notebook
 from moesim.report.sizing_export import read_kinds
 from moesim.report.sizing_sentences import verdict
-from moesim.scenario import LEAVES, Scenario
+from moesim.scenario import Scenario
 from moesim.study.goodput import RunPlan
 from moesim.study.sizing import SizingStudy, sizing_study
 from moesim.timeline.step import run_step

@@ -8,10 +8,10 @@ import papermill
 import pytest
 
 from moesim.errors import InputError
+from moesim.leaves import LEAVES
 from moesim.report.goodput_export import plan_of
 from moesim.report.parameters import ask, check_parameters, find_notebook, parameters_of
 from moesim.report.runner import run_notebook
-from moesim.scenario import LEAVES
 
 NOTEBOOK = find_notebook("45_goodput_and_cost")
 SMALL = {

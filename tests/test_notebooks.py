@@ -14,10 +14,11 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from moesim.door import read_yaml
+from moesim.leaves import LEAVES
 from moesim.report.export import results_json
 from moesim.report.parameters import ask, check_parameters, find_notebook, notebooks_folder, parameters_of
 from moesim.report.runner import FILES, run_notebook
-from moesim.scenario import DEFAULTS, LEAVES, Scenario
+from moesim.scenario import DEFAULTS, Scenario
 from moesim.study.advice import changes
 from moesim.study.planning import planning_study
 from tests.notebook_cases import loads_nothing

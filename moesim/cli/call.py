@@ -24,7 +24,7 @@ from moesim.errors import InputError, MoesimError, near_match
 
 DONE, GATE_FAILED, BAD_INPUT, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 3, 130
 
-# Each flat name of a scenario (moesim.scenario.LEAVES), grouped as the help shows them: metavar, help.
+# Each flat name of a scenario (moesim.leaves.LEAVES), grouped as the help shows them: metavar, help.
 SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "What runs where": {
         "model": ("NAME|FILE", "Preset, Hugging Face config.json, or design YAML."),

@@ -44,7 +44,7 @@ def scenario_of(call: Call, file: Path | None, parameters: Mapping[str, Any] | N
 
 def mapping_of(call: Call, raw: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
     """A scenario file's mapping with flat names and a call's --set and --seed laid over it."""
-    from moesim.scenario import overruled
+    from moesim.leaves import overruled
 
     seed = {} if call.seed is None else {"seed": call.seed}
     return overruled(raw, leaves, call.settings) | seed
@@ -81,7 +81,7 @@ def _flag(name: str) -> str:
 def flat_settings(call: Call) -> dict[str, Any]:
     """The --set texts and the seed of a call as flat names, for a notebook; a field without a flat name is refused."""
     from moesim.door.parse import apply_overrides
-    from moesim.scenario import LEAVES
+    from moesim.leaves import LEAVES
 
     flat_of = {".".join(path): name for name, path in LEAVES.items()}
     found: dict[str, Any] = {} if call.seed is None else {"seed": call.seed}
@@ -99,7 +99,7 @@ def flat_leaves(scenario: Scenario, folder: Path | None) -> dict[str, Any]:
 
     folder: where the scenario's file lies, for model and cluster files beside it.
     """
-    from moesim.scenario import LEAVES
+    from moesim.leaves import LEAVES
 
     filled = scenario.to_dict()
     popularity = filled["routing"]["popularity"]

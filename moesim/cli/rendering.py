@@ -28,9 +28,9 @@ def render_report(call: Call, first: str | None, second: str | None, params_file
     import time
 
     from moesim.cli.question import flat_leaves, flat_settings, read_parameters, scenario_of, typed_parameters
+    from moesim.leaves import LEAVES
     from moesim.report.parameters import ask, check_parameters, find_notebook, has_scenario, parameters_of
     from moesim.report.runner import run_notebook
-    from moesim.scenario import LEAVES
 
     is_scenario = first is None or Path(first).suffix in (".yaml", ".yml", ".json")
     check(second is None or not is_scenario, "report", "SCENARIO", "must be one file, after a notebook's name", second)
@@ -75,7 +75,7 @@ def _kept_of_the_notebook(given: Mapping[str, Any], known: Mapping[str, Paramete
     """
     from moesim.describe.parallel import Parallelism
     from moesim.describe.workload import Training
-    from moesim.scenario import LEAVES
+    from moesim.leaves import LEAVES
 
     if not given.keys() & {"model", "cluster", "num_gpus"}:
         return ()

@@ -15,7 +15,8 @@ from typing import Any
 
 from moesim.door import parse_as, read_json
 from moesim.errors import InputError, check, near_match
-from moesim.scenario import LEAVES, Scenario
+from moesim.leaves import LEAVES
+from moesim.scenario import Scenario
 
 OWNER = "parameters"
 MARK = "# Parameters"  # how the parameters cell begins, and the one that papermill injects after it

@@ -29,7 +29,7 @@ def run_notebook(
 ) -> Path:
     """Run a notebook with parameters and leave report.html, report.ipynb and its results in out_dir; returns out_dir.
 
-    parameters: flat names (moesim.scenario.LEAVES, the notebook's own); others keep the notebook's defaults.
+    parameters: flat names (moesim.leaves.LEAVES, the notebook's own); others keep the notebook's defaults.
     show_progress: a bar on stderr; by default only on a terminal. Everything is made in a folder beside out_dir and
     moved in at the end, so a failure leaves out_dir as it was. Raises InputError and NotModelledError, both before a
     kernel starts.

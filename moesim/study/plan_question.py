@@ -11,7 +11,8 @@ from moesim.describe.checks import check_number, check_whole
 from moesim.door.files import read_yaml
 from moesim.door.parse import parse_as
 from moesim.errors import check, near_match
-from moesim.scenario import LEAVES, Scenario
+from moesim.leaves import LEAVES
+from moesim.scenario import Scenario
 from moesim.study.plan_space import Space, space_of
 
 # What a plan may vary: what it chooses by itself, and what it takes as it is given.

@@ -15,7 +15,8 @@ from moesim.door.files import read_yaml
 from moesim.door.journal import sha256_of_file
 from moesim.door.parse import parse_as
 from moesim.errors import InputError, MoesimError, check, near_match
-from moesim.scenario import LEAVES, Scenario, overruled
+from moesim.leaves import LEAVES, overruled
+from moesim.scenario import Scenario
 from moesim.units import MEGA
 
 MAX_POINTS = int(MEGA)
