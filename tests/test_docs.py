@@ -133,7 +133,7 @@ def test_the_readmes_design_and_cluster_load_and_run_as_its_command_says(tmp_pat
 
 
 def test_the_readme_names_every_verb_and_only_targets_that_exist() -> None:
-    from moesim.cli.verbs import app
+    from moesim.cli.app import app
 
     text = README.read_text()
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from moesim.cli.verbs import app
+from moesim.cli.app import app
 from moesim.cost.recompute import useful_modules
 from moesim.scenario import Scenario
 from moesim.study.advice import changes

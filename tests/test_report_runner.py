@@ -9,7 +9,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from moesim.cli.rendering import _kept_of_the_notebook
+from moesim.cli.report import _kept_of_the_notebook
 from moesim.errors import InputError, MoesimError, NotModelledError
 from moesim.report import parameters, runner
 from moesim.report.parameters import check_parameters, find_notebook, parameters_of, parse_cell, read_question

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesim.cli.app import app
 from moesim.cli.call import Call, verb
 from moesim.cli.output import Answer, Table, envelope_of, working, write_results
-from moesim.cli.verbs import app
 from moesim.errors import check
 
 if TYPE_CHECKING:

@@ -229,8 +229,19 @@ def _whole(text: str) -> int:
     return value
 
 
+# Verbs as --help tells them: what is there, one step, its parts, a decision, a real layer, in and out. Others follow.
+ORDER = (
+    *("models", "gpus", "clusters", "describe", "simulate", "trace", "report", "route", "place", "alltoall"),
+    *("plan", "sweep", "uncertainty", "goodput", "validate", "diff", "accuracy", "calibrate", "selfcheck"),
+)
+
+
 class Verbs(TyperGroup):
     """The group of verbs: joins ``-p name value``, names near verbs, and maps every way out to its exit status."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **options: Any) -> NoReturn:  # type: ignore[override]
         arguments = list(sys.argv[1:] if args is None else args)

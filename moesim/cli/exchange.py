@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesim.cli.app import ScenarioFile, app
 from moesim.cli.call import Call, verb
 from moesim.cli.output import Answer
-from moesim.cli.verbs import ScenarioFile, app
 from moesim.errors import InputError, check, near_match
 
 if TYPE_CHECKING:

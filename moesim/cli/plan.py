@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesim.cli.app import app
 from moesim.cli.call import DONE, GATE_FAILED, Call, verb
 from moesim.cli.output import Answer, Table, fields_table, working
-from moesim.cli.verbs import app
 from moesim.errors import InputError, check
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ def render_reports(
 ) -> Answer:
     """Check every parameter set, then render each into its folder under --out."""
     from moesim.cli.question import flat_settings, read_parameters, typed_parameters
-    from moesim.cli.rendering import PLANNING_NOTEBOOK
+    from moesim.cli.report import PLANNING_NOTEBOOK
     from moesim.door import parse_as, read_yaml
     from moesim.report.grid import INDEX, TABLE, ask_runs, render_grid
     from moesim.study.sweep_file import SweepFile, words_of

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesim.cli.app import app
+from moesim.cli.calibrate import DEVICES, timing_progress
 from moesim.cli.call import Call, verb
 from moesim.cli.output import Answer, Table, fields_table
-from moesim.cli.rendering import DEVICES, timing_progress
-from moesim.cli.verbs import app
 from moesim.errors import MoesimError, check, near_match
 
 if TYPE_CHECKING:

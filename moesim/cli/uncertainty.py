@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesim.cli.app import ScenarioFile, app
 from moesim.cli.call import Call, verb
 from moesim.cli.output import Answer, Table, working
-from moesim.cli.verbs import ScenarioFile, app
 from moesim.errors import check
 
 if TYPE_CHECKING:

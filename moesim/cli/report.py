@@ -1,25 +1,81 @@
-"""The two verbs that do long work elsewhere: ``report`` runs a notebook, ``calibrate`` times the real layer."""
+"""``moesim report``: a notebook run with checked parameters, or a grid of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from moesim.cli.call import Call
-from moesim.cli.output import Answer, Table, fields_table
-from moesim.errors import MoesimError, check
+import typer
+
+from moesim.cli.app import app, examples
+from moesim.cli.call import Call, verb
+from moesim.cli.output import Answer, Table
+from moesim.errors import check
 
 if TYPE_CHECKING:
     from moesim.report.parameters import Parameter
-    from reference_model.shapes import LayerShapes
 
 PLANNING_NOTEBOOK = "10_planning_report"
-DEVICES = ("auto", "cuda", "cpu")
+REPORT_EXAMPLES = examples(
+    "moesim report --out out/report",
+    "moesim report -p ep 32 -p recompute full",
+    "moesim report -f params.yaml --out out/mine",
+    "moesim report scenario.yaml",
+    "moesim report 20_routing_and_drops --capacity-factor 1.5 -p wanted_drop 0.001",
+    "moesim report 30_expert_placement scenario.yaml --out out/placement",
+    "moesim report 50_quality_vs_active_flops --out out/training",
+    "moesim report 20_routing_and_drops --grid grid.yaml --out out/reports",
+    "A grid: base (flat parameters) and grid (names to lists) or points (a list of names to values); index.html "
+    "compares and links the reports.",
+    "What is not named keeps the notebook's default, as with papermill: DeepSeek-V3 on 2,048 H800 (PP16, EP64). "
+    "A scenario file takes the scenario's own defaults instead.",
+)
 
 
-def render_report(call: Call, first: str | None, second: str | None, params_file: Path | None) -> Answer:
+@app.command(epilog=REPORT_EXAMPLES)
+@verb(scenario=True, out_help="Folder of report.html, report.ipynb, results.json, results.csv and more (out/report).")
+def report(
+    call: Call,
+    notebook: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NOTEBOOK]",
+            help="10_planning_report (the default), 00_tour, 12_memory, 15_calibration, 20_routing_and_drops, "
+            "25_dense_vs_moe, 30_expert_placement, 35_all_to_all, 40_cluster_sizing, 45_goodput_and_cost, "
+            "50_quality_vs_active_flops, 60_accuracy, 70_validate_design, or a file of your own.",
+            show_default=False,
+        ),
+    ] = None,
+    scenario_file: Annotated[
+        str | None,
+        typer.Argument(metavar="[SCENARIO.yaml]", help="Scenario file; options overrule it.", show_default=False),
+    ] = None,
+    params_file: Annotated[
+        Path | None,
+        typer.Option(
+            "-f", "--params", metavar="FILE", help="YAML of flat parameters, as papermill's -f.", show_default=False
+        ),
+    ] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Many reports: a grid or list of parameter sets.", show_default=False),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Reports at a time, with --grid; by default one a core.", min=1)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="With --grid: keep the reports that are there.")] = False,
+) -> Answer:
+    """Render a report: planning (does it fit, how fast, what binds, what to change), routing, or placement."""
+    if grid is not None:
+        from moesim.cli.report_grid import render_reports
+
+        return render_reports(call, notebook, scenario_file, params_file, grid, workers, resume)
+    check(workers is None and not resume, "--workers, --resume", "", "go with --grid", None)
+    return _render(call, notebook, scenario_file, params_file)
+
+
+def _render(call: Call, first: str | None, second: str | None, params_file: Path | None) -> Answer:
     """Check everything that was asked, then run a notebook (the planning one, or the one named) into the output folder.
 
     first: a notebook's name, then second is the scenario file; or the scenario file itself. Without a scenario file,
@@ -97,92 +153,3 @@ def _page_first(path: Path) -> tuple[int, str]:
     from moesim.report.runner import FILES
 
     return (FILES.index(path.name) if path.name in FILES else len(FILES), path.name)
-
-
-def run_calibration(call: Call, device: str, model: str | None, quick: bool, ranks: int = 1) -> Answer:
-    """Time a real layer with the reference model, which is the one place where torch is loaded."""
-    check(device in DEVICES, "--device", "", "must be auto, cuda or cpu", device)
-    shapes = _shapes(model) if model is not None else None
-    path = call.out or Path("profile.json")
-    check(not path.is_dir(), "--out", "", "must be a file", str(path))
-    from reference_model.calibrate import calibrate
-
-    with timing_progress(call) as progress:
-        try:
-            profile = calibrate(device, shapes, quick, path, progress, num_ranks=ranks)
-        except ValueError as error:  # the reference model knows no moesim errors
-            raise MoesimError(f"calibrate: {error}") from None
-    about = profile["device"]
-    headline = [
-        ("Device", str(about["name"])),
-        ("torch", str(about["torch_version"])),
-        ("Models timed", ", ".join(profile["named_model"])),
-        ("Points", f"{len(profile['points']):,}"),
-        ("Profile", str(path)),
-    ]
-    columns = ("Held-out error of", "Points", "Median", "90 %", "Bias", "Noise")
-    errors = [
-        (
-            f"{row['kind']} {row['direction']}",
-            str(row["num_points"]),
-            *(f"{row[name]:.1%}" for name in ("median_fraction", "p90_fraction", "bias_fraction", "noise_fraction")),
-        )
-        for row in profile["errors"]
-    ]
-    return Answer(
-        inputs={"device": device, "model": model, "quick": quick, "ranks": ranks},
-        result={name: profile[name] for name in profile if name != "points"} | {"file": str(path)},
-        tables=[
-            fields_table("Calibration", headline),
-            Table(
-                title="How well the fit predicts",
-                columns=columns,
-                rows=errors,
-                right=columns[1:],
-                note="Noise: how far repeats of one case disagree. An error below it says nothing of the fit.",
-            ),
-        ],
-        provenance=[{"part": "profile", "kind": "measured", "source": f"{about['name']}, {profile['date']}"}],
-        warnings=profile["notes"],
-        writes_own_files=True,
-    )
-
-
-def _shapes(name: str) -> LayerShapes:
-    """The sizes of a model's MoE layer, for timing."""
-    from moesim.catalog.models import load_model
-
-    model = load_model(name)
-    check(model.is_moe, "--model", "", "must have MoE layers to time", name)
-    from reference_model.shapes import shapes_of
-
-    moe: Any = model.layers[model.moe_layers[0]].ffn
-    return shapes_of(
-        name=model.name,
-        hidden=model.hidden,
-        expert_width=moe.expert.width,
-        num_experts=moe.num_experts,
-        top_k=moe.router.top_k,
-    )
-
-
-@contextmanager
-def timing_progress(call: Call) -> Iterator[Callable[[int, int, str], None]]:
-    """What the reference model reports its progress to: a bar on a terminal, elsewhere a message per tenth."""
-    import sys
-
-    if not sys.stderr.isatty():
-        yield lambda done, total, _: _note_tenths(call, done, total)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=call.verbosity < 0) as bar:
-        task = bar.add_task("Timing", total=None)
-        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text[:40])
-
-
-def _note_tenths(call: Call, done: int, total: int) -> None:
-    """total may be 0: a calibration that goes on where it stopped has passes with nothing left to do."""
-    if total and done * 10 // total != (done - 1) * 10 // total:
-        call.note(f"timed {done} of {total} cases")
