@@ -6,14 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from moesim.cost.activations import (
-    MEGATRON,
-    head_tensors,
-    layer_input,
-    layer_tensors,
-    placeholder_gradient_bytes,
-)
+from moesim.cost.activations import head_tensors, layer_input, layer_tensors, placeholder_gradient_bytes
 from moesim.cost.moments import layer_moments
+from moesim.cost.software import MEGATRON
 from moesim.describe.model import Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn, Router
 from moesim.describe.parallel import Parallelism
 

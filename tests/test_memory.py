@@ -11,20 +11,12 @@ from hypothesis import strategies as st
 
 from moesim.catalog.models import load_model
 from moesim.cost.activations import layer_tensors, placeholder_gradient_bytes, weight_shapes, workspace_bytes
-from moesim.cost.memory import (
-    RankMemory,
-    StageProfile,
-    StaticMemory,
-    outer_parameters,
-    rank_parameters,
-    stage_chunks,
-    stage_memory,
-    stage_profile,
-    static_memory,
-)
+from moesim.cost.memory import RankMemory, StageProfile, stage_memory, stage_profile
+from moesim.cost.static import StaticMemory, outer_parameters, rank_parameters, static_memory
 from moesim.describe.model import Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn, Router
 from moesim.describe.parallel import Parallelism
 from moesim.describe.parameters import mtp_parameters, total_parameters
+from moesim.describe.pipeline import stage_chunks
 from moesim.describe.workload import Optimizer, Training
 
 ATTENTION = GroupedQueryAttention(num_heads=16, num_kv_heads=4, head_dim=64)

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesim.cost.activations import MEGATRON
 from moesim.cost.memory import stage_memory
+from moesim.cost.software import MEGATRON
 from moesim.describe.model import Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn, Router
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Training

@@ -11,8 +11,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from moesim.cost.activations import REFERENCE, head_tensors, layer_tensors  # noqa: E402
+from moesim.cost.activations import head_tensors, layer_tensors  # noqa: E402
 from moesim.cost.recompute import kept_tensors  # noqa: E402
+from moesim.cost.software import REFERENCE  # noqa: E402
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn  # noqa: E402
 from moesim.describe.model import Router as DescribedRouter  # noqa: E402
 from moesim.describe.parallel import Parallelism  # noqa: E402

@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch")
 
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
-from moesim.cost.activations import MEGATRON, REFERENCE, SavedTensor, Software, layer_tensors  # noqa: E402
+from moesim.cost.activations import SavedTensor, layer_tensors  # noqa: E402
 from moesim.cost.recompute import kept_tensors  # noqa: E402
+from moesim.cost.software import MEGATRON, REFERENCE, Software  # noqa: E402
 from moesim.describe.flops import layer_flops  # noqa: E402
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn  # noqa: E402
 from moesim.describe.model import Router as DescribedRouter  # noqa: E402

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.catalog.models import load_model
-from moesim.cost.memory import outer_parameters, static_memory
+from moesim.cost.static import outer_parameters, static_memory
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import held_by_stage, mtp_stage, stage_chunks
 from moesim.describe.stages import Held, held_of_text

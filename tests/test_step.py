@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from moesim.cost.activations import MEGATRON
+from moesim.cost.software import MEGATRON
 from moesim.describe.hardware import Sourced
 from moesim.describe.schedules import OneForwardOneBackward
 from moesim.errors import InputError

@@ -10,19 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.activations import (
-    BF16_BYTES,
-    SavedTensor,
-    Software,
-    head_tensors,
-    layer_input,
-    layer_tensors,
-    mtp_tensors,
-)
+from moesim.cost.activations import BF16_BYTES, SavedTensor, head_tensors, layer_input, layer_tensors, mtp_tensors
 from moesim.cost.context import buffer_bytes
 from moesim.cost.moments import forward_moments, head_moment, layer_moments
 from moesim.cost.offload import LAYERS_ON_GPU
 from moesim.cost.recompute import kept_tensors
+from moesim.cost.software import Software
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import Placed

@@ -17,35 +17,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.activations import (
-    BF16_BYTES,
-    MEGATRON,
-    Software,
-    layer_input,
-    placeholder_gradient_bytes,
-    rank_kv_heads,
-    workspace_bytes,
-)
+from moesim.cost.activations import layer_input, placeholder_gradient_bytes, workspace_bytes
 from moesim.cost.chunks import ChunkMemory, Worst, chunk_memory
-from moesim.cost.precision import LAYOUTS, RECIPES
-from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
+from moesim.cost.software import MEGATRON, Software
+from moesim.cost.static import StaticMemory, static_memory
+from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism, RankLayout
-from moesim.describe.parameters import layer_parameters
-from moesim.describe.pipeline import Placed, chunk_depths, mtp_stage, stage_chunks
+from moesim.describe.pipeline import Placed, chunk_depths, stage_chunks
 from moesim.describe.schedules import Operation, make_schedule
 from moesim.describe.workload import Dispatcher, Training
 
 Floats = NDArray[np.floating]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StaticMemory:
-    """What stands all through the step, and what the update of the weights makes for a moment [bytes]."""
-
-    weights_bytes: float
-    gradients_bytes: float
-    optimizer_bytes: float
-    update_bytes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,121 +56,6 @@ class RankMemory:
     def allocated_bytes(self) -> float:
         """What the framework's allocator hands out (torch's max_memory_allocated): no context, NCCL or reserve."""
         return self.peak_bytes - self.reserved_bytes - (self.comm_bytes - self.pipeline_bytes)
-
-
-def static_memory(
-    model: Model, parallel: Parallelism, layout: RankLayout, train: Training, *, stage: int, expert_copies: float = 1.0
-) -> StaticMemory:
-    """Weights, gradients and optimizer states of a rank of a stage.
-
-    Weights are BF16; gradients, main weights and Adam's two moments as ``train.optimizer`` says, the latter two in the
-    host's memory where they are offloaded. zero=0: all replicated. zero=1 (Megatron's distributed optimizer): states
-    over the dp*cp ranks, those of
-    experts over edp. zero=2 (as DeepSpeed): gradients too, but for the layer in backward. zero=3 (as DeepSpeed, FSDP):
-    weights too, but for two gathered layers (the live one and the one fetched ahead). States that are not fp32 are
-    updated as fp32 copies, all of an optimizer's at once, dense parameters and experts having one each
-    (TransformerEngine pytorch/optimizers/fused_adam.py, Megatron-LM core/optimizer).
-    """
-    placed = [item for chunk in stage_chunks(model, parallel, train, stage) for item in chunk]
-    layers = [rank_parameters(model, item, parallel, expert_copies) for item in placed]
-    return static_of(layers, outer_parameters(model, parallel, train, stage), parallel, layout, train)
-
-
-def static_of(
-    layers: Sequence[tuple[float, float]], outer: float, parallel: Parallelism, layout: RankLayout, train: Training
-) -> StaticMemory:
-    """As static_memory, of a stage whose layers have these (dense, expert) parameters on a rank, and outer ones."""
-    dense, expert = outer + sum(d for d, _ in layers), sum(e for _, e in layers)
-    copies = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp).num_copies
-    split_dense, split_expert = layout.dp * parallel.cp * copies, layout.edp * copies
-
-    def total_bytes(element_bytes: float, *, sharded: bool, num_whole: int) -> float:
-        if not sharded:
-            return (dense + expert) * element_bytes
-        rests = sorted((d * (1 - 1 / split_dense) + e * (1 - 1 / split_expert) for d, e in layers), reverse=True)
-        return (dense / split_dense + expert / split_expert + sum(rests[:num_whole])) * element_bytes
-
-    stays = "optimizer" not in train.offloaded
-    sharded = parallel.zero >= 1
-    shards = (dense / split_dense, expert / split_expert) if sharded else (dense, expert)
-    return StaticMemory(
-        weights_bytes=total_bytes(BF16_BYTES, sharded=parallel.zero >= 3, num_whole=2)
-        + _cast_bytes(layers, parallel, train),
-        gradients_bytes=total_bytes(train.optimizer.gradient_bytes, sharded=parallel.zero >= 2, num_whole=1),
-        optimizer_bytes=total_bytes(train.optimizer.state_bytes, sharded=sharded, num_whole=0) if stays else 0.0,
-        update_bytes=max(shards) * train.optimizer.copied_bytes if stays else 0.0,
-    )
-
-
-def _cast_bytes(layers: Sequence[tuple[float, float]], parallel: Parallelism, train: Training) -> float:
-    """Copies of a stage's layer weights in the products' narrow format, by rows and by columns, kept from the first
-    micro-batch to the last (TransformerEngine); of gathered weights those of two layers.
-    """
-    if train.precision == "bf16":
-        return 0.0
-    sizes = sorted((dense + expert for dense, expert in layers), reverse=True)
-    return LAYOUTS * RECIPES[train.precision].operand_bytes * sum(sizes[:2] if parallel.zero >= 3 else sizes)
-
-
-def rank_parameters(
-    model: Model, placed: Placed, parallel: Parallelism, expert_copies: float = 1.0
-) -> tuple[float, float]:
-    """(dense, expert) parameters of one layer on one rank.
-
-    Over tp: products by rows or columns; norms, router and the down-projections of latent attention are whole on each
-    rank, and so is at least one key-value head. Experts: num_experts * expert_copies / ep
-    of them, each over etp; expert_copies is slots over experts, above 1 where experts have replicas.
-    """
-    parts = layer_parameters(model, placed.layer)
-    tp, norms, joining = parallel.tp, parts.norms, 0.0
-    if placed.is_mtp:  # its layer stands in model.mtp_layers; the joining projection and three norms come on top
-        joining = 2 * model.hidden**2
-        norms += 3 * model.hidden
-    whole = _latent_down_parameters(model.hidden, placed.layer)
-    copied = _copied_kv_parameters(model.hidden, placed.layer, tp)
-    split = parts.attention - whole + parts.cross_attention + parts.shared_experts + parts.dense_ffn + joining
-    return (
-        split / tp + copied + whole + parts.router + norms,
-        parts.experts * expert_copies / parallel.ep / parallel.etp,
-    )
-
-
-def _latent_down_parameters(hidden: int, layer: Layer) -> int:
-    attention = layer.attention
-    if not isinstance(attention, LatentAttention):
-        return 0
-    return hidden * ((attention.q_lora_rank or 0) + attention.kv_lora_rank + attention.qk_rope_head_dim)
-
-
-def _copied_kv_parameters(hidden: int, layer: Layer, tp: int) -> float:
-    """What a rank holds of key and value projections beyond 1/tp of them: with tp > num_kv_heads, a whole head."""
-    copied = 0.0
-    for attention in (layer.attention, layer.cross_attention):
-        if isinstance(attention, GroupedQueryAttention):
-            heads = rank_kv_heads(attention, tp) - attention.num_kv_heads / tp
-            copied += 2 * heads * attention.head_dim * (hidden + attention.qkv_bias)
-    return copied
-
-
-def outer_parameters(model: Model, parallel: Parallelism, train: Training, stage: int) -> float:
-    """Parameters of a rank outside the layers: embedding (first stage), head, final norms (last stage).
-
-    Tied embeddings stand on the first and, with pp > 1, once more on the last stage. So does the embedding on the stage
-    where multi-token-prediction layers are trained, which look up their tokens there; a tied head is that copy.
-    """
-    if train.schedule == "dualpipe":  # the stage holds its mirrored one's part as well
-        return sum(_outer_parameters(model, parallel, train, part) for part in (stage, parallel.pp - 1 - stage))
-    return _outer_parameters(model, parallel, train, stage)
-
-
-def _outer_parameters(model: Model, parallel: Parallelism, train: Training, stage: int) -> float:
-    is_first, is_last = stage == 0, stage == parallel.pp - 1
-    table = model.vocab * model.hidden / parallel.tp
-    num_tables = int(is_first) + int(is_last and not (model.tie_embeddings and is_first))
-    looks_up_again = stage == mtp_stage(model, parallel, train) and not (model.tie_embeddings and is_last)
-    num_tables += int(not is_first and looks_up_again)
-    norms = model.num_final_norms * model.hidden * (2 if model.has_norm_bias else 1)
-    return num_tables * table + is_last * norms + is_first * model.num_extra_parameters
 
 
 def stage_memory(

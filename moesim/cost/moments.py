@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.cost.activations import BF16_BYTES, FP32_BYTES, MEGATRON, Software, fc1_rows
+from moesim.cost.activations import BF16_BYTES, FP32_BYTES, fc1_rows
 from moesim.cost.precision import RECIPES
+from moesim.cost.software import MEGATRON, Software
 from moesim.describe.model import Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Dispatcher, Precision

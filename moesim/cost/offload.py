@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moesim.cost.activations import MEGATRON, Software, layer_tensors
+from moesim.cost.activations import layer_tensors
 from moesim.cost.recompute import kept_tensors
+from moesim.cost.software import MEGATRON, Software
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import Placed

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.catalog.step import rows_of_fit
-from moesim.cost.activations import MEGATRON
 from moesim.cost.device import Provenance
 from moesim.cost.memory import RankMemory
 from moesim.cost.precision import RECIPES
+from moesim.cost.software import MEGATRON
 from moesim.describe.flops import BACKWARD_OVER_FORWARD, layer_flops, training_flops_per_token
 from moesim.describe.hardware import Sourced
 from moesim.describe.popularity import popularity_words

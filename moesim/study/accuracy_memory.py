@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moesim.cost.activations import MEGATRON, layer_tensors, workspace_bytes
+from moesim.cost.activations import layer_tensors, workspace_bytes
 from moesim.cost.moments import Moment, forward_moments, layer_moments
 from moesim.cost.precision import LAYOUTS, RECIPES
+from moesim.cost.software import MEGATRON
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn, Router
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import BYTES_OF, Dispatcher, Precision

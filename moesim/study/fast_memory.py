@@ -16,8 +16,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from moesim.cost.activations import MEGATRON, Software, layer_input
-from moesim.cost.memory import chunk_memory
+from moesim.cost.activations import layer_input
+from moesim.cost.chunks import chunk_memory
+from moesim.cost.software import MEGATRON, Software
 from moesim.describe.pipeline import Placed
 from moesim.scenario import Scenario
 from moesim.study.fast_layers import RoutedLoad, stack_of

@@ -16,8 +16,8 @@ from moesim.cost.activations import placeholder_gradient_bytes, workspace_bytes
 from moesim.cost.device import DeviceCost
 from moesim.cost.host import once_a_step_s
 from moesim.cost.layer import optimizer_s
-from moesim.cost.memory import outer_parameters, rank_parameters, static_of
 from moesim.cost.offload import optimizer_transfer_s
+from moesim.cost.static import outer_parameters, rank_parameters, static_of
 from moesim.describe.pipeline import stage_chunks
 from moesim.scenario import Scenario
 from moesim.study.fast_memory import software_of

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.cost.activations import MEGATRON
+from moesim.cost.software import MEGATRON
 from moesim.describe.model import MoeFfn, Router
 from moesim.describe.parameters import layer_parameters
 from moesim.errors import InputError, check, near_match

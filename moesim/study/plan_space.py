@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesim.cost.activations import BF16_BYTES
-from moesim.cost.memory import rank_parameters
 from moesim.cost.precision import LAYOUTS, RECIPES
 from moesim.cost.recompute import useful_modules
+from moesim.cost.static import rank_parameters
 from moesim.describe.flops import BACKWARD_OVER_FORWARD, forward_flops_by_part
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism

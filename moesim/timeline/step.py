@@ -16,8 +16,8 @@ from moesim.catalog.step import StepConstants
 from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.host import constants_of, once_a_step_s, sustained, unfused
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
-from moesim.cost.memory import outer_parameters, rank_parameters
 from moesim.cost.offload import optimizer_transfer_s
+from moesim.cost.static import outer_parameters, rank_parameters
 from moesim.describe.parallel import RankLayout
 from moesim.describe.pipeline import chunk_depths, stage_chunks
 from moesim.describe.schedules import Operation, Schedule, Way, make_schedule
