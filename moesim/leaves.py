@@ -35,6 +35,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
             "overlap",
             "mtp",
             "cuda_graphs",
+            "software",
         )
     },
     **{name: ("train", name) for name in ("offload", "fused_loss")},

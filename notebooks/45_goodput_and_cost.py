@@ -44,6 +44,7 @@ recompute: str = "full"  # none or full
 schedule: str = "1f1b"  # 1f1b, gpipe, zb-h1 or dualpipe
 overlap: str = "none"  # none, or what runs beside computing, such as grad_reduce,tensor_parallel
 cuda_graphs: str = "none"  # none, full, or modules whose operations the host issues as one
+software: str = "megatron"  # whose losses beside the kernels: megatron, deepseek, or kernels (none: a bound)
 offload: str = "none"  # optimizer, activations, or both as optimizer,activations
 gradients: str = "fp32"  # fp32 or bf16
 main_weights: str = "fp32"  # fp32, remainder, bf16 or none

@@ -25,9 +25,11 @@ from moesim.metrics.summary import step_parts
 from moesim.scenario import Scenario
 from moesim.study.accuracy import carried_cases
 from moesim.study.accuracy_step import FITS, Case, _fitted, cases_of, constants_without, key_of
+from moesim.study.accuracy_trace import FITTED
 from moesim.timeline.step import run_step
 
 MOST_CONSTANTS = 12
+MEGATRON = tuple(constant for constant in all_step_constants() if constant.software == "megatron")
 DENSE = {"model": "llama-3-8b", "cluster": "h100-8x-ib400", "num_gpus": 8, "global_batch": 16}
 
 
@@ -37,7 +39,22 @@ def test_constants_are_few_and_each_has_a_meaning_and_rows_that_are_carried() ->
     assert len(constants) <= MOST_CONSTANTS
     assert all(constant.meaning and constant.fitted_on for constant in constants)
     assert rows_of_fit() <= carried
-    assert {key_of(constant) for constant in constants} == {key for fit in FITS for key in fit.keys}
+    assert rows_of_fit("deepseek") == set(FITTED)
+    megatron = {key_of(constant) for constant in constants if constant.software == "megatron"}
+    assert megatron == {key for fit in FITS for key in fit.keys}
+
+
+def test_each_software_has_losses_of_its_own_and_kernels_have_none() -> None:
+    megatron, deepseek = step_constants("h800"), step_constants("h800", "deepseek")
+    assert deepseek.stream_fraction > megatron.stream_fraction
+    assert deepseek.issue_s == megatron.issue_s  # it names none
+    assert step_constants("h800", "kernels") == NO_LOSS
+    scenario = Scenario.make(model="olmoe-1b-7b", cluster="h800-8x-ib400", num_gpus=8, ep=8, global_batch=8)
+    slow, own, bound = (run_step(scenario.with_(software=name)) for name in ("megatron", "deepseek", "kernels"))
+    assert slow.step_s > own.step_s > bound.step_s
+    assert bound.step_s == run_step(scenario, constants=NO_LOSS).step_s
+    with pytest.raises(InputError, match="software: must be megatron or deepseek or kernels; got 'mine'"):
+        scenario.with_(software="mine")
 
 
 def test_every_row_of_a_fit_is_told_with_its_release_left_out() -> None:
@@ -124,19 +141,19 @@ def test_a_fit_finds_the_constant_that_made_its_rows() -> None:
         dataclasses.replace(c, value=dataclasses.replace(c.value, value=0.6))
         if key_of(c) == ("product_fraction", "a100-80gb")
         else c
-        for c in all_step_constants()
+        for c in MEGATRON
     )
     rows = [scenario, scenario.with_(tp=2), scenario.with_(seq_len=8192)]
-    measured = [run_step(row, constants=step_constants("h100-sxm", made)).step_s for row in rows]
+    measured = [run_step(row, constants=step_constants("h100-sxm", among=made)).step_s for row in rows]
     pairs = zip(rows, measured, strict=True)
     cases = [Case(id="row", release="r", scenario=row, measured_s=seconds) for row, seconds in pairs]
-    found = _fitted(all_step_constants(), [("product_fraction", "a100-80gb")], cases)
+    found = _fitted(MEGATRON, [("product_fraction", "a100-80gb")], cases)
     value = next(float(c.value) for c in found if key_of(c) == ("product_fraction", "a100-80gb"))
     assert math.isclose(value, 0.6, rel_tol=0.01)
 
 
 def test_a_release_left_out_changes_only_what_was_fitted_on_it() -> None:
     cases = cases_of([row for row in carried_cases("training") if "grok1_H100_32_BF16" in row["id"]])
-    without = constants_without(all_step_constants(), cases, cases[0].release)
-    moved = {key_of(a) for a, b in zip(all_step_constants(), without, strict=True) if float(a.value) != float(b.value)}
+    without = constants_without(MEGATRON, cases, cases[0].release)
+    moved = {key_of(a) for a, b in zip(MEGATRON, without, strict=True) if float(a.value) != float(b.value)}
     assert moved == {("product_fraction", "a100-80gb")}

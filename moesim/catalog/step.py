@@ -1,7 +1,8 @@
-"""What a whole training step loses against its best kernels, by GPU: constants fitted on whole measured steps.
+"""What a whole training step loses against its best kernels, by GPU and by the software that trains.
 
-``step.yaml`` is written by tools/make_step_constants.py; each constant has a meaning and names the rows behind it. See
-docs/model.md#sustained and #host.
+Megatron-LM's are fitted on whole measured steps, DeepSeek's on kernels of its published trace. ``step.yaml`` is written
+by tools/make_step_constants.py; each constant has a meaning and names the rows behind it. See docs/model.md#sustained
+and #host.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from moesim.catalog.hardware import sourced
 from moesim.describe.hardware import Sourced
+from moesim.describe.workload import Software
 from moesim.door import parse_as, read_yaml
 from moesim.door.records import read_records
 from moesim.errors import check
@@ -27,10 +29,11 @@ FALLBACK_GPU = "h100-sxm"  # whose constants stand in, marked assumed, for a GPU
 
 @dataclass(frozen=True, kw_only=True)
 class StepConstant:
-    """One constant: of which GPUs, what it means, its value and the rows that it was fitted on."""
+    """One constant: of which GPUs and software, what it means, its value and the rows that it was fitted on."""
 
     name: ConstantName
     gpus: tuple[str, ...]
+    software: Software
     meaning: str
     value: Sourced
     fitted_on: tuple[str, ...] = ()
@@ -38,7 +41,7 @@ class StepConstant:
 
 @dataclass(frozen=True, kw_only=True)
 class StepConstants:
-    """The constants of one GPU.
+    """The constants of one GPU under one software.
 
     product_fraction, attention_fraction: of the best rate of a kernel alone, kept up through a step (clocks under
     power). stream_fraction: bytes that fused kernels would move over those that a step's kernels move. issue_s: host
@@ -68,6 +71,7 @@ class _ConstantFile:
     gpus: tuple[str, ...]
     meaning: str
     value: Any
+    software: Software = "megatron"
     fitted_on: tuple[str, ...] = ()
 
 
@@ -84,16 +88,27 @@ def all_step_constants() -> tuple[StepConstant, ...]:
     return tuple(_constant(entry) for entry in file.constants)
 
 
-def step_constants(gpu: str, among: Sequence[StepConstant] | None = None) -> StepConstants:
-    """The constants of a GPU, the catalog's or others; those of FALLBACK_GPU where none names it.
+def step_constants(
+    gpu: str, software: Software = "megatron", among: Sequence[StepConstant] | None = None
+) -> StepConstants:
+    """The constants of a GPU under a software, the catalog's or others; those of FALLBACK_GPU where none names it.
 
-    >>> 0 < step_constants("b200").product_fraction < 1
+    What a software has no constant of its own for is as with Megatron-LM; kernels lose nothing.
+
+    >>> step_constants("h800", "deepseek").stream_fraction > step_constants("h800").stream_fraction
     True
     """
+    if software == "kernels":
+        return NO_LOSS
     known = all_step_constants() if among is None else among
-    named = {constant.name: constant for constant in known if gpu in constant.gpus}
-    if not named:
-        return step_constants(FALLBACK_GPU, known)
+    if not any(gpu in constant.gpus for constant in known):
+        return step_constants(FALLBACK_GPU, software, known)
+    named = {
+        constant.name: constant
+        for own in ("megatron", software)
+        for constant in known
+        if constant.software == own and gpu in constant.gpus
+    }
     values = {name: float(constant.value) for name, constant in named.items()}
     return StepConstants(**values, constants=tuple(named.values()))
 
@@ -106,9 +121,10 @@ def left_out_errors() -> Mapping[str, float]:
     return {row["id"]: float(row["error_fraction"]) for row in read_records(LEFT_OUT, needed=("id", "error_fraction"))}
 
 
-def rows_of_fit() -> frozenset[str]:
-    """Ids of the training rows that some constant was fitted on."""
-    return frozenset(row for constant in all_step_constants() for row in constant.fitted_on)
+def rows_of_fit(software: Software = "megatron") -> frozenset[str]:
+    """Ids of the rows that a software's constants were fitted on: training steps, or kernels of DeepSeek's trace."""
+    own = (constant for constant in all_step_constants() if constant.software == software)
+    return frozenset(row for constant in own for row in constant.fitted_on)
 
 
 def _constant(entry: _ConstantFile) -> StepConstant:
@@ -117,6 +133,7 @@ def _constant(entry: _ConstantFile) -> StepConstant:
     return StepConstant(
         name=entry.name,
         gpus=entry.gpus,
+        software=entry.software,
         meaning=entry.meaning,
         value=sourced(entry.value, dimension, owner, "value", ""),
         fitted_on=entry.fitted_on,

@@ -78,6 +78,10 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
             "none|full|MODULES",
             "What the host issues as one: the step, or modules such as attn,moe_router,moe_preprocess.",
         ),
+        "software": (
+            "megatron|deepseek|kernels",
+            "Whose losses a step has beside its kernels: Megatron-LM's, DeepSeek's own, or none (a bound).",
+        ),
     },
     "Routing": {
         "popularity": ("KIND", "balanced, multinomial, lognormal, dirichlet, zipf, power_law, hot_experts, domains."),

@@ -53,9 +53,9 @@ GRAPHED = {  # by the module that a CUDA graph may hold (Megatron's --cuda-graph
 }
 
 
-def constants_of(gpu: Gpu, device: DeviceCost) -> StepConstants:
-    """The step's constants of a GPU; none where its kernels were calibrated, since a profile brings its own speeds."""
-    return NO_LOSS if device.profile is not None else step_constants(gpu.name)
+def constants_of(gpu: Gpu, train: Training, device: DeviceCost) -> StepConstants:
+    """The step's constants of a GPU and software; none where kernels were calibrated: a profile brings its speeds."""
+    return NO_LOSS if device.profile is not None else step_constants(gpu.name, train.software)
 
 
 def sustained(device: DeviceCost, constants: StepConstants, gpu: Gpu) -> DeviceCost:

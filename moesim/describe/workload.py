@@ -51,6 +51,9 @@ __all__ = [
 ]
 # fp8: by blocks, as DeepSeek-V3 trained; fp8_tensor: one scale a tensor. See moesim.cost.precision.
 Precision = Literal["bf16", "fp8", "fp8_tensor", "mxfp8", "nvfp4"]
+# Whose losses a step has beside its kernels alone (catalog/step.yaml): Megatron-LM and its kin; DeepSeek's own
+# framework; kernels: no loss at all, a bound that no run reaches.
+Software = Literal["megatron", "deepseek", "kernels"]
 Module = Literal["core_attn", "mla_up_proj", "mlp", "moe", "moe_act", "layernorm", "shared_experts"]  # Megatron's
 MODULES: tuple[Module, ...] = get_args(Module)
 # What runs beside computing; docs/model.md#overlap.
@@ -121,6 +124,7 @@ class Training:
     offload: none, or what lies in the host's memory: optimizer, activations, or both as ``optimizer,activations``.
     fused_loss: the loss writes its gradient over the bf16 logits instead of keeping fp32 ones.
     cuda_graphs: none, full (the whole step), or modules whose operations the host issues as one, told alike.
+    software: whose losses a step has beside its kernels: megatron, deepseek, or kernels (none: a bound).
 
     >>> Training(recompute=("moe_act", "core_attn")).recompute
     'core_attn,moe_act'
@@ -138,6 +142,7 @@ class Training:
     offload: str | tuple[str, ...] = "none"  # a text once it is born
     fused_loss: bool = False
     cuda_graphs: str | tuple[str, ...] = "none"  # a text once it is born
+    software: Software = "megatron"
     documents: Documents | None = None  # that sequences are packed from, each seeing itself only; None: whole sequences
 
     def __post_init__(self) -> None:
@@ -150,6 +155,7 @@ class Training:
         graphs = _names_text("cuda_graphs", self.cuda_graphs, GRAPH_MODULES, "none, full or modules")
         object.__setattr__(self, "cuda_graphs", graphs)
         object.__setattr__(self, "offload", _names_text("offload", self.offload, get_args(Offload), "none or parts"))
+        check_choice("train", "software", self.software, get_args(Software))
         check_choice("train", "schedule", self.schedule, get_args(ScheduleName))
         object.__setattr__(self, "overlap", _names_text("overlap", self.overlap, OVERLAPS, "none or names"))
         rule = "halves each micro-batch, so micro_batch must be even"

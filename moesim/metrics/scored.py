@@ -28,9 +28,10 @@ def accuracy_statement(scenario: Scenario) -> str:
     if found is None:
         return "No measured step is like this one."
     low, _, high = found.measured_over_predicted
+    others = "" if scenario.train.software == "megatron" else " They ran Megatron-LM and its kin; this one does not."
     return (
         f"Cases like this ({found.shared}): {found.num_rows} rows, median error {found.median_error:.0%}; they took "
-        f"{low:.2f} to {high:.2f} times the predicted step."
+        f"{low:.2f} to {high:.2f} times the predicted step.{others}"
     )
 
 

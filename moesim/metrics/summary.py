@@ -204,10 +204,12 @@ def _envelope(trace: Trace) -> list[str]:
     """What this run leaves out, in sentences: each a reason not to take its step time for a measurement."""
     scenario = trace.scenario
     model, train = scenario.model, scenario.train
-    reasons = [
-        f"Some constants of a step are fitted on {len(rows_of_fit())} measured ones. {accuracy_statement(scenario)} "
-        "All scores: docs/accuracy.md."
-    ]
+    losses = {
+        "megatron": f"Some constants of a step are fitted on {len(rows_of_fit())} measured ones.",
+        "deepseek": "What a step loses beside its kernels is read from DeepSeek's published trace.",
+        "kernels": "Kernels alone: nothing is lost beside them, a bound that no run reaches.",
+    }
+    reasons = [f"{losses[train.software]} {accuracy_statement(scenario)} All scores: docs/accuracy.md."]
     if trace.device.profile is not None:
         reasons = [
             f"Products are timed on this device; what a whole step loses beside them (clocks under power, its host) is "

@@ -1,7 +1,8 @@
 """The step's constants from the training rows that they may be fitted on, and errors with a whole release left out.
 
 A fit is a group of constants and a rule that names its rows by their configuration. Groups follow one another; each
-is fitted with the constants of those before it. The least sum of absolute log errors counts. Deterministic.
+is fitted with the constants of those before it. The least sum of absolute log errors counts. Deterministic. DeepSeek's
+constants come from its trace (moesim.study.accuracy_trace), not from steps.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def _log_errors(constants: Sequence[StepConstant], cases: Sequence[Case]) -> Flo
 
 
 def _predicted_s(case: Case, constants: Sequence[StepConstant]) -> float:
-    of_gpu = step_constants(case.scenario.cluster.gpu.name, constants)
+    of_gpu = step_constants(case.scenario.cluster.gpu.name, among=constants)
     return run_step(case.scenario, constants=of_gpu).step_s
 
 

@@ -81,7 +81,7 @@ class FastPath:
         self._known: dict[Hashable, Any] = {}
         gpu = base.cluster.gpu
         alone = device_cost(gpu, base.train.precision, base.profile)
-        self._constants = constants_of(gpu, alone)
+        self._constants = constants_of(gpu, base.train, alone)
         self._device = sustained(alone, self._constants, gpu)
 
     def __call__(self, configurations: Iterable[Changes]) -> list[FastStep | Refused]:

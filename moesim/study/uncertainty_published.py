@@ -37,6 +37,7 @@ DEEPSEEK_V3: Mapping[str, Any] = {
     "dispatcher": "deepep",
     "recompute": "layernorm,mla_up_proj,moe_act",
     "mtp": True,
+    "software": "deepseek",
 }
 DEEPSEEK_RUN = RunPlan(tokens=14.8e12, ramp_tokens=469e9, ramp_batch=3072)
 # The report does not say which stage holds which of 61 layers. 15 * 4 + 1 leaves the last one room for the multi-token

@@ -84,7 +84,7 @@ def run_step(
     )
     gpu = scenario.cluster.gpu
     alone = device_cost(gpu, scenario.train.precision, scenario.profile) if device is None else device
-    constants = constants_of(gpu, alone) if constants is None else constants
+    constants = constants_of(gpu, scenario.train, alone) if constants is None else constants
     device = sustained(alone, constants, gpu)
     packed = packed_work(scenario) if packed is None else packed
     drawn = _drawn_blocks(scenario, packed, trace_ranks)
