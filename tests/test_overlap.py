@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.describe.parallel import Parallelism
 from moesim.errors import InputError
 from moesim.metrics.summary import step_parts
 from moesim.scenario import Scenario
 from moesim.timeline.overlap import alone, beside, halved, lay_out_program, overlapped
 from moesim.timeline.phases import Phase, lay_out
-from moesim.timeline.reduction import hidden_behind_s
+from moesim.timeline.reduction import _shape_of_groups, hidden_behind_s
 from moesim.timeline.step import run_step
 
 SMALL = {
@@ -242,3 +245,16 @@ def test_buckets_hide_behind_what_a_pass_computes_not_behind_its_exchanges():
     # Buckets of a whole second queue behind one another there: 1.5 s of them fit between 1 s and 4 s.
     assert hidden_s(free, 4.0) == pytest.approx(3.0)
     assert hidden_s(shared, 4.0) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("ranks_per_node", [4, 6, 8, 72])
+@pytest.mark.parametrize("kind", ["dpcp", "edp"])
+def test_ranks_of_a_reduction_group_that_share_a_node_are_those_counted_one_by_one(
+    kind: str, ranks_per_node: int
+) -> None:
+    for tp, pp, cp, ep in itertools.product((1, 2), (1, 2, 3), (1, 2), (1, 3, 4)):
+        num_gpus = 12 * tp * cp * pp
+        groups_NR = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep).rank_layout(num_gpus).groups(kind)
+        together = min(max(Counter((own // ranks_per_node).tolist()).values()) for own in groups_NR)
+        found = _shape_of_groups(tp, pp, cp, ep, 1, num_gpus, ranks_per_node, kind)
+        assert found == (groups_NR.shape[1], together)

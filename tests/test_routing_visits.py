@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,16 @@ def test_pool_visits_and_pool_load_agree_where_a_rank_holds_one_expert() -> None
     visits = visit_probabilities(popularities, contiguous(32, 32))
     assert visits.rank_visits_LR == pytest.approx(popularities.inclusion_LE)
     assert visits.node_visits_LN == pytest.approx(np.ones((2, 1)))
+
+
+def test_a_token_visits_a_set_once_however_many_of_its_experts_it_picks_and_none_where_it_is_dropped() -> None:
+    pool_LTK = np.array([[[0, 1], [0, 2], [3, -1], [-1, -1]]], dtype=np.int16)
+    popularities = replace(
+        drawn(Lognormal(gini=0.3), 1, 4, Router(top_k=2, num_groups=2, top_groups=1)), pool_LTK=pool_LTK
+    )
+    visits = visit_probabilities(popularities, contiguous(4, 2))
+    assert visits.rank_visits_LR.tolist() == [[2 / 4, 2 / 4]]
+    assert visits.node_visits_LN.tolist() == [[3 / 4]]
 
 
 def test_permuting_expert_ids_with_their_map_changes_no_visit() -> None:

@@ -256,3 +256,22 @@ def drop_seconds(weights_E, seed, first_token, choices_TK):  # type: ignore[no-u
         state += GOLDEN
         if unit(mix(state)) >= 2.0 * early / (2.0 * early + gap / remaining):
             choices_TK[t, 1] = -1
+
+
+@njit(nogil=True, cache=True)
+def count_visits(pool_LTK, set_of_E, num_sets):  # type: ignore[no-untyped-def]
+    """(L, S) tokens that choose at least one expert of each set."""
+    num_layers, num_tokens, top_k = pool_LTK.shape
+    visits_LS = np.zeros((num_layers, num_sets), np.int64)
+    for layer in range(num_layers):
+        seen_by_S = np.full(num_sets, -1)  # the last token that counted
+        for token in range(num_tokens):
+            for k in range(top_k):
+                expert = pool_LTK[layer, token, k]
+                if expert < 0:
+                    continue
+                s = set_of_E[expert]
+                if seen_by_S[s] != token:
+                    seen_by_S[s] = token
+                    visits_LS[layer, s] += 1
+    return visits_LS

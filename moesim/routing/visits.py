@@ -112,16 +112,10 @@ def _plain_visits(log_weights_LE: Floats, router: Router, set_of_E: NDArray[np.i
 
 
 def _pool_visits(pool_LTK: Choices, set_of_E: NDArray[np.int64], num_sets: int) -> Floats:
-    """Share of pool tokens that visit each set: sort a token's sets, count each once."""
-    visits_LS = np.empty((pool_LTK.shape[0], num_sets))
-    # One more set, -1, takes the choices that reach no expert: index -1 finds it at the end.
-    set_of_E16 = np.append(set_of_E, -1).astype(np.int16)
-    for layer, pool_TK in enumerate(pool_LTK):
-        sets_TK = np.sort(set_of_E16[pool_TK], axis=1)
-        first_TK = sets_TK >= 0
-        first_TK[:, 1:] &= sets_TK[:, 1:] != sets_TK[:, :-1]
-        visits_LS[layer] = np.bincount(sets_TK[first_TK], minlength=num_sets) / pool_TK.shape[0]
-    return visits_LS
+    """Share of pool tokens that visit each set; a choice of -1 reaches no expert."""
+    from moesim.routing.kernels import count_visits
+
+    return count_visits(np.ascontiguousarray(pool_LTK), set_of_E, num_sets) / pool_LTK.shape[1]
 
 
 def _alike_sets(set_of_E: NDArray[np.int64], num_sets: int, num_groups: int) -> NDArray[np.int64]:

@@ -30,11 +30,11 @@ from moesim.fabric.traffic import Dedup, Direction, PortBytes, combine_ports, di
 from moesim.placement import Placement
 from moesim.placement.maps import load_map
 from moesim.placement.policies import POLICIES, Known
-from moesim.placement.slots import LayerPlacements
+from moesim.placement.slots import RankSlots
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.visits import VisitProbabilities, visit_probabilities
-from moesim.scenario import Scenario
+from moesim.scenario import PolicyName, Scenario
 from moesim.seeds import stream
 from moesim.timeline.placed import PlacedExperts, placed_experts, scenario_ranks, sender_weights, token_choices
 from moesim.timeline.stage import StageLoad
@@ -141,9 +141,7 @@ def step_load(scenario: Scenario, num_groups: int | None = None) -> StepLoad | N
     asked = scenario.routing.popularity
     fixed = (asked, len(layers), moe.num_experts, moe.router, scenario.seed, _stamp(asked))
     placed_for, popularities = _popularities(*fixed, 0), _popularities(*fixed, choice.age_steps)
-    placed = placed_experts(
-        _placement(scenario, placed_for), popularities, choice.split, expected_LE=placed_for.inclusion_LE
-    )
+    placed = _placed(scenario, placed_for, popularities)
     if isinstance(scenario.routing.capacity, RankBuffer) and placed.rank_of_expert_E is None:
         what = "rank-level buffers with replicas, or with a placement that differs from layer to layer"
         raise NotModelledError(f"scenario.routing.capacity: {what}, are not modelled")
@@ -353,19 +351,40 @@ def _by_rank(seconds_GMLR: Floats, etp: int) -> Floats:
     return np.repeat(seconds_MLGR, etp, axis=3).reshape(*seconds_MLGR.shape[:2], -1)
 
 
-def _placement(scenario: Scenario, popularities: Popularities) -> LayerPlacements:
-    """The scenario's placement, by what can be known beforehand: expected loads, not the step's own counts."""
-    choice, num_experts = scenario.placement, popularities.num_experts
+def _placed(scenario: Scenario, placed_for: Popularities, popularities: Popularities) -> PlacedExperts:
+    """Experts in their slots by what can be known beforehand: expected loads, not the step's own counts.
+
+    What a policy finds is remembered: other batches and dispatchers of a search ask for the same.
+    """
+    choice, num_experts = scenario.placement, placed_for.num_experts
     ranks = scenario_ranks(scenario, choice.num_slots or num_experts)
     if choice.map is not None:
-        return load_map(choice.map, num_layers=popularities.num_layers, num_experts=num_experts, ranks=ranks)
-    together = token_choices(popularities, stream(scenario.seed, "tokens")) if choice.policy == "node_aware" else None
+        layers = load_map(choice.map, num_layers=placed_for.num_layers, num_experts=num_experts, ranks=ranks)
+        return placed_experts(layers, popularities, choice.split, expected_LE=placed_for.inclusion_LE)
+    where = (ranks.num_slots_R, ranks.speed_R, ranks.node_of_rank_R)
+    texts = tuple((array.tobytes(), array.dtype.str) for array in where)
+    return _placed_by_policy(placed_for, popularities, choice.policy, choice.split, scenario.seed, texts)
+
+
+@lru_cache(maxsize=16)
+def _placed_by_policy(
+    placed_for: Popularities,
+    popularities: Popularities,
+    name: PolicyName,
+    split: str,
+    seed: int,
+    where: tuple[tuple[bytes, str], ...],
+) -> PlacedExperts:
+    """where: arrays of RankSlots, as texts."""
+    slots, speeds, nodes = (np.frombuffer(text, dtype=dtype).copy() for text, dtype in where)
+    ranks = RankSlots(num_slots_R=slots, speed_R=speeds, node_of_rank_R=nodes)
+    together = token_choices(placed_for, stream(seed, "tokens")) if name == "node_aware" else None
     known = Known(
-        num_groups=popularities.router.num_groups,
+        num_groups=placed_for.router.num_groups,
         coactivation_LEE=None if together is None else together.together_LEE,
     )
-    policy = POLICIES[choice.policy]
-    return policy(popularities.inclusion_LE, ranks, rng=stream(scenario.seed, "placement"), known=known)
+    layers = POLICIES[name](placed_for.inclusion_LE, ranks, rng=stream(seed, "placement"), known=known)
+    return placed_experts(layers, popularities, split, expected_LE=placed_for.inclusion_LE)
 
 
 @lru_cache(maxsize=8)

@@ -208,6 +208,9 @@ def _pool_of_slots(
     turn_T1 = (np.arange(num_tokens)[:, None] + 0.5) * _GOLDEN % 1.0  # evenly spread however many replicas there are
     for layer in range(num_layers):
         slots_EX = slots_LEX[layer]
+        if slots_EX.shape[1] == 1:
+            out[layer] = slots_EX[:, 0].astype(np.int16)[pool_LTK[0 if shared else layer, :num_tokens]]
+            continue
         up_to_EX = np.cumsum(np.where(slots_EX >= 0, share_LS[layer][slots_EX], 0.0), axis=1)
         experts_TK = pool_LTK[0 if shared else layer, :num_tokens].astype(np.int64)
         number_TK = (turn_T1[..., None] * up_to_EX[:, -1][experts_TK][..., None] >= up_to_EX[experts_TK]).sum(axis=-1)

@@ -28,10 +28,13 @@ def _group_shape(scenario: Scenario, kind: str, copies: int) -> tuple[int, int]:
 def _shape_of_groups(
     tp: int, pp: int, cp: int, ep: int, etp: int, num_gpus: int, ranks_per_node: int, kind: str
 ) -> tuple[int, int]:
-    sizes = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
-    nodes = np.sort(sizes.rank_layout(num_gpus).groups(kind) // ranks_per_node, axis=1)
-    together = [int(np.unique(own, return_counts=True)[1].max()) for own in np.unique(nodes, axis=0)]
-    return nodes.shape[1], min(together)
+    groups_NR = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp).rank_layout(num_gpus).groups(kind)
+    size = groups_NR.shape[1]
+    stride = int(groups_NR[0, 1] - groups_NR[0, 0]) if size > 1 else 1
+    # Ranks of a group lie evenly apart, so that where its first one stands in its node says how many share a node.
+    firsts = np.unique(groups_NR[:, 0] % ranks_per_node)
+    nodes_FR = (firsts[:, None] + stride * np.arange(size)) // ranks_per_node
+    return size, min(int(np.bincount(nodes_R).max()) for nodes_R in nodes_FR)
 
 
 def gradient_reduction_s(scenario: Scenario, dense: float, expert: float, copies: int = 1) -> tuple[float, float]:
