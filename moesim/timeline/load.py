@@ -20,6 +20,7 @@ from moesim.cost.precision import RECIPES
 from moesim.describe.capacity import Megablocks, RankBuffer
 from moesim.describe.model import Layer, MoeFfn, Router
 from moesim.describe.pipeline import stage_chunks
+from moesim.describe.placement import PolicyName
 from moesim.describe.workload import Balanced, Multinomial, Popularity, Recorded
 from moesim.errors import NotModelledError
 from moesim.fabric.collectives import allgather_s, alltoall_finish_s
@@ -34,7 +35,7 @@ from moesim.placement.slots import RankSlots
 from moesim.routing.load import ExpertLoad, draw_load
 from moesim.routing.popularity import Popularities, popularity_LE
 from moesim.routing.visits import VisitProbabilities, visit_probabilities
-from moesim.scenario import PolicyName, Scenario
+from moesim.scenario import Scenario
 from moesim.seeds import stream
 from moesim.timeline.placed import PlacedExperts, placed_experts, scenario_ranks, sender_weights, token_choices
 from moesim.timeline.stage import StageLoad
