@@ -146,6 +146,8 @@ def predict_layer(fit: Fit, direction: str, point: Point, num_experts: int) -> t
         predict(fit, "grouped", direction, load_E, width_in=width, width_out=hidden),
         predict(fit, "combine", direction, tokens, width_in=hidden, width_out=top_k),
     ]
+    if direction == "backward":  # router and experts each have a gradient of the layer's input: two read, one written
+        parts.append(predict(fit, "copy", "forward", 3 * tokens * hidden * fit["element_bytes"], width_in=0))
     return sum(seconds for seconds, _ in parts), _worst(*(tag for _, tag in parts))
 
 

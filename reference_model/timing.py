@@ -6,6 +6,7 @@ every sample takes the next views of one large *arena*, larger than the cache, a
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -24,6 +25,7 @@ _CPU_ARENA_BYTES = (64 * _MIB, 1024 * _MIB)  # at least, and at most: a virtual 
 _GPU_SLEEP_CYCLES = 1_500_000  # about 0.8 ms of the GPU, so that the host is ahead when the timed kernels start
 _MOST_CALLS_AHEAD = 16
 _STIRRED_BYTES = 4 * _MIB  # read, and as many written, before each sample on a CPU
+_MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_MAX = -1, -4  # glibc's numbers of these two settings (malloc.h)
 _MOST_BUDGETS = 5  # a case may take this many times its budget where the machine is disturbed
 
 
@@ -43,9 +45,14 @@ class Effort:
 
 
 class Arena:
-    """One large filled buffer that hands out views in turn, the least recently used memory first."""
+    """One large filled buffer that hands out views in turn, the least recently used memory first.
+
+    With the first one on a CPU the process begins to keep what it frees: see ``keep_freed_memory``.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, num_bytes: int) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         block = torch.randn(min(num_bytes, 8 * _MIB) // dtype.itemsize, device=device).to(dtype)
         self._flat = block.repeat(math.ceil(num_bytes / (block.numel() * dtype.itemsize)))
         self._next = 0
@@ -61,6 +68,19 @@ class Arena:
         step = 256 // self.dtype.itemsize
         self._next += -(-count // step) * step
         return view.detach()
+
+
+def keep_freed_memory() -> bool:
+    """From here on this process keeps the memory that it frees, as a GPU's caching allocator does; whether it can.
+
+    glibc gives large blocks back to the kernel or keeps them, as its heap happens to stand, and a block taken anew
+    costs a page fault for every 4 KiB: a third of a small layer's backward, of a product alone nothing. See
+    docs/decisions/kept-memory.md.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is None:  # another C library
+        return False
+    return bool(set_option(_MALLOC_MMAP_MAX, 0) and set_option(_MALLOC_TRIM_THRESHOLD, -1))
 
 
 def arena_bytes(device: torch.device, largest_case_bytes: int) -> int:

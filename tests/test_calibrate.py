@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from reference_model.cases import Case, all_cases, prepare_case  # noqa: E402
 from reference_model.exchange import EXCHANGES, busiest_bytes, exchange_cases, pair_bytes  # noqa: E402
 from reference_model.profile_schema import check_profile  # noqa: E402
 from reference_model.shapes import CPU_SMALL, NAMED_SHAPES, LayerShapes, shapes_of  # noqa: E402
-from reference_model.timing import Arena, Effort, sample_times_s  # noqa: E402
+from reference_model.timing import Arena, Effort, keep_freed_memory, sample_times_s  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = LayerShapes(
@@ -230,6 +231,20 @@ def test_the_arena_hands_out_all_other_memory_before_any_again():
     while (address := arena.take(1000).data_ptr()) != first:
         assert address not in others[:1]
     assert arena.take(10).is_leaf
+
+
+def test_a_large_block_taken_again_costs_no_page_faults() -> None:
+    if not keep_freed_memory():
+        pytest.skip("this C library has no mallopt")
+    pages = 2**26 // resource.getpagesize()
+
+    def faults_of_a_block() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    # Not the second time already: small blocks may have been cut from the first one's place.
+    assert min(faults_of_a_block() for _ in range(6)) < pages / 100
 
 
 def test_calls_are_prepared_ahead_so_that_a_backward_does_not_find_its_forward_in_the_cache(monkeypatch):

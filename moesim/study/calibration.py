@@ -122,7 +122,11 @@ def layer_parts(profile: Profile, layer: Point) -> dict[str, Timed]:
         "second product": ("grouped", load_E, width, hidden),
         "combine": ("combine", [tokens], hidden, layer.top_k),
     }
-    return {
+    parts = {
         name: profile.part_s(kind, size, width_in=width_in, width_out=width_out, direction=layer.direction)
         for name, (kind, size, width_in, width_out) in calls.items()
     }
+    if layer.direction == "backward":  # of the layer's input, by router and by experts: two read, one written
+        num_bytes = 3 * tokens * hidden * profile.fit.element_bytes
+        parts["sum of gradients"] = profile.part_s("copy", [num_bytes], width_in=0, width_out=0, direction="forward")
+    return parts
