@@ -9,6 +9,7 @@ import pytest
 from report_fakes import step_result
 
 from moesim.catalog.step import NAMES
+from moesim.metrics.part_words import STEP_CONSTANTS
 from moesim.report import sentences, tables
 from moesim.report.sentences import first_page
 from moesim.scenario import Scenario
@@ -160,4 +161,4 @@ def test_a_scenario_placed_in_order_is_advised_to_place_by_load_and_one_placed_s
 
 
 def test_every_constant_of_a_step_has_words_in_the_table_of_sources() -> None:
-    assert set(tables._STEP_CONSTANTS) == set(NAMES)
+    assert set(STEP_CONSTANTS) == set(NAMES)

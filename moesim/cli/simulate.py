@@ -101,6 +101,7 @@ def _gap_tables(gap: Gap | None) -> list[Table]:
 
 def _step_tables(step: StepResult, title: str, with_sources: bool) -> list[Table]:
     """A step for a reader: headline, time by part, memory by part, pedigree of the numbers."""
+    from moesim.metrics.part_words import part_in_words
     from moesim.units import format_bytes, format_seconds
 
     parts = [
@@ -111,11 +112,13 @@ def _step_tables(step: StepResult, title: str, with_sources: bool) -> list[Table
     memory = [(name.removesuffix("_bytes"), format_bytes(size)) for name, size in step.memory.items()]
     columns = ("Part", "Time", "Share")
     if with_sources:
-        told = [(item.part, item.kind, item.source) for item in step.provenance]
+        told = [(part_in_words(item.part), item.kind, item.source) for item in step.provenance]
         pedigree = Table(title="Where the numbers come from", columns=("Part", "Kind", "Source"), rows=told)
     else:
-        kinds = dict.fromkeys(item.kind for item in step.provenance)
-        by_kind = [(kind, ", ".join(item.part for item in step.provenance if item.kind == kind)) for kind in kinds]
+        parts_of: dict[str, list[str]] = {}
+        for item in step.provenance:
+            parts_of.setdefault(item.kind, []).append(part_in_words(item.part))
+        by_kind = [(kind, "; ".join(named)) for kind, named in parts_of.items()]
         pedigree = Table(title="What the numbers are (sources: -v)", columns=("Kind", "Parts"), rows=by_kind)
     return [
         fields_table(title, step.rows()),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moesim.describe.popularity import popularity_words
+from moesim.metrics.part_words import part_in_words
 from moesim.metrics.step import StepResult
 from moesim.report.style import COLOURS, short_count, signed_percent
 from moesim.scenario import Scenario
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
     from moesim.study.sizes import SizePoint
     from moesim.study.twins import Twins
 
-_STEP_CONSTANTS = {  # of catalog.step.NAMES
-    "product_fraction": "products in a step, over the best product's rate",
-    "attention_fraction": "attention in a step, over the best kernel's rate",
-    "stream_fraction": "bytes fused kernels would move, over those moved",
-    "issue_s": "host time to issue one operation",
-    "step_s": "time once a step: clipping, the optimizer's host time",
-}
 KINDS = ("measured", "interpolated", "extrapolated", "spec", "assumed")  # the surest first
 
 
@@ -204,7 +198,7 @@ def sources(items: Sequence[tuple[str, str, str]]) -> GT:
     order = KINDS
     rows = sorted(items, key=lambda item: (order.index(item[1]) if item[1] in order else len(order), item[0]))
     frame = {
-        "Number": [_number_in_words(part) for part, _, _ in rows],
+        "Number": [part_in_words(part) for part, _, _ in rows],
         "Kind": [kind for _, kind, _ in rows],
         "Source": [_without_scheme(source) for _, _, source in rows],
     }
@@ -214,17 +208,6 @@ def sources(items: Sequence[tuple[str, str, str]]) -> GT:
 def not_modelled(result: StepResult) -> GT:
     """What the simulation leaves out, each a reason for care with its times."""
     return _table("limits", {"What these numbers leave out": list(result.envelope["reasons"])}, right=[])
-
-
-def _number_in_words(part: str) -> str:
-    """A number's name for a reader: a derate is the share of a line's rate that a collective reaches."""
-    if part.startswith("step: "):
-        return _STEP_CONSTANTS[part.removeprefix("step: ")]
-    if not part.startswith("derate "):
-        return part
-    link, _, collective = part.removeprefix("derate ").partition("_")
-    of = {"nvlink": "the NVLink rate", "nic": "the NIC rate", "spine": "the leaves' up-links"}[link]
-    return f"share of {of} reached, {collective.replace('_', ' ')}"
 
 
 def _two_columns(name: str, rows: Sequence[tuple[str, str]]) -> GT:

@@ -109,13 +109,15 @@ def used_share(gate: Gate) -> float:
 
 
 def _draw(axes: Axes, at: int, gate: Gate) -> None:
-    share = min(used_share(gate), _FURTHEST)
-    colour = STATUS_COLOURS[gate.status]
-    axes.plot([0, share], [at, at], color=colour, linewidth=6, solid_capstyle="butt")
+    share, colour = used_share(gate), STATUS_COLOURS[gate.status]
+    if math.isinf(share):  # no share of a limit of nothing: a mark beyond the line
+        end, gap = 1.04, 10
+        axes.plot([end], [at], color=colour, marker=">", markersize=7)
+    else:
+        end, gap = max(min(share, _FURTHEST), 1.0), 8
+        axes.plot([0, min(share, _FURTHEST)], [at, at], color=colour, linewidth=6, solid_capstyle="butt")
     bound = _bound(gate)
     assert bound is not None
     unit = gate.unit if not gate.unit.startswith("of ") else ""
     text = f"{value_words(gate, gate.value)} {unit} (at {gate.sense} {value_words(gate, bound)})".replace("  ", " ")
-    axes.annotate(
-        text, (max(share, 1.0), at), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9, color=colour
-    )
+    axes.annotate(text, (end, at), xytext=(gap, 0), textcoords="offset points", va="center", fontsize=9, color=colour)
