@@ -20,8 +20,8 @@ from moesim.errors import InputError
 from moesim.fabric.collectives import even_alltoall_s
 from moesim.metrics.memory import memory_by_stage
 from moesim.scenario import Scenario
+from moesim.timeline.attention_group import context_s
 from moesim.timeline.load import step_load
-from moesim.timeline.stage import context_s
 from moesim.timeline.step import run_step
 
 KINDS = ("ring", "alltoall", "allgather")

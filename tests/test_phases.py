@@ -38,6 +38,25 @@ def test_ranks_of_different_blocks_do_not_wait_for_each_other():
     assert times.duration_MB.tolist() == [[9.0, 1.0]]
 
 
+def test_the_host_goes_on_issuing_a_layer_while_its_rank_waits_and_no_further() -> None:
+    def layer(seconds):
+        return [
+            Phase(name="experts", part="experts", layer=0, seconds=np.array([seconds])),
+            Phase(name="combine", part="combine", layer=0, seconds=1.0, ranks_in_step=2),
+            # The host needs 4 s to issue a layer: what the rank's own phases do not cover.
+            Phase(name="issue", part="host", layer=0, seconds=np.maximum(3.0 - np.array([seconds]), 0.0), issue_s=4.0),
+        ]
+
+    times = lay(layer([1.0, 2.5, 1.0, 1.0]), block_size=2)
+    # Rank 0 waits 1.5 of its 2 s: both ranks of the pair are done when their hosts are, at 4; so are ranks 2 and 3.
+    assert times.duration_MB.tolist() == [[4.0, 4.0]]
+    assert times.part_R["host"].tolist() == [0.5, 0.5, 2.0, 2.0]
+    # Rank 0 waits long and is bound by nothing; what it waited does not help the next layer.
+    assert lay([*layer([1.0, 9.0, 1.0, 1.0]), *layer([1.0, 1.0, 1.0, 1.0])], block_size=2).duration_MB.tolist() == [
+        [14.0, 8.0]
+    ]
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), num_phases=st.integers(1, 6), num_micro_batches=st.integers(1, 4))
 def test_every_ranks_parts_sum_to_the_time_its_block_is_busy(seed, num_phases, num_micro_batches):

@@ -81,10 +81,8 @@ def test_a_pass_takes_the_longer_of_host_and_device() -> None:
     bound = run_step(scenario, constants=slow)
     layer, num_layers = scenario.model.layers[0], len(scenario.model.layers)
     counts = [
-        issued_operations(
-            layer, parallel=scenario.parallel, train=scenario.train, routing=scenario.routing, backward=backward
-        )
-        for backward in (False, True)
+        issued_operations(layer, parallel=scenario.parallel, train=scenario.train, routing=scenario.routing, way=way)
+        for way in ("forward", "backward")
     ]
     around = step_parts(kernels)["embedding_head"] + step_parts(kernels)["optimizer"]
     rest = step_parts(kernels)["gradient_reduction"]
@@ -97,9 +95,9 @@ def test_graphs_take_the_host_away_module_by_module() -> None:
     layer = load_model("deepseek-v3").layers[-1]
     parallel, routing = Parallelism(ep=8), Routing()
 
-    def issued(cuda_graphs: str, *, backward: bool = True) -> float:
+    def issued(cuda_graphs: str) -> float:
         train = Training(cuda_graphs=cuda_graphs)
-        return issued_operations(layer, parallel=parallel, train=train, routing=routing, backward=backward)
+        return issued_operations(layer, parallel=parallel, train=train, routing=routing, way="backward")
 
     steps = ["none", "attn", "attn,moe_router", "attn,moe_router,moe_preprocess", "attn,moe", "full"]
     counts = [issued(graphs) for graphs in steps]
@@ -114,7 +112,7 @@ def test_what_is_recomputed_is_issued_again() -> None:
     def backward(recompute: str) -> float:
         train = Training(recompute=recompute)
         parallel, routing = Parallelism(ep=8), Routing()
-        return issued_operations(layer, parallel=parallel, train=train, routing=routing, backward=True)
+        return issued_operations(layer, parallel=parallel, train=train, routing=routing, way="backward")
 
     assert backward("none") < backward("moe_act") < backward("moe_act,mla_up_proj") < backward("moe") < backward("full")
 

@@ -15,12 +15,14 @@ from moesim.cost.recompute import operations_again
 from moesim.describe.hardware import Gpu
 from moesim.describe.model import LatentAttention, Layer, MoeFfn
 from moesim.describe.parallel import Parallelism
+from moesim.describe.schedules import Way
 from moesim.describe.workload import Routing, Training
 from moesim.units import BYTES_PER_ELEMENT
 
 # Operations that the host issues in the forward of a module: kernels, collectives and copies, counted in Megatron-LM
 # core 0.15 (transformer/, transformer/moe/) with Transformer Engine's fused layers. The backward issues BACKWARD times
-# as many: products have two gradients each, most others one kernel that also saves nothing.
+# as many: products have two gradients each, most others one kernel that also saves nothing. What is beyond once is the
+# weight gradients', where they run in a pass of their own.
 ISSUED = {
     "grouped-query attention": 11,  # norm with product, rotation, scores to values, product, residual
     "latent attention": 22,  # two more norms and products, rotations and joins of parts of heads
@@ -97,16 +99,14 @@ def once_a_step_s(num_parameters: float, device: DeviceCost, constants: StepCons
     return float(device.stream_s(passed_over)) + constants.step_s
 
 
-def issued_operations(
-    layer: Layer, *, parallel: Parallelism, train: Training, routing: Routing, backward: bool
-) -> float:
+def issued_operations(layer: Layer, *, parallel: Parallelism, train: Training, routing: Routing, way: Way) -> float:
     """How many operations the host issues for one pass over a layer, modules in CUDA graphs counting one each.
 
-    What is recomputed is issued again with the backward.
+    What is recomputed is issued again with the backward, or with the inputs' gradients.
 
     >>> from moesim.catalog.models import load_model
     >>> layer = load_model("llama-3-8b").layers[0]
-    >>> issued_operations(layer, parallel=Parallelism(), train=Training(), routing=Routing(), backward=False)
+    >>> issued_operations(layer, parallel=Parallelism(), train=Training(), routing=Routing(), way="forward")
     17.0
     """
     if train.cuda_graphs == "full":
@@ -125,9 +125,11 @@ def issued_operations(
     alone = sum(ISSUED[name] for name in modules if name not in graphed)
     alone += num_collectives * ISSUED["tensor-parallel collective"] * (parallel.tp > 1)
     graphs = float(sum(name in graphed for name in modules))
-    if not backward:
+    if way == "forward":
         return alone + graphs
+    if way == "weight_gradient":
+        return alone * (BACKWARD - 1.0)
     again = alone if train.recompute == "full" else 0.0
     for operation in operations_again(layer, train):
         again += AGAIN.get(operation) or sum(ISSUED[name] for name in modules if name in ROUTED)
-    return alone * BACKWARD + again + graphs
+    return alone * (BACKWARD if way == "backward" else 1.0) + again + graphs

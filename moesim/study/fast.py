@@ -247,11 +247,11 @@ def _shown(
     shown = {"grad_reduce": costs.reduce_S, "param_gather": costs.gather_S}
     last = _WEIGHTS if scenario.train.schedule == "zb-h1" else _BACKWARD
     counts_SC = np.maximum(split.num_layers_SC, 1)
-    for name, way, is_backward in (("grad_reduce", last, 1), ("param_gather", _FORWARD, 0)):
+    for name, way in (("grad_reduce", last), ("param_gather", _FORWARD)):
         if name not in scenario.train.overlaps:
             continue
         pass_S = takes_SCWN[:, 0, way].mean(axis=-1) + (casts_SC[:, 0] if way == _FORWARD else 0.0)
-        wires_S = _between(times.exchange_upto_2L, split)[is_backward, :, 0]
+        wires_S = _between(times.exchange_upto_WL, split)[way, :, 0]
         free_S = np.maximum(1.0 - wires_S / np.maximum(pass_S, 1e-30), 0.0)
         hidden = [
             _hidden_s(float(total), float(own), float(free), int(counts.sum()), int(counts[0]))

@@ -142,14 +142,14 @@ class LayerTimes:
     """Seconds of all layers' passes; those of layers a..b-1 are the difference of two entries of an ``upto`` array.
 
     parts_s: by part, of one micro-batch's passes through all layers, embedding and head, on the mean rank; with
-    wait_for_slowest they sum to the passes. exchange_upto_2L: of the dispatches and combines of the mean rank in a
-    forward and in a backward. variance_upto_L: of forward and backward together, from micro-batch to micro-batch.
+    wait_for_slowest they sum to the passes. exchange_upto_WL: of the dispatches and combines of the mean rank.
+    variance_upto_L: of forward and backward together, from micro-batch to micro-batch.
     """
 
     upto_WNL: Floats
     casts_upto_L: Floats
     variance_upto_L: Floats
-    exchange_upto_2L: Floats
+    exchange_upto_WL: Floats
     embedding_W: Floats
     head_W: Floats
     parts_s: dict[str, float]
@@ -173,7 +173,7 @@ def layer_times(
     alone = _alone(scenario)
     num_samples = routed.num_samples if routed is not None else 1
     seconds_WNL = np.zeros((len(WAYS), num_samples, len(stack)))
-    exchange_2L = np.zeros((2, len(stack)))
+    exchange_WL = np.zeros((len(WAYS), len(stack)))
     casts_L = np.zeros(len(stack))
     parts: dict[str, float] = {}
     casts_parts: dict[str, float] = {}
@@ -203,9 +203,9 @@ def layer_times(
             )
             is_wire = [part in ("dispatch", "combine") for part in times.parts]
             wires_M = times.seconds_PMV[is_wire].sum(axis=(0, 2))
-            exchange_2L[int(way != "forward"), numbers] += wires_M.reshape(
-                -1, 1 if load is None else len(numbers)
-            ).mean(axis=0)
+            exchange_WL[WAYS.index(way), numbers] = wires_M.reshape(-1, 1 if load is None else len(numbers)).mean(
+                axis=0
+            )
             for part, value_R in times.part_R.items():
                 parts[part] = parts.get(part, 0.0) + float(value_R[_MEAN]) * share
     embedding_W, head_W = np.zeros(len(WAYS)), np.zeros(len(WAYS))
@@ -221,7 +221,7 @@ def layer_times(
         upto_WNL=_upto(seconds_WNL),
         casts_upto_L=_upto(casts_L),
         variance_upto_L=_upto(variance_L),
-        exchange_upto_2L=_upto(exchange_2L),
+        exchange_upto_WL=_upto(exchange_WL),
         embedding_W=embedding_W,
         head_W=head_W,
         parts_s=parts,

@@ -29,9 +29,10 @@ class Phase:
     each other first.
 
     weights_s: those of its seconds that make weight gradients, for which no later phase waits. products_s: those that a
-    tensor-parallel collective could hide behind. aside: no later phase waits for it. back: it waits for the phase that
-    stands so many places before it in line. issue_s: what the host needs to issue a layer, of which the phase's seconds
-    are those beyond the layer's own. The last three matter where phases run beside one another (overlap.py).
+    tensor-parallel collective could hide behind. issue_s: what the host needs to issue a layer, on the phase that ends
+    it: its seconds are those beyond the layer's own, of which lay_out takes what a rank waited in the layer. aside: no
+    later phase waits for it. back: it waits for the phase that stands so many places before it in line. These two
+    matter where phases run beside one another (overlap.py).
     """
 
     name: str
@@ -42,9 +43,9 @@ class Phase:
     is_backward: bool = False
     weights_s: Floats | float = 0.0
     products_s: float = 0.0
+    issue_s: float = 0.0
     aside: bool = False
     back: int = 1
-    issue_s: float = 0.0
 
     @property
     def is_comm(self) -> bool:
@@ -86,14 +87,19 @@ def lay_out(
     traced: (V,) ranks of the stage whose spans are kept. See docs/model.md#barriers.
     """
     clock: Floats = np.zeros((num_runs, num_ranks))
+    waited: Floats = np.zeros((num_runs, num_ranks))  # since the layer began: its host went on issuing
     part_R: dict[str, Floats] = {"wait_for_slowest": np.zeros(num_ranks)}
     starts, lengths = [], []
     for phase in phases:
         if phase.ranks_in_step > 1:
             ready = slowest_of(clock, phase.ranks_in_step)
             part_R["wait_for_slowest"] += (ready - clock).sum(axis=0)
+            waited = waited + (ready - clock)
             clock = ready
         seconds = np.broadcast_to(np.asarray(phase.seconds, dtype=np.float64), clock.shape)
+        if phase.issue_s:
+            seconds = np.maximum(seconds - waited, 0.0)
+            waited = np.zeros((num_runs, num_ranks))
         starts.append(clock[:, traced])
         lengths.append(seconds[:, traced])
         clock = clock + seconds

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.catalog.libraries import load_library
 from moesim.cost.device import DeviceCost
 from moesim.cost.host import issued_operations
 from moesim.cost.layer import (
@@ -41,16 +40,14 @@ from moesim.cost.recompute import ATTENTION_OPERATIONS, FFN_OPERATIONS, Operatio
 from moesim.describe.model import LatentAttention, Layer, MoeFfn
 from moesim.describe.pipeline import Placed
 from moesim.describe.schedules import Way, make_schedule
-from moesim.fabric.collectives import allgather_s, even_alltoall_s, send_s
-from moesim.fabric.nccl import NcclRates, nccl_s
-from moesim.fabric.ports import rate
 from moesim.scenario import Scenario
+from moesim.timeline.attention_group import context_s, gather_s
 from moesim.timeline.packed import PackedWork
 from moesim.timeline.phases import Phase
 
 Floats = NDArray[np.floating]
 SCATTER = "scatter gradients"
-NCCL_RELEASE = "nccl-2.29"  # whose start of a collective counts, on the GPUs that it was timed on
+_Group = tuple[Placed | None, list[Phase]]  # the phases of one layer; of None: what stands around the layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,47 +86,38 @@ class StagePlan:
     issue_s: float = 0.0  # host time to issue one operation
 
     packed: PackedWork | None = None  # attention of packed sequences; None: of whole ones
-    backwards: dict[int, list[Phase]] = field(default_factory=dict, compare=False)  # by chunk, once written down
+    backwards: dict[int, list[_Group]] = field(default_factory=dict, compare=False)  # by chunk, once written down
 
     def phases(self, way: Way, chunk: int) -> list[Phase]:
         """Phases of one pass through a chunk; recomputation belongs to the backward, or to the input gradient."""
+        if way != "forward" and chunk not in self.backwards:
+            self.backwards[chunk] = self._backward(chunk)
+        phases: list[Phase] = []
+        for placed, own in self._forward(chunk) if way == "forward" else self.backwards[chunk]:
+            of_way = _of_way(self._at_own_speed(own), way)
+            phases += self._issued(placed.layer, of_way, way) if placed is not None and of_way else of_way
         if way == "forward":
-            forward = self._at_own_speed(self._forward(chunk))
-            return forward + self._host_transfer("send activations to the host", chunk, forward)
-        backward = self._whole_backward(chunk)
-        scatter = [phase for phase in backward if phase.name == SCATTER]
-        passes = [phase for phase in backward if phase.name != SCATTER]
-        match way:
-            case "input_gradient":
-                return [phase.without_weights() for phase in passes]
-            case "weight_gradient":
-                return [phase.weights_alone() for phase in passes if np.any(phase.weights_s)] + scatter
-        return backward
+            return phases + self._host_transfer("send activations to the host", chunk, phases)
+        if way != "weight_gradient":
+            phases = self._host_transfer("fetch activations from the host", chunk, phases) + phases
+        return [replace(phase, is_backward=True) for phase in phases]
 
-    def _whole_backward(self, chunk: int) -> list[Phase]:
-        if chunk not in self.backwards:
-            own = self._at_own_speed(self._backward(chunk))
-            own = self._host_transfer("fetch activations from the host", chunk, own) + own
-            self.backwards[chunk] = [replace(phase, is_backward=True) for phase in own]
-        return self.backwards[chunk]
-
-    def _forward(self, chunk: int) -> list[Phase]:
-        phases = self._weights("gather weights", self.weight_gather_C[chunk])
-        phases += self._embedding(backward=False) if self._is_first(chunk) else []
+    def _forward(self, chunk: int) -> list[_Group]:
+        groups: list[_Group] = [(None, self._weights("gather weights", self.weight_gather_C[chunk]))]
+        groups += [(None, self._embedding(backward=False))] if self._is_first(chunk) else []
         for index, placed in enumerate(self.chunks[chunk], self.first_layers[chunk]):
-            phases += self._weight_casts(index, placed)
-            phases += self._issued(index, placed.layer, self._layer_forward(index, placed), backward=False)
-        return phases + (self._head(backward=False) if self._is_last(chunk) else [])
+            groups += [(None, self._weight_casts(index, placed)), (placed, self._layer_forward(index, placed))]
+        return groups + ([(None, self._head(backward=False))] if self._is_last(chunk) else [])
 
-    def _backward(self, chunk: int) -> list[Phase]:
-        phases = self._weights("gather weights", self.weight_gather_C[chunk])
-        phases += self._head(backward=True) if self._is_last(chunk) else []
+    def _backward(self, chunk: int) -> list[_Group]:
+        groups: list[_Group] = [(None, self._weights("gather weights", self.weight_gather_C[chunk]))]
+        groups += [(None, self._head(backward=True))] if self._is_last(chunk) else []
         for index, placed in reversed(list(enumerate(self.chunks[chunk], self.first_layers[chunk]))):
             full = self.scenario.train.recompute == "full"
             again = [_as_recompute(phase) for phase in self._layer_forward(index, placed)] if full else []
-            phases += self._issued(index, placed.layer, again + self._layer_backward(index, placed), backward=True)
-        phases += self._embedding(backward=True) if self._is_first(chunk) else []
-        return phases + self._weights(SCATTER, self.gradient_scatter_C[chunk])
+            groups.append((placed, again + self._layer_backward(index, placed)))
+        groups += [(None, self._embedding(backward=True))] if self._is_first(chunk) else []
+        return [*groups, (None, self._weights(SCATTER, self.gradient_scatter_C[chunk]))]
 
     def _host_transfer(self, name: str, chunk: int, phases: list[Phase]) -> list[Phase]:
         """What a pass waits for offloaded activations: their time on the host link beyond the pass's own phases."""
@@ -155,21 +143,24 @@ class StagePlan:
             return phases
         return [
             phase
-            if phase.is_comm or phase.part == "host"
+            if phase.is_comm
             else replace(
                 phase, seconds=np.asarray(phase.seconds) / speed_R, weights_s=np.asarray(phase.weights_s) / speed_R
             )
             for phase in phases
         ]
 
-    def _issued(self, index: int, layer: Layer, phases: list[Phase], *, backward: bool) -> list[Phase]:
-        """The phases of one pass over a layer, and how much longer the host takes to issue them."""
+    def _issued(self, layer: Layer, phases: list[Phase], way: Way) -> list[Phase]:
+        """The phases of one pass over a layer, and how much longer the host takes to issue them. See
+        docs/model.md#host.
+        """
         parallel, train, routing = self.scenario.parallel, self.scenario.train, self.scenario.routing
-        issued = issued_operations(layer, parallel=parallel, train=train, routing=routing, backward=backward)
+        issue_s = self.issue_s * issued_operations(layer, parallel=parallel, train=train, routing=routing, way=way)
+        if not issue_s:
+            return phases
         device_s = sum(np.asarray(phase.seconds) for phase in phases)
-        issue_s = issued * self.issue_s
         beyond_s = np.maximum(issue_s - device_s, 0.0)
-        return [*phases, replace(_local("issue", "host", index, beyond_s), issue_s=issue_s)] if issue_s else phases
+        return [*phases, replace(_local("issue", "host", phases[-1].layer, beyond_s), issue_s=issue_s)]
 
     def _is_first(self, chunk: int) -> bool:
         return self.depths[chunk] == 0
@@ -273,7 +264,7 @@ class StagePlan:
         in_step = parallel.tp * parallel.cp
         if in_step == 1:
             return []
-        seconds: Floats | float = num_tp_collectives * _gather_s(parallel.tp, 1, cost.tp_bytes, self.scenario)
+        seconds: Floats | float = num_tp_collectives * gather_s(parallel.tp, 1, cost.tp_bytes, self.scenario)
         if attention is not None and parallel.cp > 1:
             is_backward = attention is cost.backward
             core_s = attention.core_attention_s + self._packing_s(layer, backward=is_backward)
@@ -405,6 +396,17 @@ class StagePlan:
         )
 
 
+def _of_way(phases: list[Phase], way: Way) -> list[Phase]:
+    """What one way does of the phases of a pass; gradients are scattered when those of the weights are made."""
+    match way:
+        case "input_gradient":
+            return [phase.without_weights() for phase in phases if phase.name != SCATTER]
+        case "weight_gradient":
+            weights = [phase.weights_alone() for phase in phases if np.any(phase.weights_s)]
+            return weights + [phase for phase in phases if phase.name == SCATTER]
+    return phases
+
+
 def _moved(name: str, index: int, seconds: Floats | float) -> list[Phase]:
     """A phase that moves rows in memory, where there is any."""
     return [_local(name, "permute", index, seconds)] if np.any(seconds) else []
@@ -417,39 +419,3 @@ def _local(name: str, part: str, layer: int, seconds: Floats | float, weights_s:
 def _as_recompute(phase: Phase) -> Phase:
     """A forward phase done again: its compute counts as recomputation, its communication as communication."""
     return replace(phase, name=f"{phase.name} again", part=phase.part if phase.is_comm else "recompute")
-
-
-def context_s(
-    scenario: Scenario, cost: LayerCost, core_attention_s: Floats | float, *, is_backward: bool
-) -> Floats | float:
-    """Seconds by which one pass of attention is longer for its context-parallel exchange; core_attention_s: of its
-    scores and weighted values, behind which a ring hides. See docs/model.md#context-parallelism.
-    """
-    parallel, cluster = scenario.parallel, scenario.cluster
-    # Keys and values travel once forward; backward they and their gradients do.
-    rounds = 2 if is_backward else 1
-    if parallel.cp_kind == "allgather":
-        return rounds * _gather_s(parallel.cp, parallel.tp, cost.cp_bytes, scenario)
-    in_node = max(min(parallel.cp, cluster.ranks_per_node // parallel.tp), 1)
-    if parallel.cp_kind == "alltoall":
-        return sum(
-            float(even_alltoall_s(parallel.cp, in_node, num_bytes, cluster)) for num_bytes in cost.cp_exchange_bytes
-        )
-    hop_s = float(send_s(rounds * cost.cp_bytes / parallel.cp, in_node == parallel.cp, cluster))
-    return (parallel.cp - 1) * np.maximum(hop_s - core_attention_s / parallel.cp, 0.0)
-
-
-def _gather_s(group_size: int, stride: int, num_bytes: float, scenario: Scenario) -> float:
-    """Seconds to gather num_bytes over group_size ranks that lie stride apart: inside one NVLink domain as NCCL's
-    protocols do, at the cluster's derate; a ring of rings elsewhere.
-    """
-    if group_size == 1:
-        return 0.0
-    cluster = scenario.cluster
-    in_node = max(min(group_size, cluster.ranks_per_node // stride), 1)
-    factor = load_library(NCCL_RELEASE).value("all_gather", "nccl", cluster.gpu.name, "latency")
-    if in_node < group_size or factor is None:
-        return float(allgather_s(group_size, in_node, num_bytes, cluster))
-    derate = rate(cluster, "nvlink", "allgather") / float(cluster.gpu.nvlink_bytes_per_s)
-    rates = NcclRates(derate=min(derate, 1.0), latency_factor=factor)
-    return float(nccl_s("all_gather", group_size, num_bytes, cluster.gpu, rates))
