@@ -14,6 +14,7 @@ from moesim.catalog.hardware import GPU_NAMES, load_gpu
 from moesim.catalog.models import load_model
 from moesim.cost.device import device_cost
 from moesim.cost.layer import experts_s, head_s, layer_cost, mtp_projection_s
+from moesim.cost.precision import RECIPES
 from moesim.cost.profile import PROFILE_FOLDER, PROFILE_NAMES
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Training
@@ -90,6 +91,41 @@ def test_a_large_product_reaches_the_stated_share_of_the_peak_and_never_more(gpu
     rate = 2 * size**3 / float(device.product_s(size, size, size))
     share = rate / load_gpu(gpu).peak_flops_per_s["bf16"].value
     assert 0.97 * device.law.utilisation < share < device.law.utilisation
+
+
+# FP8 weight gradients, (groups, columns of the input, of the gradient, tokens of each) and TFLOP/s on an H800;
+# deepseek-ai/DeepGEMM pull request 95, 2025-05-06; its dense rows are fitted by tools/make_efficiency.py.
+GROUPED_WEIGHT_GRADIENTS = [
+    ((4, 7168, 4096, 4096), 939),
+    ((4, 2048, 7168, 4096), 900),
+    ((4, 7168, 4096, 8192), 1044),
+    ((4, 2048, 7168, 8192), 1033),
+    ((8, 7168, 4096, 4096), 942),
+]
+
+
+def test_blockwise_weight_gradients_have_kernels_of_their_own_within_a_twentieth_where_not_fitted():
+    errors, as_forward = [], []
+    for (groups, reduced, columns, tokens), tflops in GROUPED_WEIGHT_GRADIENTS:
+        measured_s = 2 * groups * reduced * columns * tokens / (tflops * 1e12)
+        rows_E = np.full(groups, float(tokens))
+        for device, of in ((H800, errors), (dataclasses.replace(H800, weight_law=H800.law), as_forward)):
+            of.append(float(device.weight_gradient_s(rows_E, reduced, columns)) / measured_s - 1)
+    print([f"{error:+.1%}" for error in errors])
+    assert np.median(np.abs(errors)) < 0.05
+    assert max(map(abs, errors)) < 0.07
+    assert max(as_forward) < -0.2  # what the forward's kernels would take
+
+
+@pytest.mark.parametrize("gpu", GPU_NAMES)
+def test_only_blockwise_fp8_on_hopper_has_weight_gradient_kernels_of_its_own(gpu):
+    for precision, recipe in RECIPES.items():
+        if recipe.peak not in load_gpu(gpu).peak_flops_per_s:
+            continue
+        device = device_cost(load_gpu(gpu), precision, "datasheet")
+        of_its_own = precision == "fp8" and gpu in ("h100-sxm", "h200", "h800")
+        assert (device.weight_law != device.law) == of_its_own
+        assert any(item.part == "weight gradient efficiency" for item in device.provenance) == of_its_own
 
 
 @settings(max_examples=50, deadline=None)

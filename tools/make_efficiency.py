@@ -10,6 +10,7 @@ Legend: N rows of a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from moesim.catalog.hardware import load_gpu
 from moesim.catalog.measured import SOURCE, SYSTEMS, tables
 from moesim.catalog.silicon import NEWEST, ProductTable, product_table
-from moesim.cost.device import EFFICIENCY_FILE, ProductLaw
+from moesim.cost.device import EFFICIENCY_FILE, ProductLaw, device_cost
 from moesim.describe.hardware import Gpu
 from moesim.door import write_text_atomically
 from moesim.door.records import read_parquet_columns
@@ -48,6 +49,23 @@ TYPED_PRODUCTS = f"""\
   fp8_block:  # activations scaled by 1x128 tiles, weights by 128x128 blocks
     h800: {{{BLOCK_NUMBERS}, kind: measured, source: "{BLOCKWISE}", date: 2025-03-25}}
 """
+# FP8 weight gradients summed in float32 on an H800: (columns of the input, of the gradient, tokens) and TFLOP/s, of
+# DeepGEMM's first kernels for them (1D1D: both operands scaled along the tokens).
+WEIGHT_GRADIENTS = (
+    ((7168, 2112, 4096), 920),
+    ((1536, 24576, 4096), 986),
+    ((512, 32768, 4096), 878),
+    ((16384, 7168, 4096), 994),
+    ((7168, 4096, 4096), 942),
+    ((2048, 7168, 4096), 920),
+    ((7168, 2112, 8192), 1052),
+    ((1536, 24576, 8192), 1092),
+    ((512, 32768, 8192), 1014),
+)
+WEIGHT_SOURCE = (
+    "fitted on 9 dense rows of deepseek-ai/DeepGEMM pull request 95 (H800), scored on its grouped rows; memory and "
+    "start as fp8_block"
+)
 TYPED_ATTENTION = f"""\
   backward_share: {{value: 0.82, unit: fraction, kind: assumed, source: "{BACKWARD}", date: 2024-07-11}}
 """
@@ -118,6 +136,33 @@ def product_line(gpu: Gpu, kernels: str) -> str:
     )
     source = f"{table.source}; on pairs (columns, reduced) not fitted: {score}"
     return f'    {gpu.name}: {{{numbers}, kind: measured, source: "{source}", date: 2026-11}}'
+
+
+def weight_gradient_lines() -> str:
+    """The file's lines of blockwise FP8 weight gradients: utilisation and a tile's overhead fitted, all else as typed
+    for blockwise products.
+    """
+    gpu, line = load_gpu("h800"), "utilisation: {:.3f}, reduce_overhead: {:.0f}, memory_utilisation: 0.80, start_us: 2.0"
+
+    def loss(at: Floats) -> float:
+        law = ProductLaw(
+            utilisation=np.exp(at[0]), reduce_overhead=np.exp(at[1]), memory_utilisation=0.8, start_s=2.0 * MICRO
+        )
+        device = replace(device_cost(gpu, "fp8", "datasheet"), weight_law=law)
+        return float(
+            sum(
+                np.log(float(device.weight_gradient_s([m], k, n)) * tflops * 1e12 / (2.0 * m * k * n)) ** 2
+                for (k, n, m), tflops in WEIGHT_GRADIENTS
+            )
+        )
+
+    starts = [np.log([0.7, 500.0]), np.log([0.6, 1000.0])]
+    utilisation, overhead = np.exp(min((descend(loss, at, np.array([0.1, 0.4])) for at in starts), key=loss))
+    numbers = line.format(utilisation, overhead)
+    print("h800 fp8_block_weights", numbers, flush=True)
+    told = f'kind: measured, source: "{WEIGHT_SOURCE}", date: 2025-05-06'
+    comment = "weight gradients of the same: both operands scaled by 1x128 tiles along the tokens"
+    return f"  fp8_block_weights:  # {comment}\n    h800: {{{numbers}, {told}}}\n"
 
 
 def stream_line(gpu: Gpu) -> str:
@@ -193,7 +238,8 @@ if __name__ == "__main__":
             "nvfp4": [product_line(gpu, "nvfp4") for gpu in four_bits],
         }
     )
+    weights = weight_gradient_lines()
     streams = section({"stream": [stream_line(gpu) for gpu in eight_bits]})
     attention = section({"forward": [attention_line(gpu) for gpu in measured]})
-    text = f"{HEAD}products:\n{products}{TYPED_PRODUCTS}memory:\n{streams}attention:\n{attention}{TYPED_ATTENTION}"
+    text = f"{HEAD}products:\n{products}{TYPED_PRODUCTS}{weights}memory:\n{streams}attention:\n{attention}{TYPED_ATTENTION}"
     write_text_atomically(Path(EFFICIENCY_FILE), text)

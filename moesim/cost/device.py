@@ -86,6 +86,7 @@ class DeviceCost:
 
     peak_flops_per_s: float  # dense, at the precision of the products
     law: ProductLaw
+    weight_law: ProductLaw  # of weight gradients: the same, but where formats have kernels of their own for them
     memory_bytes_per_s: float  # spec; a law says what products achieve of it
     stream_bytes_per_s: float  # achieved by kernels that only move bytes
     stream_start_s: float
@@ -122,7 +123,7 @@ class DeviceCost:
         flops = 2.0 * padded * reduced * columns * overhead
         operands = (total * reduced + num_active * reduced * columns) * self.recipe.element_bytes
         results = total * columns * BYTES_PER_ELEMENT["bf16"]
-        seconds = self._kernel_s(flops, operands + results, num_active > 0)
+        seconds = self._kernel_s(self.law, flops, operands + results, num_active > 0)
         return seconds if self.silicon is None else seconds * self._timed_factor(rows, total, reduced, columns)
 
     def weight_gradient_s(self, rows_E: ArrayLike, reduced: float, columns: float) -> Floats:
@@ -132,13 +133,14 @@ class DeviceCost:
         rows = np.asarray(rows_E, dtype=np.float64)
         if self.profile is not None:
             return self._profiled_s(self.profile, rows, reduced, columns, backward=True) / 2
-        padded_reduced = np.ceil(reduced / self.law.tile_rows) * self.law.tile_rows
+        law = self.weight_law
+        padded_reduced = np.ceil(reduced / law.tile_rows) * law.tile_rows
         total, num_active = over_experts(rows), over_experts(rows > 0)
-        flops = 2.0 * (total + self.law.reduce_overhead * num_active) * padded_reduced * columns
+        flops = 2.0 * (total + law.reduce_overhead * num_active) * padded_reduced * columns
         operands = total * (reduced + columns) * self.recipe.element_bytes
         # Summed over micro-batches in float32: what is there is read and written.
         results = 2 * num_active * reduced * columns * BYTES_PER_ELEMENT["float32"]
-        seconds = self._kernel_s(flops, operands + results, num_active > 0)
+        seconds = self._kernel_s(law, flops, operands + results, num_active > 0)
         if self.silicon is None:
             return seconds
         factor = self.silicon.factor_by_reduced(reduced, columns, rows)
@@ -188,10 +190,8 @@ class DeviceCost:
             return profile.dense_product_s(rows_E[..., 0], columns, reduced, backward=backward).seconds
         return profile.grouped_product_s(rows_E, reduced, columns, backward=backward).seconds
 
-    def _kernel_s(self, flops: Floats, num_bytes: Floats, any_work: ArrayLike) -> Floats:
-        return np.where(
-            any_work, self.law.kernel_s(flops, num_bytes, self.peak_flops_per_s, self.memory_bytes_per_s), 0.0
-        )
+    def _kernel_s(self, law: ProductLaw, flops: Floats, num_bytes: Floats, any_work: ArrayLike) -> Floats:
+        return np.where(any_work, law.kernel_s(flops, num_bytes, self.peak_flops_per_s, self.memory_bytes_per_s), 0.0)
 
 
 def over_experts(values_E: NDArray[Any]) -> Floats:
@@ -242,21 +242,20 @@ def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto") -> Device
 def _from_datasheet(gpu: Gpu, precision: Precision, calibrated: Profile | None, *, timed: bool) -> DeviceCost:
     table, recipe = efficiencies(), RECIPES[precision]
     peak = gpu.peak_flops_per_s[recipe.peak]
-    kernels = recipe.kernels_on_hopper if gpu.name in _HOPPER else recipe.kernels
+    on_hopper = gpu.name in _HOPPER
+    kernels = recipe.kernels_on_hopper if on_hopper else recipe.kernels
+    weight_kernels = recipe.weight_kernels_on_hopper if on_hopper and recipe.weight_kernels_on_hopper else kernels
     product, product_gpu = _entry(table["products"][kernels], gpu.name)
+    weight, weight_gpu = _entry(table["products"][weight_kernels], gpu.name)
     moving, moving_gpu = _entry(table["memory"]["stream"], gpu.name)
     attention, attention_gpu = _entry(table["attention"]["forward"], gpu.name)
     share = table["attention"]["backward_share"]
-    law = ProductLaw(
-        utilisation=product["utilisation"],
-        reduce_overhead=product["reduce_overhead"],
-        memory_utilisation=product["memory_utilisation"],
-        start_s=product["start_us"] * MICRO,
-    )
+    law = _law(product)
     told = [
         Provenance(part=f"peak {recipe.peak}", kind=peak.kind, source=peak.source),
         Provenance(part="memory bandwidth", kind=gpu.memory_bytes_per_s.kind, source=gpu.memory_bytes_per_s.source),
         _told("product efficiency", product, product_gpu, gpu.name),
+        *([_told("weight gradient efficiency", weight, weight_gpu, gpu.name)] if weight_kernels != kernels else []),
         _told("stream efficiency", moving, moving_gpu, gpu.name),
         _told("attention efficiency", attention, attention_gpu, gpu.name),
         Provenance(part="attention backward", kind=share["kind"], source=share["source"]),
@@ -288,6 +287,7 @@ def _from_datasheet(gpu: Gpu, precision: Precision, calibrated: Profile | None, 
     return DeviceCost(
         peak_flops_per_s=peak.value,
         law=law,
+        weight_law=_law(weight),
         memory_bytes_per_s=memory_rate,
         stream_bytes_per_s=stream_rate,
         stream_start_s=stream_start_s,
@@ -315,6 +315,15 @@ def _entry(by_gpu: Mapping[str, dict[str, Any]], gpu: str) -> tuple[dict[str, An
     names = (gpu, _SIBLINGS.get(gpu, ""), _FALLBACK_GPU, next(iter(by_gpu)))
     whose = next(name for name in names if name in by_gpu)
     return by_gpu[whose], whose
+
+
+def _law(entry: Mapping[str, Any]) -> ProductLaw:
+    return ProductLaw(
+        utilisation=entry["utilisation"],
+        reduce_overhead=entry["reduce_overhead"],
+        memory_utilisation=entry["memory_utilisation"],
+        start_s=entry["start_us"] * MICRO,
+    )
 
 
 def _told(part: str, entry: dict[str, Any], whose: str, gpu: str) -> Provenance:

@@ -73,6 +73,7 @@ def sustained(device: DeviceCost, constants: StepConstants, gpu: Gpu) -> DeviceC
     return replace(
         device,
         law=replace(device.law, utilisation=device.law.utilisation * constants.product_fraction),
+        weight_law=replace(device.weight_law, utilisation=device.weight_law.utilisation * constants.product_fraction),
         attention_by_dims={
             dims: replace(rate, endless_flops_per_s=rate.endless_flops_per_s * constants.attention_fraction)
             for dims, rate in device.attention_by_dims.items()

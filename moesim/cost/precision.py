@@ -22,12 +22,14 @@ FP32_BYTES = BYTES_PER_ELEMENT["float32"]
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What the operands of a run's products are. peak: the GPU's peak that counts; kernels: the table of efficiencies
-    on GPUs whose tensor cores know the format, kernels_on_hopper on those before.
+    on GPUs whose tensor cores know the format, kernels_on_hopper on those before; weight_kernels_on_hopper where those
+    of weight gradients are others.
     """
 
     peak: str
     kernels: str
     kernels_on_hopper: str
+    weight_kernels_on_hopper: str = ""
     element_bytes: float  # of a narrow element
     scale_bytes: float = 0.0  # of its share of a block's scale
     cast_reads: int = 0  # how often a cast reads the wide tensor: twice where it needs the largest element first
@@ -56,6 +58,7 @@ RECIPES: Mapping[Precision, Recipe] = MappingProxyType(
             peak="fp8",
             kernels="fp8",
             kernels_on_hopper="fp8_block",
+            weight_kernels_on_hopper="fp8_block_weights",
             element_bytes=BYTES_PER_ELEMENT["fp8"],
             scale_bytes=FP32_BYTES / 128,
             cast_reads=1,

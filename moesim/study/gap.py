@@ -115,6 +115,7 @@ def roofline(device: DeviceCost, gpu: Gpu, precision: str) -> DeviceCost:
         device,
         peak_flops_per_s=gpu.peak_flops_per_s[precision].value,
         law=law,
+        weight_law=law,
         memory_bytes_per_s=gpu.memory_bytes_per_s.value,
         stream_bytes_per_s=gpu.memory_bytes_per_s.value,
         stream_start_s=0.0,
