@@ -142,7 +142,7 @@ def weight_gradient_lines() -> str:
     """The file's lines of blockwise FP8 weight gradients: utilisation and a tile's overhead fitted, all else as typed
     for blockwise products.
     """
-    gpu, line = load_gpu("h800"), "utilisation: {:.3f}, reduce_overhead: {:.0f}, memory_utilisation: 0.80, start_us: 2.0"
+    gpu = load_gpu("h800")
 
     def loss(at: Floats) -> float:
         law = ProductLaw(
@@ -158,7 +158,9 @@ def weight_gradient_lines() -> str:
 
     starts = [np.log([0.7, 500.0]), np.log([0.6, 1000.0])]
     utilisation, overhead = np.exp(min((descend(loss, at, np.array([0.1, 0.4])) for at in starts), key=loss))
-    numbers = line.format(utilisation, overhead)
+    numbers = (
+        f"utilisation: {utilisation:.3f}, reduce_overhead: {overhead:.0f}, memory_utilisation: 0.80, start_us: 2.0"
+    )
     print("h800 fp8_block_weights", numbers, flush=True)
     told = f'kind: measured, source: "{WEIGHT_SOURCE}", date: 2025-05-06'
     comment = "weight gradients of the same: both operands scaled by 1x128 tiles along the tokens"
@@ -238,8 +240,8 @@ if __name__ == "__main__":
             "nvfp4": [product_line(gpu, "nvfp4") for gpu in four_bits],
         }
     )
-    weights = weight_gradient_lines()
+    typed = f"{TYPED_PRODUCTS}{weight_gradient_lines()}"
     streams = section({"stream": [stream_line(gpu) for gpu in eight_bits]})
     attention = section({"forward": [attention_line(gpu) for gpu in measured]})
-    text = f"{HEAD}products:\n{products}{TYPED_PRODUCTS}{weights}memory:\n{streams}attention:\n{attention}{TYPED_ATTENTION}"
+    text = f"{HEAD}products:\n{products}{typed}memory:\n{streams}attention:\n{attention}{TYPED_ATTENTION}"
     write_text_atomically(Path(EFFICIENCY_FILE), text)
