@@ -141,6 +141,13 @@ def test_drops_fall_and_padding_rises_with_the_capacity_factor(study):
     assert all(0 <= share < 1 for share in (*drops, *padding))
 
 
+def test_the_drop_curve_holds_the_least_factor_that_drops_few(study, scenario):
+    few = [point for point in study.drop_curve if point.drop_fraction <= 0.01]
+    assert few, "a factor that drops few is always among them"
+    less = few[0].capacity_factor - 0.02
+    assert next(p for p in sizes.drop_curve(scenario, [less]) if p.capacity_factor == less).drop_fraction > 0.01
+
+
 def test_balanced_routing_drops_exactly_what_does_not_fit(scenario):
     points = {p.capacity_factor: p for p in sizes.drop_curve(scenario.with_(popularity="balanced"))}
     assert points[0.75].drop_fraction == pytest.approx(0.25)

@@ -6,15 +6,13 @@ Legend: L MoE layers, E experts. A load is a ratio to the layer's mean expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.report.style import COLOURS, Picture, behind, finish, headline, house_style, light_grid, new_figure
-
-if TYPE_CHECKING:
-    from moesim.study.drops import DropPoint
+from moesim.study.drops import FEW_DROPS, DropPoint
 
 ALERT_RATIO = 3.0
 MAX_MARKS = 60
@@ -139,9 +137,9 @@ def drop_curve(points: Sequence[DropPoint], *, asked: float | None) -> Picture:
     factors = [point.capacity_factor for point in points]
     drops = [point.drop_fraction * 100 for point in points]
     padding = [point.padding_fraction * 100 for point in points]
-    enough = next((point.capacity_factor for point in points if point.drop_fraction < 0.01), None)
+    enough = next((point.capacity_factor for point in points if point.drop_fraction <= FEW_DROPS), None)
     title = (
-        f"A capacity factor of {enough:g} keeps drops under 1%"
+        f"A capacity factor of {enough:g} keeps drops within {FEW_DROPS:.0%}"
         if enough is not None
         else f"Even a capacity factor of {factors[-1]:g} drops {drops[-1]:.1f}% of the assignments"
     )

@@ -13,6 +13,7 @@ from moesim.metrics.step import COMM_PARTS, MEMORY_PARTS, StepResult
 from moesim.metrics.summary import RISK
 from moesim.report.style import COLOURS, MEMORY_WORDS, WORDS, short_count, signed_percent
 from moesim.study.advice import Change
+from moesim.study.drops import FEW_DROPS
 from moesim.study.planning import PlanningStudy
 from moesim.units import GIGA, format_bytes, format_count, format_seconds
 
@@ -310,7 +311,7 @@ def about_drops(study: PlanningStudy) -> Sentence:
     if not study.drop_curve:
         return Sentence(text=_DENSE)
     asked = study.scenario.routing.capacity_factor
-    enough = next((point for point in study.drop_curve if point.drop_fraction < 0.01), None)
+    enough = next((point for point in study.drop_curve if point.drop_fraction <= FEW_DROPS), None)
     text = (
         "Without a capacity factor nothing is dropped; a full expert makes its GPU slow instead. "
         if asked is None
@@ -318,12 +319,12 @@ def about_drops(study: PlanningStudy) -> Sentence:
     )
     if enough is not None:
         text += (
-            f"A capacity factor of {enough.capacity_factor:g} would keep drops under 1%, leaving "
+            f"A capacity factor of {enough.capacity_factor:g} would keep drops within {FEW_DROPS:.0%}, leaving "
             f"{enough.padding_fraction:.0%} of the "
             "expert buffers empty."
         )
     else:
-        text += "None of the capacity factors shown keeps drops under 1%."
+        text += f"None of the capacity factors shown keeps drops within {FEW_DROPS:.0%}."
     return Sentence(text=text)
 
 

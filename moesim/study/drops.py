@@ -24,6 +24,7 @@ from moesim.seeds import stream
 
 Floats = NDArray[np.float64]
 _MOST_SCORES = 50_000_000  # drawn token by token: tokens x experts, over all layers that are drawn
+FEW_DROPS = 0.01  # of all assignments: what a report calls few
 _LEAST_DROP = 1e-6  # asked for no drops at all: since some token may always be one too many
 _MOST_FACTOR = 4096.0
 

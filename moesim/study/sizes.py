@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from moesim.errors import InputError, MoesimError
 from moesim.metrics.memory import memory_by_stage
 from moesim.metrics.step import MEMORY_PARTS, StepResult
 from moesim.scenario import Scenario
-from moesim.study.drops import DropPoint, drop_point
+from moesim.study.drops import FEW_DROPS, DropPoint, drop_point, needed_capacity
 from moesim.study.simulate import simulate
 from moesim.timeline.load import step_load
 from moesim.units import DAY_S
@@ -154,10 +155,19 @@ def scenario_on(scenario: Scenario, num_gpus: int, cluster: Cluster | None = Non
 
 
 def drop_curve(scenario: Scenario, factors: Sequence[float] = CAPACITY_FACTORS) -> list[DropPoint]:
-    """Expected drops and padding over capacity factors, under the scenario's popularity; mean over the MoE layers."""
+    """Expected drops and padding over capacity factors, under the scenario's popularity; mean over the MoE layers.
+
+    Among them stand the factor asked for and the least one, rounded up to 0.01, that drops at most FEW_DROPS.
+    """
     load = step_load(scenario)
     if load is None:
         return []
     asked = scenario.routing.capacity_factor
-    wanted = sorted({*factors, *([asked] if asked else [])})
+    try:
+        enough = needed_capacity(scenario, load.popularities, FEW_DROPS).capacity_factor
+    except InputError:  # no factor reaches it
+        least: set[float] = set()
+    else:
+        least = {math.ceil(100 * enough + 1e-9) / 100}
+    wanted = sorted({*factors, *least, *([asked] if asked else [])})
     return [drop_point(scenario, load.popularities, factor) for factor in wanted]
