@@ -36,13 +36,17 @@ class Attention(nn.Module):
         # Values as a tensor of their own: as a view they would keep the whole projection. Heads stay behind positions
         # in memory, so that the output, laid out as the queries are, is the next product's input without a copy.
         inputs = (rotate(q_BSND, turns_S1), rotate(k_BSGD, turns_S1), v_BSGD.contiguous())
-        if self.recompute and torch.is_grad_enabled():
-            return self.out(checkpoint(_mix, *inputs, use_reentrant=False))
-        return self.out(_mix(*inputs))
+        return self.out(mix(*inputs, recompute=self.recompute))
+
+
+def mix(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, recompute: bool = False) -> Tensor:
+    """Causal attention alone: (B, S, N*D), D of the values. recompute: its backward starts with it anew."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(_mix, q_BSND, k_BSGD, v_BSGD, use_reentrant=False)
+    return _mix(q_BSND, k_BSGD, v_BSGD)
 
 
 def _mix(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> Tensor:
-    """Causal attention alone: (B, S, N*D)."""
     q_BNSD, k_BGSD, v_BGSD = q_BSND.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2)
     mixed_BNSD = functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True)
     return mixed_BNSD.transpose(1, 2).flatten(2)

@@ -120,7 +120,7 @@ def _is_finished(place: Path, config: TrainConfig) -> bool:
         facts = read_run(place).facts
     except FileNotFoundError:
         return False
-    same = facts["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
+    same = facts["config"] == json.loads(json.dumps(config.written()))
     return same and facts["steps_done"] == config.num_steps
 
 

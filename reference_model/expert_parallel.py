@@ -193,8 +193,7 @@ class ExpertParallelMoe(nn.Module):
         clock.lap("combine_wire")
         output_TH = combine(rows_PH, plan)
         clock.lap("unpermute")
-        if self.layer.shared is not None:
-            output_TH = output_TH + self.layer.shared(x_TH)
+        output_TH = self.layer.with_shared(output_TH, x_TH)
         clock.lap("shared")
         return LayerResult(output_TH, choice, plan, logits_TE)
 
@@ -244,7 +243,7 @@ class ExpertParallelMoe(nn.Module):
         sorted_PH, weight_P = permute(rows_QH, plan), permute_weights(arrived.weights_TK, plan)
         clock.lap("sort")
         sorted_PH = self.layer.experts(
-            sorted_PH, plan.ends_E, weight_P, recompute_activation=self.layer.recompute == "moe_act"
+            sorted_PH, plan.ends_E, weight_P, recompute_activation="moe_act" in self.layer.recompute
         )
         clock.lap("experts")
         rows_QH = combine(sorted_PH, plan)

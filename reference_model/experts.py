@@ -9,14 +9,14 @@ Legend: P rows (padded copies of tokens), E experts, H hidden, W expert width, I
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
+
+from reference_model.discard import discard
 
 Path = Literal["grouped", "loop"]
 Activation = Literal["swiglu", "gelu", "relu"]
@@ -125,29 +125,6 @@ def activate(inner: Tensor, activation: Activation = "swiglu", weight: Tensor | 
     return _Activate.apply(inner, weight, activation)
 
 
-def forgotten(
-    active: Tensor, inner: Tensor, activation: Activation, weight: Tensor | None = None
-) -> AbstractContextManager[Any]:
-    """While this lasts, products save ``active`` as a note to run ``activate`` again, which their backward does.
-
-    Nothing but the activation is recomputed, unlike with a checkpoint around activation and product.
-    """
-    storage = active.untyped_storage().data_ptr()
-
-    def pack(saved: Tensor) -> Any:
-        if saved.untyped_storage().data_ptr() != storage:
-            return saved
-        return saved.shape, saved.stride(), saved.storage_offset()
-
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        with torch.no_grad():
-            return activate(inner, activation, weight).as_strided(*kept)
-
-    return saved_tensors_hooks(pack, unpack)
-
-
 class Experts(nn.Module):
     """num_experts feed-forward blocks w_out @ activation(w_in @ x), without biases.
 
@@ -197,6 +174,7 @@ class Experts(nn.Module):
         inner_PI = product(x_PH.to(dtype), self.w_in.to(dtype), ends_E)
 
         active_PW = activate(inner_PI, self.activation, weight_P)
-        forget = forgotten(active_PW, inner_PI, self.activation, weight_P) if recompute_activation else nullcontext()
-        with forget:
-            return product(active_PW, self.w_out.to(dtype), ends_E)
+        rows_PH = product(active_PW, self.w_out.to(dtype), ends_E)
+        if recompute_activation and torch.is_grad_enabled():
+            discard([active_PW], lambda: [activate(inner_PI, self.activation, weight_P)], before=[rows_PH])
+        return rows_PH

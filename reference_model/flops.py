@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -29,3 +31,13 @@ def flop_counter() -> FlopCounterMode:
     48
     """
     return FlopCounterMode(display=False, custom_mapping=GROUPED_FLOPS)
+
+
+def counted_flops(run: Callable[[], object]) -> int:
+    """FLOPs of one call, grouped products too, and attention as its plain products over all keys.
+
+    A backward takes the kernels of its forward, so the forward belongs in the same call.
+    """
+    with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
+        run()
+    return int(counter.get_total_flops())

@@ -17,7 +17,8 @@ from reference_model.dispatch import Plan, combine, permute, permute_weights, pl
 from reference_model.experts import Activation, Experts, Path, activate, compute_dtype, inner_width
 from reference_model.routers import Choice, ExpertChoice, GshardTop2, NoisyTopK, Router, router_logits
 
-Recompute = Literal["none", "moe_act", "full"]
+Module = Literal["moe_act", "shared_experts"]  # of Megatron-LM's names, those inside this layer
+Recompute = Literal["none", "full"] | tuple[Module, ...]
 
 
 class LayerResult(NamedTuple):
@@ -50,7 +51,8 @@ class MoeLayer(nn.Module):
 
     router_in_float32: False does the router's product in the precision of the rest instead (its weights stay float32).
     capacity_factor: None is dropless; else an expert takes at most ceil(T*k/E*CF) copies (``capacity_tokens``).
-    recompute: what the backward computes again: nothing, the experts' activation, or the whole layer.
+    recompute: what the backward computes again: nothing, the whole layer, or of it the experts' activation, the shared
+    expert.
     router_bias: of routers with ``bias``, float32, a buffer that ``losses.update_bias_`` moves; else None.
     noise_weight: of the noisy router; else None.
 
@@ -112,12 +114,17 @@ class MoeLayer(nn.Module):
         plan = self.plan(choice)
         rows_PH = permute(x_TH.to(compute_dtype(x_TH)), plan)
         weight_P = permute_weights(choice.weights_TK, plan)
-        recompute_activation = self.recompute == "moe_act"
-        rows_PH = self.experts(rows_PH, plan.ends_E, weight_P, recompute_activation=recompute_activation)
-        output_TH = combine(rows_PH, plan)
-        if self.shared is not None:
-            output_TH = output_TH + self.shared(x_TH)
+        rows_PH = self.experts(rows_PH, plan.ends_E, weight_P, recompute_activation="moe_act" in self.recompute)
+        output_TH = self.with_shared(combine(rows_PH, plan), x_TH)
         return LayerResult(output_TH, choice, plan, logits_TE)
+
+    def with_shared(self, output_TH: Tensor, x_TH: Tensor) -> Tensor:
+        """The routed experts' output plus the shared expert's, where there is one."""
+        if self.shared is None:
+            return output_TH
+        if "shared_experts" in self.recompute and torch.is_grad_enabled():
+            return output_TH + checkpoint(self.shared, x_TH, use_reentrant=False)
+        return output_TH + self.shared(x_TH)
 
     def choose(self, x_TH: Tensor) -> tuple[Choice, Tensor]:
         """(the router's choice, its logits); random routers are random in training only."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 
 
@@ -22,7 +22,7 @@ class SavedStorage:
 
 @dataclass(kw_only=True)
 class Saved:
-    """The storages kept so far, in the order in which they were saved."""
+    """The storages kept at the block's end, in the order in which they were saved."""
 
     storages: list[SavedStorage] = field(default_factory=list)
 
@@ -35,7 +35,8 @@ class Saved:
 def recording_saved(*, besides: Iterable[Tensor] = ()) -> Iterator[Saved]:
     """Record what operations in the block save for their backward, but for the storages of ``besides`` (parameters).
 
-    A view counts as its whole storage, once however many nodes keep it. Of a checkpoint its inputs are seen: what
+    A view counts as its whole storage, once however many nodes keep it, and for what it holds at the block's end: what
+    ``discard`` gave back counts nothing. Of a checkpoint its inputs are seen: what
     happens inside has hooks of its own.
 
     >>> x = torch.ones(4, requires_grad=True)
@@ -45,17 +46,20 @@ def recording_saved(*, besides: Iterable[Tensor] = ()) -> Iterator[Saved]:
     16
     """
     saved = Saved()
-    # Storages are held while recording, so that no address is used a second time.
-    seen = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in besides}
+    # By what holds the bytes, not by address: a storage whose bytes were given back leaves its address to others.
+    parameters = {tensor.untyped_storage()._cdata for tensor in besides}
+    first: dict[int, tuple[UntypedStorage, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = storage
-            saved.storages.append(
-                SavedStorage(shape=tuple(tensor.shape), dtype=tensor.dtype, num_bytes=storage.nbytes())
-            )
+        if storage._cdata not in parameters:
+            first.setdefault(storage._cdata, (storage, tensor.detach()))
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+    for storage, tensor in first.values():
+        if storage.nbytes():
+            saved.storages.append(
+                SavedStorage(shape=tuple(tensor.shape), dtype=tensor.dtype, num_bytes=storage.nbytes())
+            )

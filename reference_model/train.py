@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import json
 import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +86,13 @@ class TrainConfig:
     checkpoint_every: int = 1
     heldout_per_domain: int = 32
 
+    def written(self) -> dict[str, Any]:
+        """As a run's folder has it: plain values, an attention that is not latent left out, as in runs from before."""
+        values = asdict(self)
+        if self.model.latent is None:
+            del values["model"]["latent"]
+        return values
+
     def rate(self, step: int) -> float:
         """The learning rate: a linear warm-up, then half a cosine down to last_rate_fraction of the peak."""
         warm = min(1.0, (step + 1) / self.warmup_steps)
@@ -131,7 +137,7 @@ def train(
     place = find_device(device)
     target, text = Path(folder), corpus or build_corpus()
     target.mkdir(parents=True, exist_ok=True)
-    asked = {"config": dataclasses.asdict(config), "seed": seed, "text": text.fingerprint}
+    asked = {"config": config.written(), "seed": seed, "text": text.fingerprint}
     state = _start_or_resume(config, seed, target, asked, place)
     heldout = heldout_batch(text, sequences_per_domain=config.heldout_per_domain, seq_len=config.seq_len)
     last = min(config.num_steps, stop_after or config.num_steps)

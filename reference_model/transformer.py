@@ -6,7 +6,7 @@ V vocabulary, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,11 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from reference_model.attention import Attention, rotary_turns
 from reference_model.capacity import DropPolicy
+from reference_model.discard import discard
+from reference_model.latent_attention import LatentAttention, LatentConfig
 from reference_model.layer import FeedForward, LayerResult, MoeLayer
+from reference_model.layer import Module as LayerModule
 from reference_model.norm import RmsNorm
 from reference_model.routers import Router
 
-Module = Literal["core_attn", "mlp", "moe", "moe_act"]  # of Megatron-LM's names, those that this model has
+# Megatron-LM's names; one that a layer does not have changes nothing there.
+Module = Literal["core_attn", "mla_up_proj", "mlp", "moe", "moe_act", "layernorm", "shared_experts"]
 Recompute = Literal["none", "full"] | tuple[Module, ...]
 
 
@@ -39,7 +43,10 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Sizes of a decoder; moe None makes every layer dense."""
+    """Sizes of a decoder; moe None makes every layer dense.
+
+    latent: latent attention instead of grouped queries; num_kv_heads is then num_heads, head_dim that of the queries.
+    """
 
     hidden: int
     num_layers: int
@@ -50,11 +57,14 @@ class TransformerConfig:
     vocab: int
     moe: MoeConfig | None = None
     rope_theta: float = 10_000.0
+    latent: LatentConfig | None = None
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, "every key-value head serves as many query heads"
         assert self.head_dim % 2 == 0, "rotary positions turn pairs of dimensions"
         assert self.moe is None or self.moe_layers, "an MoE model has at least one MoE layer"
+        same = self.latent is None or (self.num_kv_heads, self.head_dim) == (self.num_heads, self.latent.qk_head_dim)
+        assert same, "latent attention has keys for every head, as wide as its queries"
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -65,9 +75,13 @@ class TransformerConfig:
 
     def design(self, name: str) -> dict[str, Any]:
         """The same sizes as moesim's design file says them: ``moesim describe --model`` reads it as YAML or JSON."""
-        attention = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        attention: dict[str, Any] = {"kind": "gqa" if self.latent is None else "mla", "num_heads": self.num_heads}
+        if self.latent is None:
+            attention |= {"num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        else:
+            attention |= asdict(self.latent)
         values: dict[str, Any] = {"schema": 1, "name": name, "hidden": self.hidden, "num_layers": self.num_layers}
-        values |= {"vocab": self.vocab, "attention": {"kind": "gqa", **attention}, "ffn": {"width": self.dense_width}}
+        values |= {"vocab": self.vocab, "attention": attention, "ffn": {"width": self.dense_width}}
         if self.moe is not None:
             sizes = ("num_experts", "width", "every", "shared_width")
             values["moe"] = {size: getattr(self.moe, size) for size in sizes} | {"top_k": self.moe.router.top_k}
@@ -88,14 +102,9 @@ class Block(nn.Module):
         super().__init__()
         hidden, modules = config.hidden, recompute if isinstance(recompute, tuple) else ()
         self.recompute_all, self.recompute_mlp = recompute == "full", "mlp" in modules
+        self.recompute_norms = "layernorm" in modules
         self.attention_norm, self.ffn_norm = RmsNorm(hidden), RmsNorm(hidden)
-        self.attention = Attention(
-            hidden=hidden,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            recompute="core_attn" in modules,
-        )
+        self.attention = _attention(config, modules)
         self.ffn: MoeLayer | FeedForward
         if moe is None:
             self.ffn = FeedForward(hidden=hidden, width=config.dense_width)
@@ -109,7 +118,7 @@ class Block(nn.Module):
                 capacity_factor=moe.capacity_factor,
                 drop_policy=moe.drop_policy,
                 router_in_float32=moe.router_in_float32,
-                recompute="full" if "moe" in modules else "moe_act" if "moe_act" in modules else "none",
+                recompute="full" if "moe" in modules else _inside_moe(modules),
             )
 
     def forward(self, x_BSH: Tensor, turns_S: Tensor) -> tuple[Tensor, LayerResult | None]:
@@ -119,16 +128,46 @@ class Block(nn.Module):
         return self._forward(x_BSH, turns_S)
 
     def _forward(self, x_BSH: Tensor, turns_S: Tensor) -> tuple[Tensor, LayerResult | None]:
-        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), turns_S)
+        x_BSH = self._attend(x_BSH, turns_S)
         if not isinstance(self.ffn, MoeLayer):
             if self.recompute_mlp and torch.is_grad_enabled():
                 return x_BSH + checkpoint(self._dense, x_BSH, use_reentrant=False), None
             return x_BSH + self._dense(x_BSH), None
-        result = self.ffn(self.ffn_norm(x_BSH).flatten(0, 1))
+        normed_BSH = self.ffn_norm(x_BSH)
+        result = self.ffn(normed_BSH.flatten(0, 1))
+        if self.recompute_norms and torch.is_grad_enabled():
+            before = [result.output_TH, result.logits_TE]
+            discard([normed_BSH], lambda: [self.ffn_norm(x_BSH)], before=before)
         return x_BSH + result.output_TH.view_as(x_BSH), result
+
+    def _attend(self, x_BSH: Tensor, turns_S: Tensor) -> Tensor:
+        normed_BSH = self.attention_norm(x_BSH)
+        mixed_BSH = self.attention(normed_BSH, turns_S)
+        # Before grouped-query attention and dense blocks Megatron fuses the norm into the product: it stays.
+        if self.recompute_norms and isinstance(self.attention, LatentAttention) and torch.is_grad_enabled():
+            discard([normed_BSH], lambda: [self.attention_norm(x_BSH)], before=[mixed_BSH])
+        return x_BSH + mixed_BSH
 
     def _dense(self, x_BSH: Tensor) -> Tensor:
         return self.ffn(self.ffn_norm(x_BSH))
+
+
+def _attention(config: TransformerConfig, recompute: tuple[Module, ...]) -> Attention | LatentAttention:
+    core = "core_attn" in recompute
+    if config.latent is None:
+        heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        return Attention(hidden=config.hidden, **heads, recompute=core)
+    return LatentAttention(
+        hidden=config.hidden,
+        num_heads=config.num_heads,
+        sizes=config.latent,
+        recompute_core=core,
+        recompute_up="mla_up_proj" in recompute,
+    )
+
+
+def _inside_moe(modules: tuple[Module, ...]) -> tuple[LayerModule, ...]:
+    return tuple(module for module in modules if module == "moe_act" or module == "shared_experts")
 
 
 class Transformer(nn.Module):
@@ -154,9 +193,9 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> TransformerResult:
         """Logits of the token after each: (B, S) -> (B, S, V), with the MoE layers' results."""
-        turns_S = rotary_turns(
-            tokens_BS.shape[1], self.config.head_dim, self.config.rope_theta, device=tokens_BS.device
-        )
+        latent = self.config.latent
+        turned = self.config.head_dim if latent is None else latent.qk_rope_head_dim
+        turns_S = rotary_turns(tokens_BS.shape[1], turned, self.config.rope_theta, device=tokens_BS.device)
         x_BSH = self.embedding(tokens_BS)
         results: dict[int, LayerResult] = {}
         for i, block in enumerate(self.blocks):
@@ -197,10 +236,10 @@ def _part(name: str, *, is_moe: bool) -> str:
         return "input_embedding"
     if name.startswith("head"):
         return "head"
+    if ".attention." in name:  # with the norms of its latents
+        return "attention"
     if "norm" in name:
         return "norms"
-    if ".attention." in name:
-        return "attention"
     if not is_moe:
         return "dense_ffn"
     return "router" if "router" in name or "noise" in name else "shared_experts" if ".shared." in name else "experts"
@@ -224,6 +263,9 @@ def forward_flops_per_token(config: TransformerConfig, seq_len: int, *, full_att
     keys = seq_len if full_attention else seq_len / 2
     projections = 2.0 * hidden * config.head_dim * (2 * heads + 2 * config.num_kv_heads)
     sequence = 2.0 * heads * 2 * config.head_dim * keys
+    if (latent := config.latent) is not None:
+        projections = 2.0 * _latent_matrices(hidden, heads, latent)
+        sequence = 2.0 * heads * (latent.qk_head_dim + latent.v_head_dim) * keys
     num_moe = len(config.moe_layers)
     flops = config.num_layers * (projections + sequence) + 2.0 * hidden * config.vocab
     flops += (config.num_layers - num_moe) * 6.0 * hidden * config.dense_width
@@ -231,6 +273,18 @@ def forward_flops_per_token(config: TransformerConfig, seq_len: int, *, full_att
         moe = config.moe
         flops += num_moe * hidden * (2.0 * moe.num_experts + 6.0 * (moe.router.top_k * moe.width + moe.shared_width))
     return flops
+
+
+def _latent_matrices(hidden: int, heads: int, sizes: LatentConfig) -> int:
+    """Numbers in the matrices of latent attention."""
+    rank, kv = sizes.q_lora_rank, sizes.kv_lora_rank
+    queries = heads * sizes.qk_head_dim
+    return (
+        (hidden * queries if rank is None else rank * (hidden + queries))
+        + hidden * (kv + sizes.qk_rope_head_dim)
+        + kv * heads * (sizes.qk_nope_head_dim + sizes.v_head_dim)
+        + heads * sizes.v_head_dim * hidden
+    )
 
 
 def equal_flops_width(moe: MoeConfig) -> int:

@@ -161,7 +161,7 @@ def test_every_recorded_run_is_finished_and_of_the_configuration_named() -> None
         for variant, config in variants().items():
             assert [run.seed for run in runs[variant]] == list(SEEDS)
             for run in runs[variant]:
-                assert run.facts["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
+                assert run.facts["config"] == json.loads(json.dumps(config.written()))
                 assert run.facts["steps_done"] == config.num_steps
 
 

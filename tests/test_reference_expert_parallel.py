@@ -117,7 +117,7 @@ CASES = {
     "sigmoid": {"router": SigmoidTopK(top_k=3, num_groups=4, top_groups=2)},
     "switch": {"router": SWITCH_TOP_1, "activation": "relu", "capacity_factor": 1.0, "drop_policy": "position"},
     "loop": {"path": "loop"},
-    "recomputed": {"recompute": "moe_act"},
+    "recomputed": {"recompute": ("moe_act",)},
 }
 
 
@@ -134,8 +134,9 @@ def test_ranks_together_equal_the_layer_in_one_process(name: str, num_ranks: int
 
 
 @pytest.mark.slow  # a checkpoint imports torch's compiler, in every process: seconds
-def test_ranks_recompute_whole_layers_with_their_exchanges() -> None:
-    by_rank = run_on_ranks(on_each_rank, 2, [REPLICATED], [48, 48], 0.0, {"recompute": "full"})
+@pytest.mark.parametrize("recompute", ["full", ("moe_act", "shared_experts")], ids=str)
+def test_ranks_recompute_whole_layers_with_their_exchanges_or_parts_of_them(recompute: Any) -> None:
+    by_rank = run_on_ranks(on_each_rank, 2, [REPLICATED], [48, 48], 0.0, {"recompute": recompute})
     _assert_equal([rank[0] for rank in by_rank], in_one_process([48, 48], 0.0, {}), REPLICATED)
 
 

@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch")
 
 import moesim  # noqa: E402
 from reference_model.attention import Attention, rotary_turns, rotate  # noqa: E402
+from reference_model.flops import counted_flops  # noqa: E402
+from reference_model.latent_attention import LatentConfig  # noqa: E402
 from reference_model.routers import NoisyTopK, SoftmaxTopK  # noqa: E402
 from reference_model.transformer import (  # noqa: E402
     MoeConfig,
@@ -31,6 +33,9 @@ CONFIG = TransformerConfig(
 )
 DENSE = dataclasses.replace(CONFIG, moe=None)
 SHARED = dataclasses.replace(CONFIG, moe=dataclasses.replace(MOE, shared_width=16, every=1))
+SIZES = LatentConfig(q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10)
+LATENT = dataclasses.replace(SHARED, num_kv_heads=4, latent=SIZES)
+DIRECT = dataclasses.replace(LATENT, latent=dataclasses.replace(SIZES, q_lora_rank=None))
 SEQ_LEN = 20
 
 
@@ -41,7 +46,9 @@ def described(config: TransformerConfig, folder: Path) -> Any:
     return moesim.describe(moesim.load_model(str(path)), seq_len=SEQ_LEN)
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE, SHARED], ids=["moe", "dense", "shared"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, DENSE, SHARED, LATENT, DIRECT], ids=["moe", "dense", "shared", "latent", "direct"]
+)
 def test_its_parameters_and_flops_are_those_that_moesim_describes(config: TransformerConfig, tmp_path: Path) -> None:
     said = described(config, tmp_path)
     held = parameters_by_part(Transformer(config))
@@ -52,30 +59,15 @@ def test_its_parameters_and_flops_are_those_that_moesim_describes(config: Transf
     assert said.num_moe_layers == len(config.moe_layers)
 
 
-def counted_flops(model: Transformer, tokens_BS: Any, *, backward: bool) -> int:
-    """FLOPs that torch counts, with a mapping for grouped products, and attention as plain products."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def grouped(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-        # Rows (P, I) by (E, I, O), each row with one matrix; or its weight gradient (I, P) by (P, O), each row once.
-        return 2 * x_shape[0] * x_shape[1] * weight_shape[-1]
-
-    mapping = {torch.ops.aten._grouped_mm: grouped}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        loss = model(tokens_BS).logits_BSV.sum()
-        if backward:
-            loss.backward()
-    return int(counter.get_total_flops())
-
-
-@pytest.mark.parametrize("config", [CONFIG, DENSE, SHARED], ids=["moe", "dense", "shared"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, DENSE, SHARED, LATENT, DIRECT], ids=["moe", "dense", "shared", "latent", "direct"]
+)
 def test_its_flops_are_those_that_torch_counts(config: TransformerConfig) -> None:
     model = build(config, seed=0)
     tokens_BS = torch.randint(config.vocab, (3, SEQ_LEN), generator=torch.Generator().manual_seed(0))
     forward = forward_flops_per_token(config, SEQ_LEN, full_attention=True) * tokens_BS.numel()
-    assert counted_flops(model, tokens_BS, backward=False) == forward
-    assert counted_flops(model, tokens_BS, backward=True) == 3 * forward
+    assert counted_flops(lambda: model(tokens_BS)) == forward
+    assert counted_flops(lambda: model(tokens_BS).logits_BSV.sum().backward()) == 3 * forward
 
 
 def test_a_dense_twin_of_equal_width_costs_exactly_as_many_flops() -> None:
