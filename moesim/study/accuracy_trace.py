@@ -24,6 +24,8 @@ from moesim.describe.model import MoeFfn
 from moesim.door.records import Record
 from moesim.errors import check
 from moesim.scenario import Scenario
+from moesim.timeline.overlap import EXCHANGES
+from moesim.timeline.phases import OperationTimes
 from moesim.timeline.step import run_step
 from moesim.timeline.trace import Trace
 from moesim.units import MILLI
@@ -34,7 +36,18 @@ FIRST_MOE_LAYER = 3
 # As arXiv 2412.19437 section 3.2.3 says; the trace has 64 dense products, 56 of layers and 8 up-projections again.
 RECOMPUTED = "layernorm,mla_up_proj,moe_act"
 KINDS = (
-    *("dispatch", "combine", "wait", "grouped products", "dense products", "weight gradients", "attention", "casts"),
+    *(
+        "dispatch",
+        "dispatch forward",
+        "dispatch of gradients",
+        "combine",
+        "wait",
+        "grouped products",
+        "dense products",
+        "weight gradients",
+        "attention",
+        "casts",
+    ),
     *("permute", "memory-bound", "exposed communication", "computing"),
     *("span", "span of kernels alone", "span with Megatron's losses"),
 )
@@ -44,18 +57,18 @@ FITTED: Mapping[str, ConstantName] = {"memory-bound": "stream_fraction", "dense 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceRow:
-    """Seconds of one kind of kernel in the pair; predicted None: not modelled apart (waiting)."""
+    """Seconds of one kind of kernel in the pair."""
 
     id: str
     what: str
-    predicted_s: float | None
+    predicted_s: float
     measured_s: float
     source: str
     used_in_fit: bool = False
 
     @property
-    def error_fraction(self) -> float | None:
-        return None if self.predicted_s is None else self.predicted_s / self.measured_s - 1.0
+    def error_fraction(self) -> float:
+        return self.predicted_s / self.measured_s - 1.0
 
 
 def trace_scenario() -> Scenario:
@@ -89,14 +102,15 @@ def trace_rows(cases: Sequence[Record], owner: str = "trace.csv") -> tuple[Trace
         rule = f"must be one of {', '.join(KINDS)}"
         check(row.get("id", "") in KINDS, owner, "id", rule, row.get("id", ""))
     scenario = trace_scenario()
-    predicted = dict(predicted_kinds(scenario, step_constants(scenario.cluster.gpu.name, "deepseek")))
+    constants = step_constants(scenario.cluster.gpu.name, "deepseek")
+    predicted = _with_starts_idle(predicted_kinds(scenario, constants), scenario, constants)
     for kind, software in (("span of kernels alone", "kernels"), ("span with Megatron's losses", "megatron")):
         predicted[kind] = predicted_pair(run_step(scenario.with_(software=software)))["span"]
     return tuple(
         TraceRow(
             id=row["id"],
             what=row["what"],
-            predicted_s=predicted.get(row["id"]),
+            predicted_s=predicted[row["id"]],
             measured_s=float(row["ms"]) * MILLI,
             source=row["source"],
             used_in_fit=row["id"] in rows_of_fit("deepseek"),
@@ -136,6 +150,57 @@ def predicted_kinds(scenario: Scenario, constants: StepConstants) -> Mapping[str
     return found
 
 
+def _with_starts_idle(predicted: Mapping[str, float], scenario: Scenario, constants: StepConstants) -> dict[str, float]:
+    """The kinds with the start of every kernel taken for standing still, as a profiler does: it sees nothing run, and
+    communication that is under way as exposed.
+    """
+    device = device_cost(scenario.cluster.gpu, scenario.train.precision, scenario.profile)
+    starts_s = (
+        predicted["span"] - predicted_pair(run_step(scenario, constants=constants, device=_at_once(device)))["span"]
+    )
+    busy_s = sum(predicted[kind] for kind in ("dispatch", "combine", "wait"))
+    shown_s = starts_s * min(busy_s / predicted["span"], 1.0)
+    return {
+        **predicted,
+        "computing": predicted["computing"] - starts_s,
+        "exposed communication": predicted["exposed communication"] + shown_s,
+    }
+
+
+def _at_once(device: DeviceCost) -> DeviceCost:
+    """A device whose kernels take no time to start."""
+    wide = None if device.bf16 is None else _at_once(device.bf16)
+    return replace(device, law=replace(device.law, start_s=0.0), stream_start_s=0.0, bf16=wide)
+
+
+def leaders_wait_s(times: OperationTimes) -> float:
+    """Seconds that a rank's exchanges stand on its queue for slower ranks, in the last run of a pair, once the rank
+    leads by all that its dependencies allow.
+
+    A rank that computes faster than the slowest of its group, by however little, gets ahead from pair to pair, until
+    some exchange's result comes only when it is needed. From then on every exchange of it waits as long as it leads, or
+    since the one before it ended. See docs/model.md#leading-ranks.
+    """
+    start_P, seconds_P = times.start_PMV[:, -1, 0], times.seconds_PMV[:, -1, 0]
+    end_P, places = start_P + seconds_P, range(len(times.names))
+    exchanges = sorted((i for i in places if times.parts[i] in EXCHANGES), key=lambda i: start_P[i])
+
+    def needed_s(exchange: int) -> float:
+        """When its chain goes on computing."""
+        after = (
+            float(start_P[i])
+            for i in range(exchange + 1, len(times.names))
+            if times.is_backward_P[i] == times.is_backward_P[exchange]
+            and times.parts[i] not in EXCHANGES
+            and not times.names[i].endswith(" weights")
+        )
+        return next(after, float(times.duration_MB[-1, 0]))
+
+    lead_s = min(needed_s(i) - end_P[i] for i in exchanges)
+    free_s = [-np.inf, *(end_P[i] for i in exchanges)]  # when the queue is, of communication
+    return float(sum(min(lead_s, start_P[i] - free) for i, free in zip(exchanges, free_s, strict=False)))
+
+
 def predicted_pair(trace: Trace, constants: StepConstants = NO_LOSS) -> Mapping[str, float]:
     """Seconds by kind of kernel in the last pair of the middle stage, on its rank of median load. constants: those that
     the step was run with.
@@ -157,11 +222,14 @@ def predicted_pair(trace: Trace, constants: StepConstants = NO_LOSS) -> Mapping[
     return {
         # Gradients on the combine's way are sent as a dispatch sends, those on the dispatch's as a combine.
         "dispatch": took_s("dispatch", False) + took_s("combine", True),
+        "dispatch forward": took_s("dispatch", False),
+        "dispatch of gradients": took_s("combine", True),
         "combine": took_s("combine", False) + took_s("dispatch", True),
         "grouped products": sum(took_s("experts", way) * shares[way]["experts"] for way in (False, True)),
         "weight gradients": float(times.seconds_PMV[is_weights, -1, 0].sum()),
         "attention": sum(took_s("attention", way) * shares[way]["attention"] for way in (False, True)),
         "permute": took_s("permute", False) + took_s("permute", True),
+        "wait": leaders_wait_s(times),
         "exposed communication": exposed_s,
         "computing": span_s - exposed_s,
         "span": span_s,
