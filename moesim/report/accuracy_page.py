@@ -146,9 +146,9 @@ def trace_section(rows: Sequence[TraceRow]) -> str:
             "was found after the measured figure was seen, and nothing in it is fitted. Dependencies leave no "
             "communication exposed: what is predicted of it runs while kernels start. The trace agrees in kind: "
             f"computing stands still for {format_seconds(idle_s)}, communication runs in "
-            f"{exposed.measured_s / idle_s:.1%} of that and in {busy_s / span.measured_s:.1%} of the whole, so these are "
-            "gaps between its 923 computing kernels (5 us each; here 2 us at most, and fewer kernels), not waits for an "
-            "exchange. Kernels of the trace ran beside collectives that held 20 of 132 multiprocessors; so do the "
-            "predicted ones.",
+            f"{exposed.measured_s / idle_s:.1%} of that and in {busy_s / span.measured_s:.1%} of the whole, so these "
+            "are gaps between its 923 computing kernels (5 us each; here 2 us at most, and fewer kernels), not waits "
+            "for an exchange. Kernels of the trace ran beside collectives that held 20 of 132 multiprocessors; so do "
+            "the predicted ones.",
         ]
     )
