@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,14 +23,31 @@ from moesim.cost.device import device_cost
 from moesim.cost.host import constants_of, sustained
 from moesim.cost.layer import rank_tokens
 from moesim.cost.memory import num_communicators
-from moesim.describe.schedules import WAYS
+from moesim.describe.schedules import WAYS, Way
 from moesim.errors import MoesimError
 from moesim.metrics.step import COMM_PARTS, STEP_PARTS
 from moesim.scenario import Scenario
-from moesim.study.fast_layers import LayerTimes, has_moe, layer_times, load_key, routed_load
-from moesim.study.fast_memory import kept_bytes, layer_bytes, software_of
+from moesim.study.fast_layers import (
+    Costs,
+    LayerTimes,
+    end_times,
+    kind_times,
+    layer_times,
+    load_key,
+    routed_load,
+    stack_kinds,
+)
+from moesim.study.fast_memory import (
+    LayerBytes,
+    end_bytes,
+    kept_bytes,
+    kind_bytes,
+    layer_bytes,
+    received_rows,
+    software_of,
+)
 from moesim.study.fast_pipeline import order_of, pipeline_s, ways_of
-from moesim.study.fast_stages import Split, StageCosts, split_of, stage_costs
+from moesim.study.fast_stages import Split, StageCosts, split_of, stage_costs, stage_parameters
 from moesim.timeline.pipeline import expected_largest
 from moesim.timeline.reduction import hidden_buckets_s
 from moesim.timeline.step import neighbour_send_s
@@ -79,6 +97,7 @@ class FastPath:
         self.base = base
         self._paths: dict[Hashable, FastPath] = {}
         self._known: dict[Hashable, Any] = {}
+        self._layers_of: dict[Hashable, tuple[LayerTimes, LayerBytes]] = {}
         gpu = base.cluster.gpu
         alone = device_cost(gpu, base.train.precision, base.profile)
         self._constants = constants_of(gpu, base.train, alone)
@@ -132,26 +151,50 @@ class FastPath:
         p, train = scenario.parallel, scenario.train
         ways = tuple(WAYS[i] for i in ways_of(train.schedule))
         load = (*load_key(scenario), scenario.routing.dispatcher)
-        shape = (p.tp, p.cp, train.micro_batch, train.recompute, ways, load)
         cut = (p.pp, p.vpp)
         shared = (scenario.cluster.num_gpus, p.tp, p.cp, p.ep, p.etp, p.zero, *cut)
-        routed = (
-            self._once(("load", load), lambda: routed_load(scenario))
-            if self._once("moe", lambda: has_moe(scenario))
-            else None
-        )
-        times = self._once(("times", shape), lambda: layer_times(scenario, self._device, self._constants, routed, ways))
+        times, held = self._layers(scenario, load, ways)
         split = self._once(("split", cut), lambda: split_of(scenario))
-        costs = self._once(("stages", shared), lambda: stage_costs(scenario, split, self._device, self._constants))
+        own = self._once(("parameters", p.tp, p.ep, p.etp, cut), lambda: stage_parameters(scenario, split))
+        costs = self._once(("stages", shared), lambda: stage_costs(scenario, split, own, self._device, self._constants))
         near_s, round_s = self._once(
             ("send", scenario.cluster.num_gpus, p.pp, rank_tokens(p, train)), lambda: neighbour_send_s(scenario)
         )
         step_s, parts = _seconds(scenario, times, split, costs, (near_s, round_s))
-        held = self._once(("bytes", shape), lambda: layer_bytes(scenario, routed))
         order = order_of(train.schedule, p.pp, p.vpp, _enough(scenario))
         kept_S = kept_bytes(order, held, split.start_SC, split.end_SC, split.start_mtp_SC, split.end_mtp_SC)
         peak_bytes = _peak_bytes(scenario, costs, kept_S, held.layer_input_bytes)
         return _result(scenario, step_s, parts, peak_bytes)
+
+    def _layers(
+        self, scenario: Scenario, load: tuple[Any, ...], ways: tuple[Way, ...]
+    ) -> tuple[LayerTimes, LayerBytes]:
+        """Seconds and bytes of all layers. Dense ones and both ends do not depend on the load."""
+        p, train, once = scenario.parallel, scenario.train, self._once
+        dense = (p.tp, p.cp, train.micro_batch)
+        again = (*dense, train.recompute)
+        shape = (*again, ways, load)
+        if shape in self._layers_of:
+            return self._layers_of[shape]
+        kinds = once("kinds", lambda: stack_kinds(scenario))
+        is_moe = any(kind.layer.is_moe for kind in kinds)
+        routed = once(("load", load), lambda: routed_load(scenario)) if is_moe else None
+        rows = once(("rows", load), lambda: received_rows(scenario, routed))
+        same: Costs = once(("costs", dense), dict)
+        seconds, sizes = [], []
+        for i, kind in enumerate(kinds):
+            own, at = (routed, load) if kind.layer.is_moe else (None, ())
+            seconds.append(
+                once(
+                    ("seconds", i, again, ways, at),
+                    partial(kind_times, scenario, kind, self._device, self._constants, own, ways, same),
+                )
+            )
+            sizes.append(once(("bytes", i, again, at), partial(kind_bytes, scenario, kind, rows[1])))
+        ends = once(("ends", dense, ways), lambda: end_times(scenario, self._device, self._constants, ways))
+        held = once(("end bytes", again), lambda: end_bytes(scenario))
+        self._layers_of[shape] = layer_times(kinds, seconds, ends), layer_bytes(scenario, kinds, sizes, held, rows)
+        return self._layers_of[shape]
 
 
 def _hashable(value: Any) -> Any:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from moesim.catalog.step import StepConstants
 from moesim.cost.device import DeviceCost
 from moesim.cost.host import unfused
-from moesim.cost.layer import rank_tokens, weight_casts_s
-from moesim.describe.model import Layer, MoeFfn
+from moesim.cost.layer import LayerCost, rank_tokens, weight_casts_s
+from moesim.describe.model import Layer
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import Placed
 from moesim.describe.schedules import WAYS, Way
@@ -165,65 +165,134 @@ def stack_of(scenario: Scenario) -> tuple[Layer, ...]:
     return scenario.model.layers + (scenario.model.mtp_layers if scenario.train.mtp else ())
 
 
-def layer_times(
-    scenario: Scenario, device: DeviceCost, constants: StepConstants, routed: RoutedLoad | None, ways: Sequence[Way]
-) -> LayerTimes:
-    """Every layer of a scenario's model, each kind of layer laid out once for all layers and samples of its kind."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kind:
+    """Layers of the stack that are alike. numbers: which of it; moe_numbers: which of its MoE layers, if they are."""
+
+    layer: Layer
+    is_mtp: bool
+    numbers: tuple[int, ...]
+    moe_numbers: tuple[int, ...]
+
+    @property
+    def placed(self) -> Placed:
+        """One of them, alone on a stage."""
+        return Placed(layer=self.layer, moe_index=0 if self.layer.is_moe else -1, is_mtp=self.is_mtp)
+
+
+def stack_kinds(scenario: Scenario) -> tuple[Kind, ...]:
+    """The kinds of layers of a scenario's stack."""
     stack, num_stack = stack_of(scenario), len(scenario.model.layers)
-    alone = _alone(scenario)
-    num_samples = routed.num_samples if routed is not None else 1
-    seconds_WNL = np.zeros((len(WAYS), num_samples, len(stack)))
-    exchange_WL = np.zeros((len(WAYS), len(stack)))
-    casts_L = np.zeros(len(stack))
-    parts: dict[str, float] = {}
-    casts_parts: dict[str, float] = {}
     moe_at = {number: at for at, number in enumerate(i for i, layer in enumerate(stack) if layer.is_moe)}
-    kinds: dict[tuple[Layer, bool], list[int]] = {}
+    found: dict[tuple[Layer, bool], list[int]] = {}
     for number, layer in enumerate(stack):
-        kinds.setdefault((layer, number >= num_stack), []).append(number)
-    for (layer, is_mtp), numbers in kinds.items():
-        load = routed.of_layers([moe_at[i] for i in numbers]) if routed is not None and layer.is_moe else None
-        placed = Placed(layer=layer, moe_index=0 if layer.is_moe else -1, is_mtp=is_mtp)
-        plan = _plan(alone, device, constants, (placed,), depth=1, load=load)
-        casts = weight_casts_s(
-            scenario.model,
-            layer,
-            num_rank_experts=0 if load is None else load.rows_MLRE.shape[-1],
-            parallel=scenario.parallel,
-            device=plan.moe_device if layer.is_moe else device,
+        found.setdefault((layer, number >= num_stack), []).append(number)
+    return tuple(
+        Kind(
+            layer=layer,
+            is_mtp=is_mtp,
+            numbers=tuple(numbers),
+            moe_numbers=tuple(moe_at[i] for i in numbers if i in moe_at),
         )
-        casts_L[numbers] = sum(casts.values())
-        for part, value in casts.items():
-            casts_parts[part] = casts_parts.get(part, 0.0) + value * len(numbers)
-        for way in ways:
-            times = _times(plan.phases(way, 0), num_samples * len(numbers) if load is not None else 1)
-            share = len(numbers) / times.duration_MB.shape[0]
-            seconds_WNL[WAYS.index(way)][:, numbers] = times.duration_MB.reshape(
-                -1, 1 if load is None else len(numbers)
-            )
-            is_wire = [part in ("dispatch", "combine") for part in times.parts]
-            wires_M = times.seconds_PMV[is_wire].sum(axis=(0, 2))
-            exchange_WL[WAYS.index(way), numbers] = wires_M.reshape(-1, 1 if load is None else len(numbers)).mean(
-                axis=0
-            )
-            for part, value_R in times.part_R.items():
-                parts[part] = parts.get(part, 0.0) + float(value_R[_MEAN]) * share
-    embedding_W, head_W = np.zeros(len(WAYS)), np.zeros(len(WAYS))
-    for depth, end_W in ((0, embedding_W), (2, head_W)):
-        plan = _plan(alone, device, constants, (), depth=depth, load=None)
+        for (layer, is_mtp), numbers in found.items()
+    )
+
+
+Costs = dict[int, tuple[LayerCost, tuple[float, float]]]  # StagePlan.costs, of one shape of all plans
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KindTimes:
+    """One kind's: seconds_WNK of its K layers (K = 1: of each of them alike), exchange_WK likewise; parts of all."""
+
+    seconds_WNK: Floats
+    exchange_WK: Floats
+    casts: dict[str, float]  # of one layer, by part
+    parts_s: dict[str, float]
+
+
+def kind_times(
+    scenario: Scenario,
+    kind: Kind,
+    device: DeviceCost,
+    constants: StepConstants,
+    routed: RoutedLoad | None,
+    ways: Sequence[Way],
+    costs: Costs,
+) -> KindTimes:
+    """A kind of layer laid out once for all layers and samples of its kind. routed: of a MoE kind."""
+    load = routed.of_layers(kind.moe_numbers) if routed is not None else None
+    num_samples, num_numbers = (1, 1) if routed is None else (routed.num_samples, len(kind.numbers))
+    plan = _plan(_alone(scenario), device, constants, (kind.placed,), depth=1, load=load, costs=costs)
+    seconds_WNK = np.zeros((len(WAYS), num_samples, num_numbers))
+    exchange_WK = np.zeros((len(WAYS), num_numbers))
+    parts: dict[str, float] = {}
+    for way in ways:
+        times = _times(plan.phases(way, 0), num_samples * num_numbers)
+        seconds_WNK[WAYS.index(way)] = times.duration_MB.reshape(-1, num_numbers)
+        is_wire = [part in ("dispatch", "combine") for part in times.parts]
+        wires_M = times.seconds_PMV[is_wire].sum(axis=(0, 2))
+        exchange_WK[WAYS.index(way)] = wires_M.reshape(-1, num_numbers).mean(axis=0)
+        for part, value_R in times.part_R.items():
+            share = len(kind.numbers) / times.duration_MB.shape[0]
+            parts[part] = parts.get(part, 0.0) + float(value_R[_MEAN]) * share
+    casts = weight_casts_s(
+        scenario.model,
+        kind.layer,
+        num_rank_experts=0 if load is None else load.rows_MLRE.shape[-1],
+        parallel=scenario.parallel,
+        device=plan.moe_device if kind.layer.is_moe else device,
+    )
+    return KindTimes(seconds_WNK=seconds_WNK, exchange_WK=exchange_WK, casts=casts, parts_s=parts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EndTimes:
+    """Of the embedding and of the head with its loss."""
+
+    embedding_W: Floats
+    head_W: Floats
+    parts_s: dict[str, float]
+
+
+def end_times(scenario: Scenario, device: DeviceCost, constants: StepConstants, ways: Sequence[Way]) -> EndTimes:
+    """Both ends of the stack."""
+    ends_2W, parts = np.zeros((2, len(WAYS))), dict[str, float]()
+    for end_W, depth in zip(ends_2W, (0, 2), strict=True):
+        plan = _plan(_alone(scenario), device, constants, (), depth=depth, load=None, costs={})
         for way in ways:
             times = _times(plan.phases(way, 0), 1)
             end_W[WAYS.index(way)] = times.duration_MB[0, 0]
             for part, value_R in times.part_R.items():
                 parts[part] = parts.get(part, 0.0) + float(value_R[_MEAN])
-    variance_L = seconds_WNL.sum(axis=0).var(axis=0, ddof=1) if num_samples > 1 else np.zeros(len(stack))
+    return EndTimes(embedding_W=ends_2W[0], head_W=ends_2W[1], parts_s=parts)
+
+
+def layer_times(kinds: Sequence[Kind], of_kind: Sequence[KindTimes], ends: EndTimes) -> LayerTimes:
+    """Every layer's, from those of its kind."""
+    num_layers = sum(len(kind.numbers) for kind in kinds)
+    num_samples = max(times.seconds_WNK.shape[1] for times in of_kind)
+    seconds_WNL = np.zeros((len(WAYS), num_samples, num_layers))
+    exchange_WL, casts_L = np.zeros((len(WAYS), num_layers)), np.zeros(num_layers)
+    parts, casts_parts = dict[str, float](), dict[str, float]()
+    for kind, times in zip(kinds, of_kind, strict=True):
+        numbers = list(kind.numbers)
+        seconds_WNL[:, :, numbers], exchange_WL[:, numbers] = times.seconds_WNK, times.exchange_WK
+        casts_L[numbers] = sum(times.casts.values())
+        for part, value in times.casts.items():
+            casts_parts[part] = casts_parts.get(part, 0.0) + value * len(numbers)
+        for part, value in times.parts_s.items():
+            parts[part] = parts.get(part, 0.0) + value
+    for part, value in ends.parts_s.items():
+        parts[part] = parts.get(part, 0.0) + value
+    variance_L = seconds_WNL.sum(axis=0).var(axis=0, ddof=1) if num_samples > 1 else np.zeros(num_layers)
     return LayerTimes(
         upto_WNL=_upto(seconds_WNL),
         casts_upto_L=_upto(casts_L),
         variance_upto_L=_upto(variance_L),
         exchange_upto_WL=_upto(exchange_WL),
-        embedding_W=embedding_W,
-        head_W=head_W,
+        embedding_W=ends.embedding_W,
+        head_W=ends.head_W,
         parts_s=parts,
         casts_parts_s=casts_parts,
     )
@@ -249,6 +318,7 @@ def _plan(
     *,
     depth: int,
     load: StageLoad | None,
+    costs: Costs,
 ) -> StagePlan:
     """A plan of one layer, or of embedding (depth 0) or head (depth 2) alone."""
     return StagePlan(
@@ -265,6 +335,7 @@ def _plan(
         weight_gather_C=(0.0,),
         gradient_scatter_C=(0.0,),
         issue_s=constants.issue_s,
+        costs=costs,
     )
 
 
@@ -282,8 +353,3 @@ def _times(phases: Sequence[Phase], num_runs: int) -> OperationTimes:
 def _upto(values: Floats) -> Floats:
     """Sums over the last axis up to each place, one entry more."""
     return np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
-
-
-def has_moe(scenario: Scenario) -> bool:
-    """Whether any layer that is trained routes tokens."""
-    return any(isinstance(layer.ffn, MoeFfn) for layer in stack_of(scenario))

@@ -17,11 +17,11 @@ from numba import njit
 from numpy.typing import NDArray
 
 from moesim.cost.activations import layer_input
-from moesim.cost.chunks import chunk_memory
+from moesim.cost.chunks import ChunkMemory, chunk_memory
 from moesim.cost.software import MEGATRON, Software
 from moesim.describe.pipeline import Placed
 from moesim.scenario import Scenario
-from moesim.study.fast_layers import RoutedLoad, stack_of
+from moesim.study.fast_layers import Kind, RoutedLoad, stack_of
 from moesim.study.fast_pipeline import Order
 
 Floats = NDArray[np.float64]
@@ -51,56 +51,84 @@ def software_of(scenario: Scenario) -> Software:
     return replace(MEGATRON, fused_cross_entropy=True) if scenario.train.fused_loss else MEGATRON
 
 
-def layer_bytes(scenario: Scenario, routed: RoutedLoad | None) -> LayerBytes:
-    """The terms of every kind of layer of a scenario's model."""
-    model, parallel, train = scenario.model, scenario.parallel, scenario.train
-    software, stack = software_of(scenario), stack_of(scenario)
-    tokens = train.micro_batch * train.seq_len / parallel.cp
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KindBytes:
+    """One kind's terms, on the grid of received rows; of a dense kind they are all alike."""
+
+    kept_F: Floats
+    forward_F: Floats
+    backward_F: Floats
+
+
+def kind_bytes(scenario: Scenario, kind: Kind, mean_rows: float) -> KindBytes:
+    """The terms of one kind of layer. mean_rows: what the mean rank receives."""
+    found = _chunk(scenario, (kind.placed,), mean_rows)
+    forward, backward = (worst.excess_GMRP.sum(axis=-1).reshape(-1) for worst in found.worst)
+    return KindBytes(kept_F=found.kept_GMRP.sum(axis=-1).reshape(-1), forward_F=forward, backward_F=backward)
+
+
+def end_bytes(scenario: Scenario) -> tuple[float, float]:
+    """What a stage holds more at its worst moment for the head, and for the embedding."""
+    model, train = scenario.model, scenario.train
+    mtp = tuple(Placed(layer=layer, moe_index=-1, is_mtp=True) for layer in (model.mtp_layers if train.mtp else ()))
+    head, embedding = _chunk(scenario, mtp, 1.0, head=True), _chunk(scenario, (), 1.0, embedding=True)
+    of_head, of_embedding = (float(one.worst[1].excess_GMRP.sum(axis=-1).reshape(-1)[0]) for one in (head, embedding))
+    return of_head, of_embedding
+
+
+def _chunk(
+    scenario: Scenario, chunk: tuple[Placed, ...], mean_rows: float, *, head: bool = False, embedding: bool = False
+) -> ChunkMemory:
+    """Memory of a chunk that receives each of the grid's rows."""
+    parallel, train = scenario.parallel, scenario.train
+    return chunk_memory(
+        scenario.model,
+        parallel,
+        train,
+        software_of(scenario),
+        scenario.routing.dispatcher,
+        chunk,
+        (_GRID * mean_rows)[:, None, None, None],
+        train.micro_batch * train.seq_len / parallel.cp,
+        head,
+        embedding,
+    )
+
+
+def received_rows(scenario: Scenario, routed: RoutedLoad | None) -> tuple[Floats, float]:
+    """received_LX of the stack, and its mean (1 without any)."""
+    stack = stack_of(scenario)
     received_LX = np.zeros((len(stack), 1))
     if routed is not None:
         of_moe_LX = routed.received_LR()
         received_LX = np.zeros((len(stack), of_moe_LX.shape[1]))
         received_LX[[i for i, layer in enumerate(stack) if layer.is_moe]] = of_moe_LX
-    mean = float(received_LX.mean()) or 1.0
-    grid_F = _GRID * mean
+    return received_LX, float(received_LX.mean()) or 1.0
 
-    def terms(chunk: Sequence[Placed], *, head: bool = False, embedding: bool = False) -> tuple[Floats, Floats, Floats]:
-        received_GMLR = grid_F[:, None, None, None]
-        found = chunk_memory(
-            model,
-            parallel,
-            train,
-            software,
-            scenario.routing.dispatcher,
-            tuple(chunk),
-            received_GMLR,
-            tokens,
-            head,
-            embedding,
-        )
-        forward, backward = (worst.excess_GMRP.sum(axis=-1).reshape(-1) for worst in found.worst)
-        return found.kept_GMRP.sum(axis=-1).reshape(-1), forward, backward
 
-    kinds: dict[tuple[object, bool], int] = {}
-    kind_L, of_kind = [], []
-    for i, layer in enumerate(stack):
-        is_mtp = i >= len(model.layers)
-        if (layer, is_mtp) not in kinds:
-            kinds[layer, is_mtp] = len(kinds)
-            of_kind.append(terms([Placed(layer=layer, moe_index=0 if layer.is_moe else -1, is_mtp=is_mtp)]))
-        kind_L.append(kinds[layer, is_mtp])
-    mtp = [Placed(layer=layer, moe_index=-1, is_mtp=True) for layer in stack[len(model.layers) :]]
-    kept_KF, forward_KF, backward_KF = (np.array(column) for column in zip(*of_kind, strict=True))
+def layer_bytes(
+    scenario: Scenario,
+    kinds: Sequence[Kind],
+    of_kind: Sequence[KindBytes],
+    ends: tuple[float, float],
+    received: tuple[Floats, float],
+) -> LayerBytes:
+    """The terms of every kind of layer of a scenario's model."""
+    received_LX, mean_rows = received
+    kind_L = np.empty(received_LX.shape[0], dtype=np.int64)
+    for i, kind in enumerate(kinds):
+        kind_L[list(kind.numbers)] = i
+    parallel, train = scenario.parallel, scenario.train
     return LayerBytes(
-        kind_L=np.array(kind_L, dtype=np.int64),
-        grid_F=grid_F,
-        kept_KF=kept_KF,
-        forward_KF=forward_KF,
-        backward_KF=backward_KF,
+        kind_L=kind_L,
+        grid_F=_GRID * mean_rows,
+        kept_KF=np.array([one.kept_F for one in of_kind]),
+        forward_KF=np.array([one.forward_F for one in of_kind]),
+        backward_KF=np.array([one.backward_F for one in of_kind]),
         received_LX=received_LX,
-        head_bytes=float(terms(mtp, head=True)[2][0]),
-        embedding_bytes=float(terms([], embedding=True)[2][0]),
-        layer_input_bytes=tokens * layer_input(model, parallel).bytes,
+        head_bytes=ends[0],
+        embedding_bytes=ends[1],
+        layer_input_bytes=train.micro_batch * train.seq_len / parallel.cp * layer_input(scenario.model, parallel).bytes,
     )
 
 

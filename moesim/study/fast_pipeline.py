@@ -17,10 +17,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from moesim.describe.schedules import WAYS, Operation, Schedule, ScheduleName, make_schedule
+from moesim.describe.schedules import WAYS, ScheduleName, make_schedule
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_FORWARD, _BACKWARD, _INPUT, _WEIGHTS = range(len(WAYS))
 FULL_ROUNDS = 8  # times the depth of the pipeline: as many micro-batches are run one by one
 
 
@@ -28,7 +29,7 @@ FULL_ROUNDS = 8  # times the depth of the pipeline: as many micro-batches are ru
 class Order:
     """Operations of all stages so that each stands behind what it waits for; after_O: what that is, -1 for nothing.
 
-    unique rows of what a stage has in flight: flight_UC chunks of each kind when an operation of a stage begins.
+    Rows of what a stage has in flight, each at least once: flight_UC chunks of each kind when an operation begins.
     """
 
     stage_O: Ints
@@ -47,63 +48,86 @@ def order_of(name: ScheduleName, pp: int, vpp: int, num_micro_batches: int) -> O
     """The order of a schedule of one line (not DualPipe, no pairs)."""
     schedule = make_schedule(name, pp=pp, vpp=vpp)
     assert schedule.num_lines == 1
-    queues = [schedule(stage, num_micro_batches) for stage in range(pp)]
-    last_depth = pp * schedule.num_chunks - 1
-    done: dict[tuple[bool, int, int], int] = {}  # is backward, depth, micro-batch: row
-    at = [0] * pp
-    rows: list[tuple[int, ...]] = []
-    moved = True
-    while moved:
-        moved = False
-        for stage, queue in enumerate(queues):
-            while at[stage] < len(queue):
-                op = queue[at[stage]]
-                needed = _needed(schedule, stage, op, last_depth)
-                if needed is not None and needed not in done:
-                    break
-                is_backward, depth = op.way != "forward", schedule.place(stage, op.chunk)[1]
-                if op.way != "weight_gradient":
-                    done[is_backward, depth, op.micro_batch] = len(rows)
-                after = -1 if needed is None else done[needed]
-                rows.append((stage, op.chunk, WAYS.index(op.way), op.micro_batch, after))
-                at[stage] += 1
-                moved = True
-    assert all(reached == len(queue) for reached, queue in zip(at, queues, strict=True))
-    columns = np.array(rows, dtype=np.int64).T.copy()
-    flights = dict.fromkeys(
-        flight for stage, queue in enumerate(queues) for flight in _flights(stage, queue, schedule.num_chunks)
+    queues_SQ3 = np.array(
+        [[(op.chunk, WAYS.index(op.way), op.micro_batch) for op in schedule(s, num_micro_batches)] for s in range(pp)],
+        dtype=np.int64,
     )
+    depth_SC = np.array([[schedule.place(s, c)[1] for c in range(schedule.num_chunks)] for s in range(pp)])
+    rows_O5 = _in_order(queues_SQ3, depth_SC, num_micro_batches)
+    flights_U = _flights(queues_SQ3, schedule.num_chunks)
+    stage_O, chunk_O, way_O, micro_batch_O, after_O = rows_O5.T.copy()
     return Order(
-        stage_O=columns[0],
-        chunk_O=columns[1],
-        way_O=columns[2],
-        micro_batch_O=columns[3],
-        after_O=columns[4],
-        flight_stage_U=np.array([flight[0] for flight in flights], dtype=np.int64),
-        flight_chunk_U=np.array([flight[1] for flight in flights], dtype=np.int64),
-        flight_forward_U=np.array([flight[2] for flight in flights], dtype=bool),
-        flight_UC=np.array([flight[3:] for flight in flights], dtype=np.int64),
+        stage_O=stage_O,
+        chunk_O=chunk_O,
+        way_O=way_O,
+        micro_batch_O=micro_batch_O,
+        after_O=after_O,
+        flight_stage_U=flights_U[:, 0].copy(),
+        flight_chunk_U=flights_U[:, 1].copy(),
+        flight_forward_U=flights_U[:, 2] == 1,
+        flight_UC=flights_U[:, 3:].copy(),
     )
 
 
-def _needed(schedule: Schedule, stage: int, op: Operation, last_depth: int) -> tuple[bool, int, int] | None:
-    """Which pass an operation waits for: is backward, depth, micro-batch."""
-    depth = schedule.place(stage, op.chunk)[1]
-    if op.way == "weight_gradient" or (op.way == "forward" and depth == 0):
-        return None
-    if op.way == "forward":
-        return False, depth - 1, op.micro_batch
-    return (False, depth, op.micro_batch) if depth == last_depth else (True, depth + 1, op.micro_batch)
+@njit(cache=True)
+def _in_order(queues_SQ3: Ints, depth_SC: Ints, num_micro_batches: int) -> Ints:
+    """Rows of Order (stage, chunk, way, micro-batch, after): stages take turns, each as far as it can go.
+
+    queues_SQ3: chunk, way and micro-batch of each stage's operations.
+    """
+    num_stages, num_operations = queues_SQ3.shape[0], queues_SQ3.shape[1]
+    last_depth = depth_SC.size - 1
+    rows_O5 = np.empty((num_stages * num_operations, 5), dtype=np.int64)
+    done = np.full((2, last_depth + 1, num_micro_batches), -1)  # is backward, depth, micro-batch: row
+    at_S = np.zeros(num_stages, dtype=np.int64)
+    count, before = 0, -1
+    while count != before:
+        before = count
+        for s in range(num_stages):
+            while at_S[s] < num_operations:
+                chunk, way, micro_batch = queues_SQ3[s, at_S[s]]
+                depth, is_backward, after = depth_SC[s, chunk], int(way != _FORWARD), -1
+                if way == _FORWARD and depth > 0:
+                    after = done[0, depth - 1, micro_batch]
+                elif way != _FORWARD and way != _WEIGHTS:
+                    after = done[0, depth, micro_batch] if depth == last_depth else done[1, depth + 1, micro_batch]
+                if after < 0 and way != _WEIGHTS and not (way == _FORWARD and depth == 0):
+                    break
+                if way != _WEIGHTS:
+                    done[is_backward, depth, micro_batch] = count
+                rows_O5[count, 0], rows_O5[count, 1], rows_O5[count, 2] = s, chunk, way
+                rows_O5[count, 3], rows_O5[count, 4] = micro_batch, after
+                at_S[s] += 1
+                count += 1
+    assert count == num_stages * num_operations
+    return rows_O5
 
 
-def _flights(stage: int, queue: list[Operation], num_chunks: int) -> list[tuple[int, ...]]:
-    """(stage, chunk, is forward, chunks kept of each kind) as each operation begins."""
-    kept, found = [0] * num_chunks, []
-    for op in queue:
-        found.append((stage, op.chunk, int(op.way == "forward"), *kept))
-        if op.way != "input_gradient":
-            kept[op.chunk] += 1 if op.way == "forward" else -1
-    return found
+@njit(cache=True)
+def _flights(queues_SQ3: Ints, num_chunks: int) -> Ints:
+    """Rows (stage, chunk, is forward, chunks kept of each kind) as each operation begins; in the steady phase, which
+    repeats every few operations, once.
+    """
+    num_stages, num_operations = queues_SQ3.shape[0], queues_SQ3.shape[1]
+    found_QX = np.zeros((num_operations, 3 + num_chunks), dtype=np.int64)
+    kept_UX = np.zeros((num_stages * num_operations, 3 + num_chunks), dtype=np.int64)
+    periods = np.array([2, 3, 2 * num_stages * num_chunks])
+    count = 0
+    for s in range(num_stages):
+        kept_C = np.zeros(num_chunks, dtype=np.int64)
+        for q in range(num_operations):
+            chunk, way = queues_SQ3[s, q, 0], queues_SQ3[s, q, 1]
+            found_QX[q, 0], found_QX[q, 1], found_QX[q, 2] = s, chunk, int(way == _FORWARD)
+            found_QX[q, 3:] = kept_C
+            repeats = False
+            for period in periods:
+                repeats = repeats or (q >= period and bool((found_QX[q] == found_QX[q - period]).all()))
+            if not repeats:
+                kept_UX[count] = found_QX[q]
+                count += 1
+            if way != _INPUT:
+                kept_C[chunk] += 1 if way == _FORWARD else -1
+    return kept_UX[:count].copy()
 
 
 def pipeline_s(

@@ -6,6 +6,7 @@ Legend: S stages, C chunks of a stage.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,10 +86,48 @@ class StageCosts:
     update_bytes_S: Floats  # made for a moment by the optimizer
 
 
-def stage_costs(scenario: Scenario, split: Split, device: DeviceCost, constants: StepConstants) -> StageCosts:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageParameters:
+    """What one rank of a stage holds, whatever the number of GPUs: (dense, expert) parameters of its layers, chunk by
+    chunk, parameters outside of layers and which chunk has them, bytes of placeholders and workspaces.
+    """
+
+    chunks: tuple[tuple[tuple[float, float], ...], ...]
+    outer: float
+    with_outer: int
+    standing_bytes: float
+
+
+def stage_parameters(scenario: Scenario, split: Split) -> dict[int, StageParameters]:
+    """Of the first stage of each that hold the same."""
+    return {stage: _parameters(scenario, stage) for stage in dict.fromkeys(split.alike_S.tolist())}
+
+
+def _parameters(scenario: Scenario, stage: int) -> StageParameters:
+    model, parallel, train = scenario.model, scenario.parallel, scenario.train
+    chunks = stage_chunks(model, parallel, train, stage)
+    by_kind = {
+        (item.layer, item.is_mtp): rank_parameters(model, item, parallel, scenario.expert_copies)
+        for item in {(item.layer, item.is_mtp): item for chunk in chunks for item in chunk}.values()
+    }
+    software, held = software_of(scenario), tuple(item.layer for chunk in chunks for item in chunk)
+    return StageParameters(
+        chunks=tuple(tuple(by_kind[item.layer, item.is_mtp] for item in chunk) for chunk in chunks),
+        outer=outer_parameters(model, parallel, train, stage),
+        with_outer=0 if stage == 0 else len(chunks) - 1,
+        standing_bytes=placeholder_gradient_bytes(model, held, parallel, software) + workspace_bytes(held, software),
+    )
+
+
+def stage_costs(
+    scenario: Scenario,
+    split: Split,
+    held: Mapping[int, StageParameters],
+    device: DeviceCost,
+    constants: StepConstants,
+) -> StageCosts:
     """The costs of every stage; stages that hold the same are computed once."""
-    distinct = dict.fromkeys(split.alike_S.tolist())
-    found = {stage: _one(scenario, stage, device, constants) for stage in distinct}
+    found = {stage: _one(scenario, own, device, constants) for stage, own in held.items()}
     columns = zip(*(found[stage] for stage in split.alike_S.tolist()), strict=True)
     return StageCosts(
         **{name: np.array(column) for name, column in zip(StageCosts.__dataclass_fields__, columns, strict=True)}
@@ -96,33 +135,23 @@ def stage_costs(scenario: Scenario, split: Split, device: DeviceCost, constants:
 
 
 def _one(
-    scenario: Scenario, stage: int, device: DeviceCost, constants: StepConstants
+    scenario: Scenario, held: StageParameters, device: DeviceCost, constants: StepConstants
 ) -> tuple[float, float, float, float, list[float], list[float], float, float]:
     """One stage's costs, in the order of StageCosts."""
-    model, parallel, train, layout = scenario.model, scenario.parallel, scenario.train, scenario.layout
-    chunks = stage_chunks(model, parallel, train, stage)
-    by_kind = {
-        (item.layer, item.is_mtp): rank_parameters(model, item, parallel, scenario.expert_copies)
-        for item in {(item.layer, item.is_mtp): item for chunk in chunks for item in chunk}.values()
-    }
-    parameters = [[by_kind[item.layer, item.is_mtp] for item in chunk] for chunk in chunks]
-    outer = outer_parameters(model, parallel, train, stage)
-    with_outer = 0 if stage == 0 else len(chunks) - 1
-    gathers, scatters = [0.0] * len(chunks), [0.0] * len(chunks)
+    parallel, train, layout = scenario.parallel, scenario.train, scenario.layout
+    gathers, scatters = [0.0] * len(held.chunks), [0.0] * len(held.chunks)
     if parallel.zero >= 2:
-        for c, chunk in enumerate(parameters):
-            dense = sum(d for d, _ in chunk) + outer * (c == with_outer)
+        for c, chunk in enumerate(held.chunks):
+            dense = sum(d for d, _ in chunk) + held.outer * (c == held.with_outer)
             gathers[c], scatters[c] = sharded_weights_s(scenario, dense, sum(e for _, e in chunk))
-    layers = [pair for chunk in parameters for pair in chunk]
-    dense, expert = sum(d for d, _ in layers) + outer, sum(e for _, e in layers)
+    layers = [pair for chunk in held.chunks for pair in chunk]
+    dense, expert = sum(d for d, _ in layers) + held.outer, sum(e for _, e in layers)
     reduce_s, gather_s = gradient_reduction_s(scenario, dense, expert)
     sharded = parallel.zero >= 1
     shard = dense / (layout.dp * parallel.cp) + expert / layout.edp if sharded else dense + expert
     update_s = float(optimizer_s(shard, train, device))
     transfer_s = optimizer_transfer_s(shard, train, scenario.cluster.gpu.host_bytes_per_s.value)
-    static = static_of(layers, outer, parallel, layout, train)
-    software, held = software_of(scenario), tuple(item.layer for chunk in chunks for item in chunk)
-    standing = placeholder_gradient_bytes(model, held, parallel, software) + workspace_bytes(held, software)
+    static = static_of(layers, held.outer, parallel, layout, train)
     return (
         reduce_s,
         gather_s,
@@ -130,6 +159,6 @@ def _one(
         max(transfer_s - update_s, 0.0),
         gathers,
         scatters,
-        static.weights_bytes + static.gradients_bytes + static.optimizer_bytes + standing,
+        static.weights_bytes + static.gradients_bytes + static.optimizer_bytes + held.standing_bytes,
         static.update_bytes,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from moesim.cost.precision import RECIPES
@@ -66,7 +67,7 @@ class PlanPoint:
     def fastness(self) -> tuple[Any, ...]:
         return self.days, self.price, self.cluster, str(self.settings)
 
-    @property
+    @cached_property
     def nearness(self) -> tuple[Any, ...]:
         return self.shortfall, *self.cheapness
 

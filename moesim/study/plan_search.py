@@ -160,9 +160,9 @@ class _Search:
             point = self._judge(leaves, step)
             for miss in point.misses[:1]:
                 self.rejected[miss.rule] += 1
+            nearness = point.nearness
             for key in telling(leaves).items():
-                known = self.best.get(key)
-                if known is None or point.nearness < known.nearness:
+                if key not in self.best or nearness < self.best[key].nearness:
                     self.best[key] = point
             points.append(point)
         return points

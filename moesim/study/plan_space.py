@@ -81,7 +81,7 @@ class Space:
             and train.global_batch % (dp * self.axes["micro_batch"][0]) == 0
             and shape["pp"] <= len(model.layers)
             and train.seq_len % (shape["tp"] * shape["cp"]) == 0
-            and all(layer.attention.num_heads % shape["tp"] == 0 for layer in set(model.layers))
+            and all(layer.attention.num_heads % shape["tp"] == 0 for layer in model.kinds)
         )
 
     def takes_micro_batch(self, family: Leaves, micro_batch: int) -> bool:

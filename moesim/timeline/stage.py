@@ -87,6 +87,8 @@ class StagePlan:
 
     packed: PackedWork | None = None  # attention of packed sequences; None: of whole ones
     backwards: dict[int, list[_Group]] = field(default_factory=dict, compare=False)  # by chunk, once written down
+    # A layer's cost and its weight gradients' seconds (attention, dense block), by its id, once computed.
+    costs: dict[int, tuple[LayerCost, tuple[float, float]]] = field(default_factory=dict, compare=False)
 
     def phases(self, way: Way, chunk: int) -> list[Phase]:
         """Phases of one pass through a chunk; recomputation belongs to the backward, or to the input gradient."""
@@ -251,10 +253,7 @@ class StagePlan:
 
     def _weight_gradients_s(self, layer: Layer) -> tuple[float, float]:
         """Of a layer's attention and of its dense or shared block."""
-        scenario = self.scenario
-        return weight_gradients_s(
-            scenario.model, layer, parallel=scenario.parallel, train=scenario.train, device=self._device(layer)
-        )
+        return self._costs(layer)[1]
 
     def _in_step(
         self, index: int, layer: Layer, cost: LayerCost, num_tp_collectives: int, attention: PassCost | None
@@ -387,13 +386,21 @@ class StagePlan:
         return self.moe_device if layer.is_moe else self.device
 
     def _cost(self, layer: Layer) -> LayerCost:
-        return layer_cost(
-            self.scenario.model,
-            layer,
-            parallel=self.scenario.parallel,
-            train=self.scenario.train,
-            device=self._device(layer),
-        )
+        return self._costs(layer)[0]
+
+    def _costs(self, layer: Layer) -> tuple[LayerCost, tuple[float, float]]:
+        if id(layer) not in self.costs:
+            model, parallel, train, device = (
+                self.scenario.model,
+                self.scenario.parallel,
+                self.scenario.train,
+                self._device(layer),
+            )
+            self.costs[id(layer)] = (
+                layer_cost(model, layer, parallel=parallel, train=train, device=device),
+                weight_gradients_s(model, layer, parallel=parallel, train=train, device=device),
+            )
+        return self.costs[id(layer)]
 
 
 def _of_way(phases: list[Phase], way: Way) -> list[Phase]:
