@@ -29,6 +29,24 @@ def test_a_dozen_random_skewed_configurations_are_within_8_percent_of_the_engine
     assert max(errors) < 0.08
 
 
+def test_a_pass_of_skewed_weight_gradients_ends_with_the_rank_that_has_most_over_all_its_layers() -> None:
+    base = Scenario.make(
+        model="mixtral-8x7b",
+        cluster="h100-8x-ib400",
+        num_gpus=32,
+        pp=2,
+        ep=8,
+        etp=2,
+        global_batch=64,
+        schedule="zb-h1",
+        gini=0.25,
+    )
+    fast, engine = FastPath(base).step(base), engine_step(base)
+    assert fast.step_s == pytest.approx(engine.step_s, rel=0.005)
+    assert fast.wait_s == pytest.approx(engine.wait_s, rel=0.02)
+    assert fast.step_s < 0.97 * FastPath(base)([{"schedule": "1f1b"}])[0].step_s  # where each layer's exchange waits
+
+
 @pytest.mark.slow
 def test_200_random_configurations_keep_the_promised_errors_of_step_and_memory() -> None:
     balanced = differences({"popularity": "balanced"}, 200, seed=3)

@@ -228,6 +228,8 @@ def _seconds(
     p, number = scenario.parallel, scenario.num_micro_batches
     ways = ways_of(scenario.train.schedule)
     takes_SCWN, sent_s = _takes(scenario, times, split, costs, send)
+    late_SCN = _late(times, split)
+    takes_SCWN[:, :, _WEIGHTS] += late_SCN
     casts_SC = _between(times.casts_upto_L, split)
     reduce_S, gather_S = _shown(scenario, times, split, costs, takes_SCWN, casts_SC)
     reduced_s = pipeline_s(scenario.train.schedule, p.vpp, number, takes_SCWN, casts_SC, reduce_S)
@@ -242,7 +244,7 @@ def _seconds(
     for part, seconds in times.casts_parts_s.items():
         parts[part] += seconds / p.pp
     sharding_s = 2 * float(costs.weight_gather_SC.sum()) + float(costs.gradient_scatter_SC.sum())
-    parts["wait_for_slowest"] += late_s
+    parts["wait_for_slowest"] += late_s + float(late_SCN.mean(axis=-1).sum()) * each
     parts["pipeline_send"] += sent_s * each
     parts["gradient_reduction"] += float((reduce_S + gather_S).mean()) + sharding_s * each
     parts["optimizer"] += float(costs.optimizer_S.mean())
@@ -257,6 +259,13 @@ def _between(upto: Floats, split: Split) -> Floats:
     if split.end_mtp_SC.any():
         found = found + upto[..., split.end_mtp_SC] - upto[..., split.start_mtp_SC]
     return np.asarray(found)
+
+
+def _late(times: LayerTimes, split: Split) -> Floats:
+    """(S, C, N) by how much weight gradients of a chunk take longer on the slowest rank than on the mean."""
+    if times.late_upto_NXL is None:
+        return np.zeros((*split.start_SC.shape, 1))
+    return np.moveaxis(_between(times.late_upto_NXL, split).max(axis=1), 0, -1)
 
 
 def _takes(

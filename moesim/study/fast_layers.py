@@ -2,11 +2,13 @@
 
 The phases are the event engine's own (timeline.stage). Of a layer's ranks four stand for all: the one with the most
 rows, the one with the longest exchanges, the one with the fewest rows (whose host falls behind), and the mean one;
-collectives wait for the slowest of them. Loads are drawn as the engine draws them, a few micro-batches instead of
-all. See docs/model.md#fast-path.
+collectives wait for the slowest of them. A pass of weight gradients alone has no collective: there every rank counts,
+since a chunk ends with the one that has most over all its layers. Loads are drawn as the engine draws them, a few
+micro-batches instead of all. See docs/model.md#fast-path.
 
 Legend: L layers of the stack (multi-token-prediction layers that are trained at its end), N sampled micro-batches, W
-ways (describe.schedules.WAYS), G groups, R ranks of a group, E experts on a rank, V standing ranks.
+ways (describe.schedules.WAYS), G groups, R ranks of a group, X ranks of all groups, E experts on a rank, V standing
+ranks.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from numpy.typing import NDArray
 from moesim.catalog.step import StepConstants
 from moesim.cost.device import DeviceCost
 from moesim.cost.host import unfused
-from moesim.cost.layer import LayerCost, rank_tokens, weight_casts_s
-from moesim.describe.model import Layer
+from moesim.cost.layer import LayerCost, expert_weight_gradients_s, rank_tokens, weight_casts_s
+from moesim.describe.model import Layer, MoeFfn
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import Placed
 from moesim.describe.schedules import WAYS, Way
@@ -57,10 +59,14 @@ class RoutedLoad:
         num_layers = received_GMLR.shape[2]
         return np.moveaxis(received_GMLR.mean(axis=1, dtype=np.float64), 1, 0).reshape(num_layers, -1)
 
+    def rows_NLXE(self, at: Sequence[int]) -> NDArray[np.floating]:
+        """Rows of every expert of every rank, by some of the MoE layers."""
+        rows_GNLRE = self.step.rows_GMLRE[:, :, at]
+        return np.moveaxis(rows_GNLRE, 0, 2).reshape(*rows_GNLRE.shape[1:3], -1, rows_GNLRE.shape[-1])
+
     def of_layers(self, at: Sequence[int]) -> StageLoad:
         """Some MoE layers' loads as one layer's micro-batches, on the standing ranks."""
         exchange = self.step.exchange_by_stage[0]
-        rows_GNLRE = self.step.rows_GMLRE[:, :, at]
         at_VNL = self.at_VNL[:, :, at]
 
         def standing(values_GNLR: NDArray[np.floating]) -> Floats:
@@ -70,8 +76,7 @@ class RoutedLoad:
             chosen[..., _MEAN] = values_NLX.mean(axis=2, dtype=np.float64)
             return chosen.reshape(-1, 1, _STANDING)
 
-        rows_NLXE = np.moveaxis(rows_GNLRE, 0, 2).reshape(*rows_GNLRE.shape[1:3], -1, rows_GNLRE.shape[-1])
-        rows_NLVE = np.take_along_axis(rows_NLXE, np.moveaxis(at_VNL, 0, 2)[..., None], axis=2)
+        rows_NLVE = np.take_along_axis(self.rows_NLXE(at), np.moveaxis(at_VNL, 0, 2)[..., None], axis=2)
         return StageLoad(
             rows_MLRE=rows_NLVE.reshape(-1, 1, _STANDING, rows_NLVE.shape[-1]).astype(np.float64),
             laid_out_rows=self.step.laid_out_rows,
@@ -143,13 +148,15 @@ class LayerTimes:
 
     parts_s: by part, of one micro-batch's passes through all layers, embedding and head, on the mean rank; with
     wait_for_slowest they sum to the passes. exchange_upto_WL: of the dispatches and combines of the mean rank.
-    variance_upto_L: of forward and backward together, from micro-batch to micro-batch.
+    variance_upto_L: of forward and backward together, from micro-batch to micro-batch. late_upto_NXL: of each rank's
+    weight gradients beyond the mean's, where they run in a pass of their own and ranks differ.
     """
 
     upto_WNL: Floats
     casts_upto_L: Floats
     variance_upto_L: Floats
     exchange_upto_WL: Floats
+    late_upto_NXL: Floats | None
     embedding_W: Floats
     head_W: Floats
     parts_s: dict[str, float]
@@ -203,10 +210,11 @@ Costs = dict[int, tuple[LayerCost, tuple[float, float]]]  # StagePlan.costs, of 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KindTimes:
-    """One kind's: seconds_WNK of its K layers (K = 1: of each of them alike), exchange_WK likewise; parts of all."""
+    """One kind's: seconds_WNK of its K layers (K = 1: of each of them alike), others likewise; parts of all."""
 
     seconds_WNK: Floats
     exchange_WK: Floats
+    late_NXK: Floats | None  # as LayerTimes.late_upto_NXL
     casts: dict[str, float]  # of one layer, by part
     parts_s: dict[str, float]
 
@@ -227,15 +235,21 @@ def kind_times(
     seconds_WNK = np.zeros((len(WAYS), num_samples, num_numbers))
     exchange_WK = np.zeros((len(WAYS), num_numbers))
     parts: dict[str, float] = {}
+    late_NXK = None
     for way in ways:
-        times = _times(plan.phases(way, 0), num_samples * num_numbers)
+        phases = plan.phases(way, 0)
+        times = _times(phases, num_samples * num_numbers)
         seconds_WNK[WAYS.index(way)] = times.duration_MB.reshape(-1, num_numbers)
+        own = {part: float(value_R[_MEAN]) / times.duration_MB.shape[0] for part, value_R in times.part_R.items()}
+        if way == "weight_gradient" and routed is not None:
+            late_NXK, mean_NK, of_mean = _weight_gradients(plan, kind, routed, phases)
+            seconds_WNK[WAYS.index(way)] = mean_NK
+            own |= of_mean
+        for part, seconds in own.items():
+            parts[part] = parts.get(part, 0.0) + seconds * len(kind.numbers)
         is_wire = [part in ("dispatch", "combine") for part in times.parts]
         wires_M = times.seconds_PMV[is_wire].sum(axis=(0, 2))
         exchange_WK[WAYS.index(way)] = wires_M.reshape(-1, num_numbers).mean(axis=0)
-        for part, value_R in times.part_R.items():
-            share = len(kind.numbers) / times.duration_MB.shape[0]
-            parts[part] = parts.get(part, 0.0) + float(value_R[_MEAN]) * share
     casts = weight_casts_s(
         scenario.model,
         kind.layer,
@@ -243,7 +257,26 @@ def kind_times(
         parallel=scenario.parallel,
         device=plan.moe_device if kind.layer.is_moe else device,
     )
-    return KindTimes(seconds_WNK=seconds_WNK, exchange_WK=exchange_WK, casts=casts, parts_s=parts)
+    return KindTimes(seconds_WNK=seconds_WNK, exchange_WK=exchange_WK, late_NXK=late_NXK, casts=casts, parts_s=parts)
+
+
+def _weight_gradients(
+    plan: StagePlan, kind: Kind, routed: RoutedLoad, phases: Sequence[Phase]
+) -> tuple[Floats, Floats, dict[str, float]]:
+    """A pass of weight gradients through each layer of a MoE kind, on every rank: (N, X, K) seconds beyond the mean
+    rank's, the mean's (N, K), and its parts that differ between ranks, in a mean layer. phases: the standing ranks'.
+    """
+    moe = kind.layer.ffn
+    assert isinstance(moe, MoeFfn)
+    rows_NKXE = routed.rows_NLXE(kind.moe_numbers).astype(np.float64)
+    experts_NKX = expert_weight_gradients_s(
+        plan.scenario.model, moe, rows_NKXE, parallel=plan.scenario.parallel, device=plan.moe_device
+    )
+    alike_s = sum(float(np.max(phase.seconds)) for phase in phases if phase.part not in ("experts", "host"))
+    all_NKX = np.maximum(experts_NKX + alike_s, sum(phase.issue_s for phase in phases))
+    mean_NK, experts_s = all_NKX.mean(axis=-1), float(experts_NKX.mean())
+    parts = {"experts": experts_s, "host": float(mean_NK.mean()) - experts_s - alike_s, "wait_for_slowest": 0.0}
+    return np.moveaxis(all_NKX - mean_NK[..., None], 1, 2), mean_NK, parts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -274,10 +307,14 @@ def layer_times(kinds: Sequence[Kind], of_kind: Sequence[KindTimes], ends: EndTi
     num_samples = max(times.seconds_WNK.shape[1] for times in of_kind)
     seconds_WNL = np.zeros((len(WAYS), num_samples, num_layers))
     exchange_WL, casts_L = np.zeros((len(WAYS), num_layers)), np.zeros(num_layers)
+    differ = [times.late_NXK for times in of_kind if times.late_NXK is not None]
+    late_NXL = np.zeros((*differ[0].shape[:2], num_layers)) if differ else None
     parts, casts_parts = dict[str, float](), dict[str, float]()
     for kind, times in zip(kinds, of_kind, strict=True):
         numbers = list(kind.numbers)
         seconds_WNL[:, :, numbers], exchange_WL[:, numbers] = times.seconds_WNK, times.exchange_WK
+        if late_NXL is not None and times.late_NXK is not None:
+            late_NXL[:, :, numbers] = times.late_NXK
         casts_L[numbers] = sum(times.casts.values())
         for part, value in times.casts.items():
             casts_parts[part] = casts_parts.get(part, 0.0) + value * len(numbers)
@@ -291,6 +328,7 @@ def layer_times(kinds: Sequence[Kind], of_kind: Sequence[KindTimes], ends: EndTi
         casts_upto_L=_upto(casts_L),
         variance_upto_L=_upto(variance_L),
         exchange_upto_WL=_upto(exchange_WL),
+        late_upto_NXL=None if late_NXL is None else _upto(late_NXL),
         embedding_W=ends.embedding_W,
         head_W=ends.head_W,
         parts_s=parts,
