@@ -39,7 +39,8 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
         )
     },
     **{name: ("train", name) for name in ("offload", "fused_loss")},
-    **{name: ("train", "optimizer", name) for name in ("gradients", "main_weights", "moments")},
+    **{name: ("train", "optimizer", name) for name in ("gradients", "main_weights", "moments", "weights", "average")},
+    **{name: ("train", "kept", name) for name in ("attention_output", "activation_input")},
     "popularity": ("routing", "popularity", "kind"),
     "gini": ("routing", "popularity", "gini"),
     **{name: ("routing", name) for name in ("recording", "capacity_factor", "drop_policy", "dispatcher")},

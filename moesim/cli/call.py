@@ -72,6 +72,10 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "gradients": ("fp32|bf16", "Number format of accumulated gradients."),
         "main_weights": ("fp32|remainder|bf16|none", "The optimizer's own copy of the weights."),
         "moments": ("fp32|bf16|fp8", "Number format of the optimizer's two moments."),
+        "weights": ("bf16|narrow", "Layers' weights: narrow ones stand in the products' format alone."),
+        "average": ("none|gpu|host", "Where a moving average of the weights lies."),
+        "attention_output": ("bf16|e5m6|fp8", "Format in which it waits for the backward."),
+        "activation_input": ("bf16|fp8", "Format in which what SwiGLU takes in waits for the backward."),
         "fused_loss": ("true|false", "The loss writes its gradient over the bf16 logits."),
         "mtp": ("true|false", "Train the multi-token-prediction layers too."),
         "cuda_graphs": (

@@ -14,6 +14,7 @@ docs/model.md#activations.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,19 +22,25 @@ from moesim.cost.precision import RECIPES
 from moesim.cost.software import MEGATRON, Software
 from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
-from moesim.describe.workload import Precision
+from moesim.describe.workload import Kept, Precision
 
+AS_MADE = Kept()
+ATTENTION_OUTPUTS = ("attention output", "attention output before its all-to-all")
+ACTIVATION_INPUTS = ("ffn activation input", "shared activation input", "expert activation input")
 BF16_BYTES, FP32_BYTES, INT64_BYTES = 2, 4, 8
-# Inputs of products, and those of which half is one (the output of a norm beside its input).
+# Inputs of products.
 CAST = (
     "attention norm output",
+    "query latent normalised",
+    "key-value latent normalised",
     "ffn norm output",
     "ffn activation output",
     "shared activation output",
     "expert input",
     "expert activation output",
 )
-HALF_CAST = ("query latent", "key-value latent")
+TILE_BYTES = RECIPES["fp8"].scale_bytes  # an element's share of its tile's scale
+KEPT_BYTES: Mapping[str, float] = {"bf16": BF16_BYTES, "e5m6": 12 / 8 + TILE_BYTES, "fp8": 1 + TILE_BYTES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +79,10 @@ def layer_tensors(
     parallel: Parallelism,
     software: Software = MEGATRON,
     precision: Precision = "bf16",
+    kept: Kept = AS_MADE,
 ) -> tuple[SavedTensor, ...]:
-    """Every tensor one layer saves without recomputation. precision: of its products, whose inputs are kept as cast.
+    """Every tensor one layer saves without recomputation. precision: of its products, whose inputs are kept as cast;
+    kept: formats of others.
 
     >>> from moesim.describe.model import GroupedQueryAttention
     >>> attention = GroupedQueryAttention(num_heads=64, num_kv_heads=8, head_dim=128)
@@ -98,7 +107,18 @@ def layer_tensors(
         tensors += _moe_tensors(model.hidden, layer.ffn, parallel, software)
     else:
         tensors += _ffn_tensors(layer.ffn, "ffn", parallel.tp)
-    return tuple(tensors) if precision == "bf16" else tuple(_as_cast(tensors, layer, RECIPES[precision].operand_bytes))
+    if precision != "bf16":
+        tensors = _as_cast(tensors, layer, RECIPES[precision].operand_bytes)
+    return tuple(_as_kept(tensor, kept) for tensor in tensors)
+
+
+def _as_kept(tensor: SavedTensor, kept: Kept) -> SavedTensor:
+    """The tensor in the format that is asked for it."""
+    if tensor.name in ATTENTION_OUTPUTS:
+        return replace(tensor, element_bytes=KEPT_BYTES[kept.attention_output])
+    if tensor.name in ACTIVATION_INPUTS:
+        return replace(tensor, element_bytes=KEPT_BYTES[kept.activation_input])
+    return tensor
 
 
 def _as_cast(tensors: list[SavedTensor], layer: Layer, operand_bytes: float) -> list[SavedTensor]:
@@ -112,8 +132,6 @@ def _as_cast(tensors: list[SavedTensor], layer: Layer, operand_bytes: float) -> 
         serves_router = tensor.name == "ffn norm output" and layer.is_moe
         if tensor.name in CAST and not serves_router:
             found.append(replace(tensor, element_bytes=operand_bytes))
-        elif tensor.name in HALF_CAST:
-            found.append(replace(tensor, element_bytes=(BF16_BYTES + operand_bytes) / 2))
         else:
             found.append(tensor)
         if serves_router and isinstance(layer.ffn, MoeFfn) and layer.ffn.shared is not None:
@@ -199,12 +217,9 @@ def _attention_tensors(hidden: int, attention: Attention, tp: int, keeps_twice: 
     ]
     if isinstance(attention, LatentAttention):
         if attention.q_lora_rank is not None:
-            why = "input and output of the norm before the up-projection"
-            tensors.append(_token("query latent", "attention", 2 * attention.q_lora_rank / tp, why))
-        why = "input and output of the norm before the up-projection; rotary key"
-        tensors.append(
-            _token("key-value latent", "attention", (2 * attention.kv_lora_rank + attention.qk_rope_head_dim) / tp, why)
-        )
+            tensors += _latent_tensors("query latent", attention.q_lora_rank / tp, 0.0)
+        rotary = attention.qk_rope_head_dim / tp
+        tensors += _latent_tensors("key-value latent", attention.kv_lora_rank / tp, rotary)
         q_dim = k_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
         v_dim, kv_heads = attention.v_head_dim, heads
     else:
@@ -237,6 +252,15 @@ def _attention_tensors(hidden: int, attention: Attention, tp: int, keeps_twice: 
         SavedTensor(name="logsumexp", part="attention", per="token", elements=heads, element_bytes=FP32_BYTES, why=why)
     )
     return tensors
+
+
+def _latent_tensors(name: str, rank: float, rotary: float) -> list[SavedTensor]:
+    """Of a down-projection's output and the norm that is fused into the up-projection."""
+    why = "input of the norm before the up-projection" + ("; rotary key" if rotary else "")
+    return [
+        _token(name, "attention", rank + rotary, why),
+        _token(f"{name} normalised", "attention", rank, "input of the up-projection"),
+    ]
 
 
 def _ffn_tensors(ffn: Ffn, part: Literal["ffn", "shared"], tp: int) -> list[SavedTensor]:

@@ -14,7 +14,7 @@ from moesim.cost.activations import BF16_BYTES, SavedTensor, head_tensors, layer
 from moesim.cost.context import buffer_bytes
 from moesim.cost.moments import forward_moments, head_moment, layer_moments
 from moesim.cost.offload import LAYERS_ON_GPU
-from moesim.cost.recompute import kept_tensors
+from moesim.cost.recompute import kept_tensors, made_inside
 from moesim.cost.software import Software
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism
@@ -22,6 +22,8 @@ from moesim.describe.pipeline import Placed
 from moesim.describe.workload import Dispatcher, Training
 
 Floats = NDArray[np.floating]
+# Of a MoE layer, while its experts are at work: kept for the backward or not, they are there.
+NEEDED_IN_FORWARD = ("ffn block input", "ffn norm output", "expert input")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +60,7 @@ def chunk_memory(
 ) -> ChunkMemory:
     """Memory of one chunk under a load. tokens: of the rank's micro-batch, before tensor parallelism."""
     tensors_of = tuple(
-        layer_tensors(model, item.layer, parallel, software, train.precision)
+        layer_tensors(model, item.layer, parallel, software, train.precision, train.kept)
         + (mtp_tensors(model, parallel) if item.is_mtp else ())
         for item in chunk
     )
@@ -123,7 +125,7 @@ class _Chunk:
         found: list[tuple[Floats, str]] = []
         before = self.parts((0.0, 0.0), (0.0, 0.0), None)
         for i, item in enumerate(self.layers):
-            held = before + self.saved((*self.left_of[i], *self._unkept_input(i)), item)
+            held = before + self.saved((*self.left_of[i], *self._not_kept(i, NEEDED_IN_FORWARD)), item)
             where = f"forward of layer {i + 1} of {len(self.layers)}"
             found += [(held + excess, f"{where}: {name}") for excess, name in self._forward_moments(item)]
             before = before + on_device[i]
@@ -142,12 +144,15 @@ class _Chunk:
             of_attention = tuple(tensor for tensor in again if tensor.part == "attention")
             later = of_attention if self.train.recompute != "full" else ()
             made = base + self.saved(tuple(tensor for tensor in again if tensor not in later), item)
-            arguments = (self.parallel, self.dispatcher, self.software, self.train.precision)
+            arguments = (self.parallel, self.dispatcher, self.software, self.train.precision, self.train.kept)
             moments = layer_moments(self.model, item.layer, *arguments)
             working = [(self.parts(m.per_token, m.per_assignment, item), m.name) for m in moments]
             found += [(made + excess, f"{where}: {name}") for excess, name in working]
-            if self._unkept_input(i):  # the routed experts' forward runs once more
-                found += [(made + excess, f"{where} again: {name}") for excess, name in self._forward_moments(item)]
+            if self._not_kept(
+                i, ("expert input",)
+            ):  # the routed experts' forward runs once more, without what it keeps no longer
+                begun = made - self.saved(made_inside(tuple(again), item.layer, self.train), item)
+                found += [(begun + excess, f"{where} again: {name}") for excess, name in self._forward_moments(item)]
             if later or self.parallel.cp > 1:  # beside the gradient of the output; the feed-forward's own is gone
                 gone = self.saved(tuple(tensor for tensor in self.left_of[i] if tensor.part != "attention"), item)
                 exchanged = self.parts((buffer_bytes(item.layer.attention, self.parallel), 0.0), (0.0, 0.0), None)
@@ -168,9 +173,9 @@ class _Chunk:
         moments = forward_moments(self.model, item.layer, self.parallel, self.dispatcher, self.train.precision)
         return [(self.parts(m.per_token, m.per_assignment, item), m.name) for m in moments]
 
-    def _unkept_input(self, i: int) -> tuple[SavedTensor, ...]:
-        """The experts' input where it is made again: it is there in the forward all the same."""
-        return tuple(t for t in self.tensors_of[i] if t.name == "expert input" and t not in self.left_of[i])
+    def _not_kept(self, i: int, names: tuple[str, ...]) -> tuple[SavedTensor, ...]:
+        """Those of a layer's tensors that are made again for the backward."""
+        return tuple(t for t in self.tensors_of[i] if t.name in names and t not in self.left_of[i])
 
 
 def _on_device(kept: list[Floats], train: Training) -> list[Floats]:

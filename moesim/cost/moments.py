@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.cost.activations import BF16_BYTES, FP32_BYTES, fc1_rows
+from moesim.cost.activations import AS_MADE, BF16_BYTES, FP32_BYTES, KEPT_BYTES, fc1_rows
 from moesim.cost.precision import RECIPES
 from moesim.cost.software import MEGATRON, Software
 from moesim.describe.model import Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
-from moesim.describe.workload import Dispatcher, Precision
+from moesim.describe.workload import Dispatcher, Kept, Precision
 from moesim.routing.reach import uniform_reach
 
 
@@ -47,22 +47,24 @@ def layer_moments(
     dispatcher: Dispatcher = "alltoall",
     software: Software = MEGATRON,
     precision: Precision = "bf16",
+    kept: Kept = AS_MADE,
 ) -> tuple[Moment, ...]:
     """The moments at which a layer's backward may need most, beyond its saved tensors (freed ones already subtracted).
 
     activation: the activation's input gradient exists beside its input. gather: with sequence parallelism the backward
     of a column-parallel product gathers its input and forms the full input gradient. combine: the gradient of the
     layer's output, permuted for sending, and the same as received by the experts' ranks (deepep: one row for each rank
-    that a token visits, then one for each of its experts there).
+    that a token visits, then one for each of its experts there). send back: where those gradients travel narrow, the
+    input's gradients, made and joined in BF16, may need more than they did; the activation is gone by then.
     """
     hidden, tp = model.hidden, parallel.tp
     residual = hidden / tp * BF16_BYTES  # gradient of the layer's output
-    saved = RECIPES[precision].operand_bytes  # of an activation's output
+    saved, taken = RECIPES[precision].operand_bytes, KEPT_BYTES[kept.activation_input]  # an activation's output, input
     if not isinstance(layer.ffn, MoeFfn):
         rows = fc1_rows(layer.ffn) / tp
         moments = [Moment(name="activation", token_bytes=residual + rows * BF16_BYTES)]
         if tp > 1:
-            freed = rows * BF16_BYTES + layer.ffn.width / tp * saved  # activation's input and output
+            freed = rows * taken + layer.ffn.width / tp * saved  # activation's input and output
             moments.append(
                 Moment(name="gather", token_bytes=residual + 2 * hidden * BF16_BYTES + rows * BF16_BYTES - freed)
             )
@@ -74,8 +76,17 @@ def layer_moments(
         activation = (3 * FP32_BYTES + BF16_BYTES - saved) * width  # the product, which is saved too, is gone by then
     always = Moment(name="activation", token_bytes=residual, assignment_bytes=activation)
     if dispatcher == "deepep":
-        rows = (1 + rows_per_assignment(layer.ffn, parallel)) * row
-        return (Moment(name="combine", token_bytes=residual, dispatch_assignment_bytes=rows), always)
+        num_rows = 1 + rows_per_assignment(layer.ffn, parallel)
+        sent = model.hidden * RECIPES[precision].dispatch_element_bytes(dispatcher)
+        combine = Moment(name="combine", token_bytes=residual, dispatch_assignment_bytes=num_rows * sent)
+        gone = fc1_rows(expert) / parallel.etp * taken + width * saved
+        back = Moment(
+            name="send back",
+            token_bytes=residual,
+            assignment_bytes=-gone,
+            dispatch_assignment_bytes=num_rows * row,
+        )
+        return (combine, back, always) if sent < row else (combine, always)
     send = layer.ffn.router.top_k * row / tp
     return (
         Moment(name="combine", token_bytes=residual, dispatch_token_bytes=send, dispatch_assignment_bytes=row),
@@ -97,7 +108,8 @@ def forward_moments(
     received, until the layer returns; the experts' output while it is sorted back. alltoall: laid out, received, the
     experts' output and the same sorted back; then the same come home in place of the experts' output. deepep: received
     once for each rank, the experts' output, and that joined again. A narrow format pads each expert's rows: copies of
-    the input and of the output stand beside them, and the input itself, of which only the cast is saved. Source:
+    the input and of the output stand beside them, and the input itself, of which only the cast is saved; rows that
+    travel narrow are narrow up to there. Source:
     Megatron-LM core/transformer/moe, moe_layer.py (forward), token_dispatcher.py, experts.py. docs/model.md#memory.
     """
     if not isinstance(layer.ffn, MoeFfn):
@@ -107,8 +119,10 @@ def forward_moments(
     padded = RECIPES[precision].pads_rows
     if dispatcher == "deepep":
         joined = rows_per_assignment(layer.ffn, parallel) * row
-        pad = Moment(name="pad", dispatch_assignment_bytes=joined + 4 * row)  # input, its copy; output, its copy
-        join = Moment(name="join", token_bytes=out, dispatch_assignment_bytes=2 * joined + (1 + padded) * row)
+        sent = RECIPES[precision].dispatch_element_bytes(dispatcher) / BF16_BYTES
+        held = (joined + 2 * row) * sent + 2 * row  # received, sorted, its copy; output, its copy
+        pad = Moment(name="pad", dispatch_assignment_bytes=held)
+        join = Moment(name="join", token_bytes=out, dispatch_assignment_bytes=(1 + sent) * joined + (1 + padded) * row)
         return (join, pad) if padded else (join,)
     send = layer.ffn.router.top_k * row / parallel.tp
     if padded:  # what was received, sorted and padded; the output, and that without its padding

@@ -36,7 +36,10 @@ def chunk_offload(
     found = []
     for item in chunk[: len(chunk) - LAYERS_ON_GPU]:
         kept = kept_tensors(
-            layer_tensors(model, item.layer, parallel, software, train.precision), item.layer, train, parallel.tp
+            layer_tensors(model, item.layer, parallel, software, train.precision, train.kept),
+            item.layer,
+            train,
+            parallel.tp,
         )
         per = {unit: sum(t.bytes for t in kept if t.per == unit) for unit in ("token", "assignment")}
         found.append(

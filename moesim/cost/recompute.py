@@ -21,6 +21,7 @@ FfnOperation = Literal["ffn norm", "routed experts", "shared experts", "dense ff
 Operation = AttentionOperation | Literal["expert activation"] | FfnOperation
 ATTENTION_OPERATIONS: tuple[Operation, ...] = get_args(AttentionOperation)
 FFN_OPERATIONS: tuple[Operation, ...] = get_args(FfnOperation)  # done again before the backward of the feed-forward
+INSIDE: tuple[Module, ...] = ("moe_act", "shared_experts")  # moe, each a module of its own
 OPERATIONS: tuple[Operation, ...] = (*ATTENTION_OPERATIONS, *FFN_OPERATIONS, "expert activation")
 
 
@@ -60,8 +61,9 @@ def made_again(layer: Layer, module: Module) -> Again:
                 element_bytes=BF16_BYTES,
                 why="gathered over sequence parallelism before the up-projections that are computed again",
             )
-            names = ("queries", "keys", "values")
-            return Again(operations=("up projections",), names=names, gathered=(rotary_key,))
+            latents = ("query latent normalised", "key-value latent normalised")  # by the norms fused into the products
+            made = (*latents, "queries", "keys", "values")
+            return Again(operations=("up projections",), names=made, gathered=(rotary_key,))
         case "mlp" if not moe:
             names = ("ffn norm output", "ffn activation input", "ffn activation output")
             return Again(operations=("ffn norm", "dense ffn"), names=names)
@@ -73,7 +75,7 @@ def made_again(layer: Layer, module: Module) -> Again:
             return Again(operations=shared, parts=("shared",))
         case "layernorm":
             before_attention = Again(operations=("attention norm",), names=("attention norm output",))
-            before_ffn = Again(operations=("ffn norm",), names=("ffn norm output",))
+            before_ffn = Again(operations=("ffn norm",), names=("ffn norm output", "shared input"))
             reached = [again for again, alone in ((before_attention, latent), (before_ffn, moe)) if alone]
             return Again(
                 operations=tuple(operation for again in reached for operation in again.operations),
@@ -89,6 +91,12 @@ def kept_tensors(tensors: tuple[SavedTensor, ...], layer: Layer, train: Training
     again = [made_again(layer, module) for module in train.recomputed_modules]
     instead = [tensor for one in again for tensor in one.gathered if tp > 1]
     return (*(tensor for tensor in tensors if not any(one.makes(tensor) for one in again)), *instead)
+
+
+def made_inside(again: tuple[SavedTensor, ...], layer: Layer, train: Training) -> tuple[SavedTensor, ...]:
+    """Of what is made again those tensors that a module inside a recomputed one leaves out once more."""
+    inner = [made_again(layer, module) for module in INSIDE if module in train.recomputed_modules]
+    return tuple(tensor for tensor in again if any(one.makes(tensor) for one in inner))
 
 
 def operations_again(layer: Layer, train: Training) -> tuple[Operation, ...]:

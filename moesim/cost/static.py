@@ -30,9 +30,9 @@ def static_memory(
 ) -> StaticMemory:
     """Weights, gradients and optimizer states of a rank of a stage.
 
-    Weights are BF16; gradients, main weights and Adam's two moments as ``train.optimizer`` says, the latter two in the
-    host's memory where they are offloaded. zero=0: all replicated. zero=1 (Megatron's distributed optimizer): states
-    over the dp*cp ranks, those of
+    Weights are BF16, with copies in the products' narrow format or, where ``train.optimizer`` says so, in that alone;
+    gradients, main weights and Adam's two moments as it says, the latter two in the host's memory where they are
+    offloaded. zero=0: all replicated. zero=1 (Megatron's distributed optimizer): states over the dp*cp ranks, those of
     experts over edp. zero=2 (as DeepSpeed): gradients too, but for the layer in backward. zero=3 (as DeepSpeed, FSDP):
     weights too, but for two gathered layers (the live one and the one fetched ahead). States that are not fp32 are
     updated as fp32 copies, all of an optimizer's at once, dense parameters and experts having one each
@@ -51,7 +51,7 @@ def static_of(
     copies = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp).num_copies
     split_dense, split_expert = layout.dp * parallel.cp * copies, layout.edp * copies
 
-    def total_bytes(element_bytes: float, *, sharded: bool, num_whole: int) -> float:
+    def total_bytes(element_bytes: float, *, sharded: bool, num_whole: int = 0) -> float:
         if not sharded:
             return (dense + expert) * element_bytes
         rests = sorted((d * (1 - 1 / split_dense) + e * (1 - 1 / split_expert) for d, e in layers), reverse=True)
@@ -59,14 +59,28 @@ def static_of(
 
     stays = "optimizer" not in train.offloaded
     sharded = parallel.zero >= 1
+    if train.optimizer.weights == "bf16":
+        wide_bytes = total_bytes(BF16_BYTES, sharded=parallel.zero >= 3, num_whole=2)
+    else:  # the casts are the weights, but for embedding and head, and for the shards that layers are gathered from
+        in_shards = (dense - outer) / split_dense + expert / split_expert if parallel.zero >= 3 else 0.0
+        wide_bytes = outer * BF16_BYTES + in_shards * weight_bytes(train)
     shards = (dense / split_dense, expert / split_expert) if sharded else (dense, expert)
     return StaticMemory(
-        weights_bytes=total_bytes(BF16_BYTES, sharded=parallel.zero >= 3, num_whole=2)
-        + _cast_bytes(layers, parallel, train),
+        weights_bytes=wide_bytes + _cast_bytes(layers, parallel, train),
         gradients_bytes=total_bytes(train.optimizer.gradient_bytes, sharded=parallel.zero >= 2, num_whole=1),
-        optimizer_bytes=total_bytes(train.optimizer.state_bytes, sharded=sharded, num_whole=0) if stays else 0.0,
+        optimizer_bytes=total_bytes(train.optimizer.state_bytes, sharded=sharded) if stays else 0.0,
         update_bytes=max(shards) * train.optimizer.copied_bytes if stays else 0.0,
     )
+
+
+def weight_bytes(train: Training) -> float:
+    """Of one parameter of a layer, as replicas exchange it.
+
+    >>> from moesim.describe.workload import Optimizer
+    >>> weight_bytes(Training(precision="fp8", optimizer=Optimizer(weights="narrow")))
+    1.03125
+    """
+    return BF16_BYTES if train.optimizer.weights == "bf16" else RECIPES[train.precision].operand_bytes
 
 
 def _cast_bytes(layers: Sequence[tuple[float, float]], parallel: Parallelism, train: Training) -> float:
@@ -123,18 +137,15 @@ def outer_parameters(model: Model, parallel: Parallelism, train: Training, stage
     """Parameters of a rank outside the layers: embedding (first stage), head, final norms (last stage).
 
     Tied embeddings stand on the first and, with pp > 1, once more on the last stage. So does the embedding on the stage
-    where multi-token-prediction layers are trained, which look up their tokens there; a tied head is that copy.
+    where multi-token-prediction layers are trained, which look up their tokens there; a tied head is that copy. With
+    DualPipe a rank holds two parts of the model, and a table that both need once: embedding, head and the prediction
+    layers' lie together on the outer stages (arXiv 2412.19437 section 3.2.3).
     """
-    if train.schedule == "dualpipe":  # the stage holds its mirrored one's part as well
-        return sum(_outer_parameters(model, parallel, train, part) for part in (stage, parallel.pp - 1 - stage))
-    return _outer_parameters(model, parallel, train, stage)
-
-
-def _outer_parameters(model: Model, parallel: Parallelism, train: Training, stage: int) -> float:
-    is_first, is_last = stage == 0, stage == parallel.pp - 1
-    table = model.vocab * model.hidden / parallel.tp
-    num_tables = int(is_first) + int(is_last and not (model.tie_embeddings and is_first))
-    looks_up_again = stage == mtp_stage(model, parallel, train) and not (model.tie_embeddings and is_last)
-    num_tables += int(not is_first and looks_up_again)
+    parts = {stage, parallel.pp - 1 - stage} if train.schedule == "dualpipe" else {stage}
+    is_first, is_last = 0 in parts, parallel.pp - 1 in parts
+    looks_up = is_first or mtp_stage(model, parallel, train) in parts
+    num_tables = int(looks_up or is_last) if model.tie_embeddings else looks_up + is_last
     norms = model.num_final_norms * model.hidden * (2 if model.has_norm_bias else 1)
-    return num_tables * table + is_last * norms + is_first * model.num_extra_parameters
+    return (
+        num_tables * model.vocab * model.hidden / parallel.tp + is_last * norms + is_first * model.num_extra_parameters
+    )

@@ -35,6 +35,7 @@ __all__ = [
     "DomainMixture",
     "Gshard",
     "HotExperts",
+    "Kept",
     "Lognormal",
     "Megablocks",
     "Megatron",
@@ -71,6 +72,8 @@ OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 Offload = Literal["optimizer", "activations"]
 MainWeights = Literal["fp32", "remainder", "bf16", "none"]
 Moments = Literal["fp32", "bf16", "fp8"]
+ModelWeights = Literal["bf16", "narrow"]
+Average = Literal["none", "gpu", "host"]
 BYTES_OF: Mapping[str, float] = {"fp32": 4.0, "bf16": 2.0, "remainder": 2.0, "fp8": 1.0, "none": 0.0}
 GraphModule = Literal["attn", "mlp", "moe_router", "moe_preprocess", "moe"]  # Megatron's --cuda-graph-scope
 GRAPH_MODULES: tuple[GraphModule, ...] = get_args(GraphModule)
@@ -80,10 +83,13 @@ DropPolicy = Literal["probability", "position", "random", "reroute"]
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """Number formats of what Adam keeps of a parameter beside its bf16 weight; the defaults are Megatron-LM's.
+    """Number formats of a parameter's weight and of what Adam keeps beside it; the defaults are Megatron-LM's.
 
-    main_weights: ``remainder`` keeps only the 16 bits that a bf16 weight lacks of fp32 (Megatron's precision-aware
-    optimizer with store_param_remainders); ``none`` updates the bf16 weight itself.
+    weights: ``narrow`` keeps those of layers in the products' format alone, without bf16 ones beside (Megatron's
+    --fp8-param-gather). main_weights: ``remainder`` keeps only the 16 bits that a bf16 weight lacks of fp32 (Megatron's
+    precision-aware optimizer with store_param_remainders); ``none`` updates the bf16 weight itself. average: where an
+    fp32 moving average of the weights lies, if there is one; its way to the host is not timed (DeepSeek-V3, arXiv
+    2412.19437 section 3.2.3: behind the next step).
 
     >>> Optimizer(gradients="bf16", main_weights="remainder", moments="bf16").state_bytes
     6.0
@@ -92,11 +98,18 @@ class Optimizer:
     gradients: Literal["fp32", "bf16"] = "fp32"
     main_weights: MainWeights = "fp32"
     moments: Moments = "fp32"  # both of them
+    weights: ModelWeights = "bf16"
+    average: Average = "none"
 
     def __post_init__(self) -> None:
         check_choice("train.optimizer", "gradients", self.gradients, ("fp32", "bf16"))
         check_choice("train.optimizer", "main_weights", self.main_weights, get_args(MainWeights))
         check_choice("train.optimizer", "moments", self.moments, get_args(Moments))
+        check_choice("train.optimizer", "weights", self.weights, get_args(ModelWeights))
+        check_choice("train.optimizer", "average", self.average, get_args(Average))
+        rule = "must be fp32 or bf16 where weights are narrow: those make no main weight"
+        good = self.weights == "bf16" or self.main_weights in ("fp32", "bf16")
+        check(good, "train.optimizer", "main_weights", rule, self.main_weights)
 
     @property
     def gradient_bytes(self) -> float:
@@ -105,14 +118,32 @@ class Optimizer:
 
     @property
     def state_bytes(self) -> float:
-        """Of one parameter's main weight and two moments."""
-        return BYTES_OF[self.main_weights] + 2 * BYTES_OF[self.moments]
+        """Of one parameter's main weight and two moments, and of its average where the GPU has it."""
+        average = BYTES_OF["fp32"] if self.average == "gpu" else 0.0
+        return BYTES_OF[self.main_weights] + 2 * BYTES_OF[self.moments] + average
 
     @property
     def copied_bytes(self) -> float:
         """Of one parameter's states made fp32 for the update: those that are not, but for a remainder."""
         moments = 0.0 if self.moments == "fp32" else 2 * BYTES_OF["fp32"]
         return moments + (BYTES_OF["fp32"] if self.main_weights == "bf16" else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Number formats in which tensors wait for the backward, where that is a choice: narrow ones with a scale for each
+    128 elements. See docs/model.md#kept-formats.
+
+    attention_output: bf16, as flash attention needs it; e5m6 and fp8 serve it and the projection behind it.
+    activation_input: what SwiGLU takes in, in experts and dense blocks (Megatron's --activation-func-fp8-input-store).
+    """
+
+    attention_output: Literal["bf16", "e5m6", "fp8"] = "bf16"
+    activation_input: Literal["bf16", "fp8"] = "bf16"
+
+    def __post_init__(self) -> None:
+        check_choice("train.kept", "attention_output", self.attention_output, ("bf16", "e5m6", "fp8"))
+        check_choice("train.kept", "activation_input", self.activation_input, ("bf16", "fp8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +170,7 @@ class Training:
     overlap: str | tuple[str, ...] = "none"  # as recompute: a text once it is born
     mtp: bool = False  # train the model's multi-token-prediction layers as well
     optimizer: Optimizer = field(default_factory=Optimizer)
+    kept: Kept = field(default_factory=Kept)
     offload: str | tuple[str, ...] = "none"  # a text once it is born
     fused_loss: bool = False
     cuda_graphs: str | tuple[str, ...] = "none"  # a text once it is born
@@ -156,6 +188,9 @@ class Training:
         object.__setattr__(self, "cuda_graphs", graphs)
         object.__setattr__(self, "offload", _names_text("offload", self.offload, get_args(Offload), "none or parts"))
         check_choice("train", "software", self.software, get_args(Software))
+        rule = "needs a narrow precision: layers' weights stand in the format of their products"
+        good = self.optimizer.weights == "bf16" or self.precision != "bf16"
+        check(good, "train.optimizer", "weights", rule, self.optimizer.weights)
         check_choice("train", "schedule", self.schedule, get_args(ScheduleName))
         object.__setattr__(self, "overlap", _names_text("overlap", self.overlap, OVERLAPS, "none or names"))
         rule = "halves each micro-batch, so micro_batch must be even"

@@ -223,7 +223,7 @@ def _envelope(trace: Trace) -> list[str]:
     if RECIPES[train.precision].cast_reads:
         reasons += [
             f"{train.precision}: products run at that rate and casts around them are counted, router and head stay in "
-            "BF16; memory keeps the BF16 weights beside their casts."
+            "BF16; memory keeps the BF16 weights beside their casts, unless optimizer.weights is narrow."
         ]
     if model.mtp_layers and not train.mtp:
         reasons += [

@@ -179,7 +179,7 @@ def headroom_bytes(scenario: Scenario, loads: Loads | None = None) -> float:
     """
     sample = _one_group(scenario)
     raw = sample.to_dict()
-    shape = raw["train"] | dict.fromkeys(("recompute", "offload", "optimizer", "fused_loss"))
+    shape = raw["train"] | dict.fromkeys(("recompute", "offload", "optimizer", "kept", "fused_loss"))
     key = json.dumps(raw | {"train": shape, "parallel": raw["parallel"] | {"zero": 0}}, sort_keys=True)
     loads = {} if loads is None else loads
     if key not in loads:

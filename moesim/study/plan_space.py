@@ -189,7 +189,8 @@ class StaticBytes:
                 return element_bytes * (dense / shards[0] + expert / shards[1])
             return element_bytes * (dense + expert)
 
-        weights = of(BF16_BYTES, sharded=zero >= 3) + (0.0 if zero >= 3 else casts * self._in_layers(shape))
+        wide = BF16_BYTES if train.optimizer.weights == "bf16" else 0.0
+        weights = of(wide, sharded=zero >= 3) + (0.0 if zero >= 3 else casts * self._in_layers(shape))
         gradients = of(train.optimizer.gradient_bytes, sharded=zero >= 2)
         return (weights + gradients + of(state_bytes, sharded=zero >= 1)) / shape["pp"]
 

@@ -19,7 +19,8 @@ from moesim.units import HOUR_S
 PUBLISHED_GPU_HOURS = 2_664_000  # arXiv 2412.19437 table 1: pre-training alone
 NUM_SEEDS = 2  # at each of three skews: a seed moves a step of so many ranks by 1 %
 # arXiv 2412.19437 sections 3.2, 3.3.3 and 4.2: parallelism, what is recomputed (RMSNorm, MLA up-projections, SwiGLU's
-# output), moments in BF16, sequences, tokens, and the batch that grows from 3,072 over 469B tokens.
+# output), number formats of what is kept, the weights' average on the host, sequences, tokens, and the batch that grows
+# from 3,072 over 469B tokens.
 DEEPSEEK_V3: Mapping[str, Any] = {
     "model": "deepseek-v3",
     "cluster": "h800-8x-ib400",
@@ -32,6 +33,9 @@ DEEPSEEK_V3: Mapping[str, Any] = {
     "global_batch": 15360,
     "precision": "fp8",
     "moments": "bf16",
+    "average": "host",
+    "attention_output": "e5m6",
+    "activation_input": "fp8",
     "schedule": "dualpipe",
     "overlap": "forward_backward",
     "dispatcher": "deepep",

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from moesim.cost.layer import ACTIVATION_BYTES
+from moesim.cost.static import weight_bytes
 from moesim.describe.parallel import Parallelism
 from moesim.fabric.collectives import allgather_s, allreduce_s, reduce_scatter_s, send_s
 from moesim.scenario import Scenario
@@ -53,12 +53,12 @@ def gradient_reduction_s(scenario: Scenario, dense: float, expert: float, copies
         elif zero == 1:
             reduce_s += float(reduce_scatter_s(size, in_node, count * gradient_bytes, cluster))
         if zero in (1, 2):
-            gather_s += float(allgather_s(size, in_node, count * ACTIVATION_BYTES, cluster))
+            gather_s += float(allgather_s(size, in_node, count * weight_bytes(scenario.train), cluster))
     # A replica's gradient travels to its expert's first slot, the updated weights travel back.
     replicas = expert * (1.0 - 1.0 / scenario.expert_copies)
     near = scenario.parallel.ep * scenario.parallel.etp <= cluster.ranks_per_node
     reduce_s += float(send_s(replicas * gradient_bytes, near, cluster))
-    gather_s += float(send_s(replicas * ACTIVATION_BYTES, near, cluster))
+    gather_s += float(send_s(replicas * weight_bytes(scenario.train), near, cluster))
     return reduce_s, gather_s
 
 
@@ -73,7 +73,7 @@ def sharded_weights_s(scenario: Scenario, dense: float, expert: float, copies: i
         if size == 1 or not count:
             continue
         if scenario.parallel.zero >= 3:
-            gather_s += float(allgather_s(size, in_node, count * ACTIVATION_BYTES, scenario.cluster))
+            gather_s += float(allgather_s(size, in_node, count * weight_bytes(scenario.train), scenario.cluster))
         if scenario.parallel.zero >= 2:
             scatter_s += float(reduce_scatter_s(size, in_node, count * gradient_bytes, scenario.cluster))
     return gather_s, scatter_s
