@@ -38,7 +38,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
             "software",
         )
     },
-    **{name: ("train", name) for name in ("offload", "fused_loss")},
+    **{name: ("train", name) for name in ("offload", "fused_loss", "documents")},
     **{name: ("train", "optimizer", name) for name in ("gradients", "main_weights", "moments", "weights", "average")},
     **{name: ("train", "kept", name) for name in ("attention_output", "activation_input")},
     "popularity": ("routing", "popularity", "kind"),
@@ -69,9 +69,9 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def spelt_out(raw: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """The file's mapping with its short forms written out: ``recording: FILE`` is a popularity, recorded; a popularity
-    of which only a measure is given is lognormal, and so are documents without a file; rank_speeds may be a text such
-    as ``3=0.8,8-15=0.5``. Raises
-    InputError for a recording beside a popularity.
+    of which only a measure is given is lognormal, and so are documents without a file; documents may be a file's name or
+    their median length; rank_speeds may be a text such as ``3=0.8,8-15=0.5``. Raises InputError for a recording beside
+    a popularity.
 
     >>> spelt_out({"routing": {"recording": "trace.npy"}}, "scenario")
     {'routing': {'popularity': {'kind': 'recorded', 'file': 'trace.npy'}}}
@@ -81,6 +81,10 @@ def spelt_out(raw: Mapping[str, Any], owner: str) -> dict[str, Any]:
         speeds = _speeds_spelt_out(raw["placement"]["rank_speeds"], f"{owner}.placement")
         raw["placement"] = dict(raw["placement"]) | {"rank_speeds": speeds}
     documents = raw["train"].get("documents") if isinstance(raw.get("train"), Mapping) else None
+    if isinstance(documents, str | int | float) and not isinstance(documents, bool):
+        is_number = str(documents).replace(".", "", 1).isdecimal()
+        documents = {"median_tokens": float(documents)} if is_number else {"file": documents}
+        raw["train"] = dict(raw["train"]) | {"documents": documents}
     if isinstance(documents, Mapping) and "kind" not in documents:
         kind = {"kind": "histogram" if "file" in documents else "lognormal"}
         raw["train"] = dict(raw["train"]) | {"documents": kind | dict(documents)}

@@ -196,3 +196,15 @@ def test_too_many_tiny_documents_and_encoder_decoders_are_refused() -> None:
     raw = SMALL | {"model": "switch-base-128", "train": SMALL["train"] | {"documents": {"median_tokens": 99}}}
     with pytest.raises(NotModelledError, match="encoder and decoder are not modelled"):
         packed_work(Scenario.from_mapping(raw | {"parallel": {"ep": 8}}))
+
+
+def test_documents_have_a_flat_name_for_a_file_or_a_median_length(tmp_path: Path) -> None:
+    file = tmp_path / "lengths.csv"
+    file.write_text("length_tokens,count\n100,1\n")
+    base = Scenario.from_mapping(SMALL)
+    assert base.with_(documents=str(file)).train.documents == HistogramLengths(file=str(file))
+    for typed in (800, "800"):
+        assert base.with_(documents=typed).train.documents == LognormalLengths(median_tokens=800.0)
+    assert base.with_(documents=800).with_(documents=None).train.documents is None
+    with pytest.raises(InputError, match=r"nowhere\.csv"):
+        base.with_(documents="nowhere.csv")

@@ -78,6 +78,7 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "activation_input": ("bf16|fp8", "Format in which what SwiGLU takes in waits for the backward."),
         "fused_loss": ("true|false", "The loss writes its gradient over the bf16 logits."),
         "mtp": ("true|false", "Train the multi-token-prediction layers too."),
+        "documents": ("FILE|TOKENS", "That sequences are packed from: a histogram of lengths, or their median."),
         "cuda_graphs": (
             "none|full|MODULES",
             "What the host issues as one: the step, or modules such as attn,moe_router,moe_preprocess.",
