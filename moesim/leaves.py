@@ -69,7 +69,7 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def spelt_out(raw: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """The file's mapping with its short forms written out: ``recording: FILE`` is a popularity, recorded; a popularity
-    of which only a measure is given is lognormal, and so are documents without a file; documents may be a file's name or
+    of which only a measure is given is lognormal, and so are documents without a file; these may be a file's name or
     their median length; rank_speeds may be a text such as ``3=0.8,8-15=0.5``. Raises InputError for a recording beside
     a popularity.
 

@@ -18,6 +18,7 @@ from moesim.describe.documents import HistogramLengths, LognormalLengths
 from moesim.describe.flops import layer_flops
 from moesim.describe.model import GroupedQueryAttention
 from moesim.errors import InputError, NotModelledError
+from moesim.leaves import merge
 from moesim.metrics.summary import summarise
 from moesim.scenario import Scenario
 from moesim.timeline.packed import packed_work
@@ -207,4 +208,4 @@ def test_documents_have_a_flat_name_for_a_file_or_a_median_length(tmp_path: Path
         assert base.with_(documents=typed).train.documents == LognormalLengths(median_tokens=800.0)
     assert base.with_(documents=800).with_(documents=None).train.documents is None
     with pytest.raises(InputError, match=r"nowhere\.csv"):
-        base.with_(documents="nowhere.csv")
+        Scenario.from_mapping(merge(SMALL, {"train": {"documents": "nowhere.csv"}}))
