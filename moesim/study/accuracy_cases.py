@@ -36,8 +36,10 @@ MODELS = (
     (r"mixtral[- ]8x7b", "mixtral-8x7b"),
     (r"mixtral[- ]8x22b", "mixtral-8x22b"),
     (r"grok-1", "grok-1"),
-    (r"llama3_70b", "llama-3-70b"),
-    (r"llama3_8b", "llama-3-8b"),
+    (r"kimi[- ]?k2", "kimi-k2"),
+    (r"olmoe", "olmoe-1b-7b"),
+    (r"llama[-_ ]?3(\.\d)?[-_ ]?70b", "llama-3-70b"),
+    (r"llama[-_ ]?3(\.\d)?[-_ ]?8b", "llama-3-8b"),
 )
 
 

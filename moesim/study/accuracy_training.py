@@ -24,6 +24,7 @@ from moesim.metrics.summary import step_parts
 from moesim.scenario import Scenario
 from moesim.study.accuracy import AccuracyRow, NotExpressed, Prediction
 from moesim.study.accuracy_cases import catalog_gpu, catalog_model, default_cluster, given, number, whole
+from moesim.study.accuracy_recipes import completed
 from moesim.timeline.step import run_step
 from moesim.timeline.trace import Trace
 from moesim.units import MILLI
@@ -88,6 +89,7 @@ def release_of(row: Record) -> str:
 
 def express(row: Record, owner: str) -> tuple[Scenario, tuple[str, ...]]:
     """The row's scenario, and what the run did that it does not say. Raises InputError and NotModelledError."""
+    row = completed(row)
     told = row.get("config_complete") or "full"
     if not told.startswith("full"):
         raise InputError(owner, "config_complete", "must be full", told)
