@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.cli.call import SCENARIO_OPTIONS
 from moesim.describe.parallel import Parallelism
+from moesim.describe.workload import Overlap
 from moesim.errors import InputError
 from moesim.metrics.summary import step_parts
 from moesim.scenario import Scenario
@@ -20,6 +24,7 @@ from moesim.timeline.phases import Phase, lay_out
 from moesim.timeline.reduction import _shape_of_groups, hidden_behind_s
 from moesim.timeline.step import run_step
 
+ROOT = Path(__file__).parent.parent
 SMALL = {
     "model": "qwen3-30b-a3b",
     "cluster": "h100-8x-ib400",
@@ -174,6 +179,13 @@ OVERLAPS = [
     {"overlap": "shared_experts", "model": "deepseek-v2"},
     {"overlap": "grad_reduce,param_gather"},
 ]
+
+
+def test_every_overlap_is_tried_here_and_told_by_help_and_glossary():
+    told = SCENARIO_OPTIONS["Training step"]["overlap"][1], (ROOT / "docs" / "glossary.md").read_text()
+    for name in get_args(Overlap):
+        assert all(name in text for text in told), name
+        assert any(name in str(asked.get("overlap")) for asked in OVERLAPS), name
 
 
 @pytest.mark.parametrize("asked", OVERLAPS, ids=str)

@@ -66,7 +66,8 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "schedule": ("1f1b|gpipe|zb-h1|dualpipe", "Pipeline schedule."),
         "overlap": (
             "none|NAME,NAME...",
-            "What runs beside computing: grad_reduce, forward_backward, shared_experts...",
+            "What runs beside computing: grad_reduce, param_gather, tensor_parallel, forward_backward, two_batch, "
+            "weight_gradient, shared_experts, chunked_dispatch.",
         ),
         "offload": ("none|PARTS", "What lies in the host's memory: optimizer, activations, or both."),
         "gradients": ("fp32|bf16", "Number format of accumulated gradients."),

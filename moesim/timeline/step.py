@@ -21,6 +21,7 @@ from moesim.cost.static import outer_parameters, rank_parameters
 from moesim.describe.parallel import RankLayout
 from moesim.describe.pipeline import chunk_depths, stage_chunks
 from moesim.describe.schedules import Operation, Schedule, Way, make_schedule
+from moesim.describe.workload import Overlap
 from moesim.errors import check
 from moesim.fabric.collectives import send_s
 from moesim.scenario import Scenario
@@ -83,9 +84,9 @@ def run_step(
         all(rank in known for rank in trace_ranks), "trace", "ranks", f"must lie in 0..{known[-1]}", list(trace_ranks)
     )
     gpu = scenario.cluster.gpu
-    alone = device_cost(gpu, scenario.train.precision, scenario.profile) if device is None else device
-    constants = constants_of(gpu, scenario.train, alone) if constants is None else constants
-    device = sustained(alone, constants, gpu)
+    kernels = device_cost(gpu, scenario.train.precision, scenario.profile) if device is None else device
+    constants = constants_of(gpu, scenario.train, kernels) if constants is None else constants
+    device = sustained(kernels, constants, gpu)
     packed = packed_work(scenario) if packed is None else packed
     drawn = _drawn_blocks(scenario, packed, trace_ranks)
     load = step_load(scenario, drawn * layout.block_size // (parallel.ep * parallel.etp))
@@ -167,16 +168,8 @@ def _lay_out_stage(
     dense = sum(d for chunk in parameters for d, _ in chunk) + outer
     expert = sum(e for chunk in parameters for _, e in chunk)
     reduce_s, gather_s = gradient_reduction_s(scenario, dense, expert, copies)
-    hidden = {"grad_reduce": 0.0, "param_gather": 0.0}
-    for name, total_s, op, run in (
-        ("grad_reduce", reduce_s, operations[-1], -1),
-        ("param_gather", gather_s, operations[0], 0),
-    ):
-        if name in scenario.train.overlaps:
-            kind = next(kind for kind in kinds if (kind.way, kind.chunk) == op[:2] and kind.beside_N is None)
-            num_buckets = sum(max(len(chunk), 1) for chunk in chunks)  # what holds no layer may hold embedding or head
-            in_pass = max(len(chunks[kind.chunk]), 1)
-            hidden[name] = hidden_behind_s(total_s, kind.times, run, num_buckets=num_buckets, in_pass=in_pass)
+    reduced_s = _hidden_s(plan, "grad_reduce", reduce_s, kinds, operations[-1])
+    gathered_s = _hidden_s(plan, "param_gather", gather_s, kinds, operations[0])
     split = (layout.dp * parallel.cp * copies, layout.edp * copies) if parallel.zero >= 1 else (1, 1)
     slowest = float(scenario.speed_of_rank[layout.stage_ranks(stage)].min())
     shard = dense / split[0] + expert / split[1]
@@ -185,12 +178,22 @@ def _lay_out_stage(
     return _Stage(
         kinds=kinds,
         traced_R=traced_R,
-        reduce_s=reduce_s - hidden["grad_reduce"],
-        hidden_s=sum(hidden.values()),
+        reduce_s=reduce_s - reduced_s,
+        hidden_s=reduced_s + gathered_s,
         optimizer_s=update_s + once_a_step_s(dense + expert, device, constants),
         host_s=max(transfer_s - update_s, 0.0),
-        gather_s=gather_s - hidden["param_gather"],
+        gather_s=gather_s - gathered_s,
     )
+
+
+def _hidden_s(plan: StagePlan, name: Overlap, total_s: float, kinds: Sequence[_Kind], op: Operation) -> float:
+    """What of total_s hides behind a stage's first or last operation, where the overlap of that name is asked for."""
+    if name not in plan.scenario.train.overlaps:
+        return 0.0
+    kind = next(kind for kind in kinds if (kind.way, kind.chunk) == op[:2] and kind.beside_N is None)
+    num_buckets = sum(max(len(chunk), 1) for chunk in plan.chunks)  # what holds no layer may hold embedding or head
+    in_pass, run = max(len(plan.chunks[kind.chunk]), 1), -1 if op.is_backward else 0
+    return hidden_behind_s(total_s, kind.times, run, num_buckets=num_buckets, in_pass=in_pass)
 
 
 def _kinds(
