@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import get_args
 
 import numpy as np
@@ -13,7 +14,7 @@ from moesim.catalog.hardware import GPU_NAMES, load_gpu
 from moesim.catalog.models import load_model
 from moesim.cost.device import device_cost
 from moesim.cost.layer import experts_s, weight_casts_s
-from moesim.cost.precision import RECIPES
+from moesim.cost.precision import DEEPSEEK_FP8, RECIPES
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Precision
 from moesim.errors import InputError
@@ -44,12 +45,75 @@ def test_every_precision_has_a_recipe_with_its_source():
     assert all(len(recipe.source) > 20 for name, recipe in RECIPES.items() if name != "bf16")
 
 
+def moved(casts):
+    return sum(cast.element_bytes for cast in casts)
+
+
 def test_a_cast_reads_the_wide_tensor_and_writes_both_layouts_with_their_scales():
-    assert RECIPES["bf16"].cast_bytes(1000) == 0
-    assert RECIPES["fp8"].cast_bytes(128) == 128 * 2 + 2 * (128 + 4)
-    assert RECIPES["mxfp8"].cast_bytes(32) == 32 * 2 + 2 * (32 + 1)
-    assert RECIPES["fp8_tensor"].cast_bytes(1) == 2 + 2 + 2  # the largest element is looked for first
-    assert RECIPES["nvfp4"].cast_bytes(16) == 2 * 16 * 2 + 2 * (8 + 1)
+    assert moved(RECIPES["fp8"].both_layouts()) * 128 == 128 * 2 + 2 * (128 + 4)
+    assert moved(RECIPES["mxfp8"].both_layouts()) * 32 == 32 * 2 + 2 * (32 + 1)
+    assert moved(RECIPES["fp8_tensor"].both_layouts()) == 2 + 2 + 2  # the largest element is looked for first
+    assert moved(RECIPES["nvfp4"].both_layouts()) * 16 == 2 * 16 * 2 + 2 * (8 + 1)
+
+
+def casts_of(recipe):
+    """Kernels of a linear layer by what they cast: its input (forward, backward), gradient, weight (once, backward)."""
+    return (
+        len(recipe.input_casts(backward=False)),
+        len(recipe.input_casts(backward=True)),
+        len(recipe.gradient_casts()),
+        len(recipe.weight_casts()),
+        len(recipe.weight_transposes()),
+    )
+
+
+def test_the_casts_of_a_linear_layer_are_counted_for_every_recipe():
+    assert {name: casts_of(recipe) for name, recipe in RECIPES.items()} == {
+        "bf16": (0, 0, 0, 0, 0),
+        "fp8": (1, 0, 1, 1, 0),
+        "fp8_tensor": (2, 0, 2, 2, 0),
+        "mxfp8": (1, 0, 1, 1, 0),
+        "nvfp4": (2, 0, 2, 2, 0),
+    }
+    assert casts_of(DEEPSEEK_FP8) == (1, 2, 2, 1, 1)
+    uncast = dataclasses.replace(DEEPSEEK_FP8, cast_reads=0)
+    assert casts_of(uncast) == (0, 0, 0, 0, 0)
+    assert uncast.activation_casts(backward=True) == ()
+
+
+def test_what_the_dispatch_brings_narrow_is_not_cast_again_and_a_shared_input_is_cast_once():
+    assert DEEPSEEK_FP8.arrives_narrow("deepep")
+    assert not DEEPSEEK_FP8.arrives_narrow("alltoall")
+    assert not RECIPES["fp8"].arrives_narrow("deepep")  # Transformer Engine casts what its experts take
+    assert DEEPSEEK_FP8.input_casts(backward=False, arrives_narrow=True) == ()
+    for backward in (False, True):
+        assert DEEPSEEK_FP8.input_casts(backward=backward, cast_before=True) == ()
+        assert RECIPES["fp8"].input_casts(backward=backward, cast_before=True) == RECIPES["fp8"].input_casts(
+            backward=backward
+        )
+
+
+def test_keeping_rows_costs_more_casts_and_less_waiting_for_weights():
+    """DeepSeek's way against Transformer Engine's, same format: each pass of the experts takes longer, weights less."""
+    gpu, rows_E = load_gpu("h800"), np.full((1, 4), 8192.0)
+    ways = {name: device_cost(gpu, "fp8", "datasheet", name) for name in ("megatron", "deepseek")}
+
+    def casts_s(device):
+        uncast = dataclasses.replace(device, recipe=dataclasses.replace(device.recipe, cast_reads=0))
+        on = {"parallel": Parallelism(), "dispatcher": "deepep"}
+        return sum(
+            float((experts_s(DEEPSEEK, MOE, rows_E, device=of, backward=way, **on) * sign)[0])
+            for of, sign in ((device, 1), (uncast, -1))
+            for way in (False, True)
+        )
+
+    assert casts_s(ways["deepseek"]) > 1.2 * casts_s(ways["megatron"])
+    layer = DEEPSEEK.layers[-1]
+    weights = {
+        name: sum(weight_casts_s(DEEPSEEK, layer, num_rank_experts=4, parallel=Parallelism(), device=device).values())
+        for name, device in ways.items()
+    }
+    assert weights["deepseek"] < weights["megatron"]
 
 
 def test_rows_travel_narrow_only_by_deepep_in_deepseeks_recipe():
@@ -76,7 +140,8 @@ def test_casts_eat_what_a_small_linear_layer_gains_and_leave_a_large_one_faster(
 
     def speed_up(rows, width):
         rows_E = np.array([rows])
-        casts_s = 2 * device.cast_s(rows * width) + device.cast_s(width * width)
+        casts = device.recipe.both_layouts()
+        casts_s = 2 * device.casts_s(casts, [rows * width]) + device.casts_s(casts, [width * width])
         narrow_s, wide_s = (
             float(on.grouped_s(rows_E, width, width) + on.backward_s(rows_E, width, width))
             for on in (device, device.wide)

@@ -10,7 +10,7 @@ Legend: E experts on a rank; a leading ... stands for any axes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.catalog.silicon import product_table
-from moesim.cost.precision import RECIPES, Recipe
+from moesim.cost.precision import RECIPES, Cast, Recipe, recipe_of
 from moesim.cost.profile import Profile, find_profile, load_profile
 from moesim.cost.silicon import Silicon, silicon_of
 from moesim.describe.hardware import Gpu
-from moesim.describe.workload import Precision
+from moesim.describe.workload import Precision, Software
 from moesim.door.files import read_yaml
 from moesim.errors import check
 from moesim.units import BYTES_PER_ELEMENT, MICRO
@@ -164,10 +164,17 @@ class DeviceCost:
         moved = np.asarray(num_bytes, dtype=np.float64)
         return np.where(moved > 0, self.stream_start_s + moved * self.times_moved / self.stream_bytes_per_s, 0.0)
 
-    def cast_s(self, num_elements: ArrayLike) -> Floats:
-        """Seconds to cast a tensor to the recipe's format, in both layouts; none in BF16. See docs/model.md#casts."""
-        moved = self.recipe.cast_bytes(1.0) * np.asarray(num_elements, dtype=np.float64)
-        return self.stream_s(moved / self.times_moved)  # one kernel, fused in itself
+    def casts_s(self, casts: Sequence[Cast], elements_E: ArrayLike) -> Floats:
+        """Seconds of kernels that cast a tensor, elements_E[..., e] of each expert; the result drops the last axis.
+        See docs/model.md#casts.
+        """
+        elements = np.asarray(elements_E, dtype=np.float64)
+        whole = over_experts(elements)
+        seconds = np.zeros(whole.shape)
+        for cast in casts:
+            moved = cast.element_bytes / self.times_moved  # one kernel, fused in itself
+            seconds += over_experts(self.stream_s(moved * elements)) if cast.by_expert else self.stream_s(moved * whole)
+        return seconds
 
     def attention_s(self, flops: float, *, dims: float, keys_seen: float, backward: bool) -> float:
         """Seconds of the attention kernel alone (scores, softmax, values) for a count of useful FLOPs.
@@ -207,8 +214,8 @@ def efficiencies() -> dict[str, Any]:
     return table
 
 
-def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto") -> DeviceCost:
-    """The cost of a GPU at a precision of its products.
+def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto", software: Software = "megatron") -> DeviceCost:
+    """The cost of a GPU at a precision of its products, whose casts are those of a software.
 
     profile: ``auto`` takes a shipped calibration profile of this GPU when there is one, else the datasheet;
     ``datasheet``; ``measured``, the tables of the extra of that name, which never count unasked; or a profile's path,
@@ -230,17 +237,17 @@ def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto") -> Device
         hint = "Use the datasheet: profile: datasheet."
         check(calibrated.dtype == dtype, f"profile {calibrated.name}", "dtype", rule, calibrated.dtype, hint)
     timed = profile == "measured"
-    device = _from_datasheet(gpu, precision, calibrated, timed=timed)
+    device = _from_datasheet(gpu, recipe_of(precision, software), calibrated, timed=timed)
     if precision == "bf16":
         return device
-    wide = _from_datasheet(gpu, "bf16", None, timed=timed)
+    wide = _from_datasheet(gpu, RECIPES["bf16"], None, timed=timed)
     parts = ("peak bf16", "product efficiency", "products forward", "products backward")
     told = [replace(item, part=f"router and head: {item.part}") for item in wide.provenance if item.part in parts]
     return replace(device, bf16=wide, provenance=(*device.provenance, *told))
 
 
-def _from_datasheet(gpu: Gpu, precision: Precision, calibrated: Profile | None, *, timed: bool) -> DeviceCost:
-    table, recipe = efficiencies(), RECIPES[precision]
+def _from_datasheet(gpu: Gpu, recipe: Recipe, calibrated: Profile | None, *, timed: bool) -> DeviceCost:
+    table = efficiencies()
     peak = gpu.peak_flops_per_s[recipe.peak]
     on_hopper = gpu.name in _HOPPER
     kernels = recipe.kernels_on_hopper if on_hopper else recipe.kernels

@@ -154,11 +154,19 @@ def head_weight_gradient_s(model: Model, *, parallel: Parallelism, train: Traini
 
 
 def experts_s(
-    model: Model, moe: MoeFfn, rows_E: Floats, *, parallel: Parallelism, device: DeviceCost, backward: bool
+    model: Model,
+    moe: MoeFfn,
+    rows_E: Floats,
+    *,
+    parallel: Parallelism,
+    device: DeviceCost,
+    backward: bool,
+    dispatcher: Dispatcher = "alltoall",
 ) -> Floats:
     """Seconds of a rank's experts, given rows_E[..., e] tokens for each of them; the result drops the last axis.
 
-    Grouped products in and out with the activation between, casts of what they take in. See docs/model.md#experts.
+    Grouped products in and out with the activation between, casts of what they take in, unless the dispatcher brings
+    it cast. See docs/model.md#experts.
     """
     width = moe.expert.width / parallel.etp
     inner = width * (2 if moe.expert.gated else 1)
@@ -168,11 +176,13 @@ def experts_s(
         activation = device.stream_s(rows * (2 * inner + width) * ACTIVATION_BYTES)
     else:
         activation = expert_activation_s(moe, rows_E, parallel=parallel, device=device)
-    shapes = ((model.hidden, inner), (width, model.hidden))
-    products = sum((_linear_s(device, rows_E, *shape, backward=backward) for shape in shapes), np.zeros(rows.shape))
+    arrives_narrow = device.recipe.arrives_narrow(dispatcher)
+    into = _linear_s(device, rows_E, model.hidden, inner, backward=backward, narrow_input=arrives_narrow)
+    out = _linear_s(device, rows_E, width, model.hidden, backward=backward, narrow_gradient=arrives_narrow)
+    kept = device.casts_s(device.recipe.activation_casts(backward=backward), rows_E * inner)
     # Rows are copied to where each expert's fill whole tiles, and results from there.
     padding = 2 * device.stream_s(2 * rows * model.hidden * ACTIVATION_BYTES) if device.recipe.pads_rows else 0.0
-    return products + activation + padding
+    return into + out + kept + activation + padding
 
 
 def weight_casts_s(
@@ -185,7 +195,8 @@ def weight_casts_s(
     of_part["dense_ffn"] = [] if dense is None else _ffn_products(model, dense, parallel.tp)
     if isinstance(layer.ffn, MoeFfn):
         of_part["experts"] = _ffn_products(model, layer.ffn.expert, parallel.etp) * num_rank_experts
-    seconds = {part: float(sum(device.cast_s(k * n) for k, n in shapes)) for part, shapes in of_part.items()}
+    casts = device.recipe.weight_casts()
+    seconds = {part: float(sum(device.casts_s(casts, [k * n]) for k, n in shapes)) for part, shapes in of_part.items()}
     return {part: value for part, value in seconds.items() if value}
 
 
@@ -289,7 +300,10 @@ def _attention_s(
         if attention is None:
             continue
         projections = _projections(model, attention, parallel.tp)
-        seconds += sum(float(_linear_s(device, rows, *shape, backward=backward)) for shape in projections)
+        for at, shape in enumerate(projections):
+            # The down projections of latent attention, or what stands for them, take the same hidden state.
+            again = isinstance(attention, LatentAttention) and at == len(projections) - 3
+            seconds += float(_linear_s(device, rows, *shape, backward=backward, cast_before=again))
         rotated = 2 * float(rows[0]) * sum(columns for _, columns in projections[:-1])
         seconds += float(device.stream_s(rotated * ACTIVATION_BYTES))
     return seconds
@@ -387,8 +401,11 @@ def _ffn_s(model: Model, ffn: Ffn, tokens: float, tp: int, device: DeviceCost) -
     forward, backward = (
         sum(float(_linear_s(device, rows, *shape, backward=way)) for shape in shapes) for way in (False, True)
     )
-    forward += float(device.stream_s(tokens * (inner + width) * ACTIVATION_BYTES))
-    return forward, backward + float(device.stream_s(tokens * (2 * inner + width) * ACTIVATION_BYTES))
+    kept_s = [
+        float(device.casts_s(device.recipe.activation_casts(backward=way), rows * inner)) for way in (False, True)
+    ]
+    forward += float(device.stream_s(tokens * (inner + width) * ACTIVATION_BYTES)) + kept_s[0]
+    return forward, backward + float(device.stream_s(tokens * (2 * inner + width) * ACTIVATION_BYTES)) + kept_s[1]
 
 
 def _ffn_products(model: Model, ffn: Ffn, tp: int) -> list[tuple[float, float]]:
@@ -397,13 +414,29 @@ def _ffn_products(model: Model, ffn: Ffn, tp: int) -> list[tuple[float, float]]:
     return [(model.hidden, width * (2 if ffn.gated else 1)), (width, model.hidden)]
 
 
-def _linear_s(device: DeviceCost, rows_E: Floats, reduced: float, columns: float, *, backward: bool) -> Floats:
-    """Seconds of linear layers in one direction: their products, and the cast of what these take in: inputs forward,
-    gradients of the results backward.
+def _linear_s(
+    device: DeviceCost,
+    rows_E: Floats,
+    reduced: float,
+    columns: float,
+    *,
+    backward: bool,
+    cast_before: bool = False,
+    narrow_input: bool = False,
+    narrow_gradient: bool = False,
+) -> Floats:
+    """Seconds of a linear layer in one direction: its product, and casts of its input and of its result's gradient.
+
+    cast_before: another layer that takes the same input has cast it; narrow: the dispatch brings it cast.
     """
-    cast_s = device.cast_s(rows_E.sum(axis=-1) * (columns if backward else reduced))
-    product = device.backward_s if backward else device.grouped_s
-    return product(rows_E, reduced, columns) + cast_s
+    recipe = device.recipe
+    of_input = recipe.input_casts(backward=backward, cast_before=cast_before, arrives_narrow=narrow_input)
+    seconds = device.casts_s(of_input, rows_E * reduced)
+    if not backward:
+        return seconds + device.grouped_s(rows_E, reduced, columns)
+    seconds += device.casts_s(recipe.gradient_casts(arrives_narrow=narrow_gradient), rows_E * columns)
+    seconds += device.casts_s(recipe.weight_transposes(), np.full_like(rows_E, reduced * columns, dtype=np.float64))
+    return seconds + device.backward_s(rows_E, reduced, columns)
 
 
 def _norms_and_residuals_bytes(model: Model, layer: Layer, own: float) -> float:

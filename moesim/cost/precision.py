@@ -2,21 +2,32 @@
 
 A recipe says what a linear layer's operands are cast to, and how. Each operand is needed twice, laid out by rows for
 one product and by columns for another (inputs: forward and weight gradient; gradients: input and weight gradient;
-weights: forward and input gradient), so a cast reads the wide tensor and writes both. See docs/model.md#casts.
+weights: forward and input gradient). Transformer Engine reads the wide tensor once and writes both; DeepSeek's own
+framework keeps rows, and makes columns of them when the backward needs these. See docs/model.md#casts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from moesim.describe.workload import Dispatcher, Precision
+from moesim.describe.workload import Dispatcher, Precision, Software
 from moesim.units import BYTES_PER_ELEMENT
 
 WIDE_BYTES = BYTES_PER_ELEMENT["bf16"]
 LAYOUTS = 2  # by rows and by columns
 FP32_BYTES = BYTES_PER_ELEMENT["float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast:
+    """One kernel that changes a tensor's format. by_expert: launched for each expert's rows apart, whose blocks along
+    the tokens end with them.
+    """
+
+    element_bytes: float  # read and written for each element
+    by_expert: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +44,10 @@ class Recipe:
     element_bytes: float  # of a narrow element
     scale_bytes: float = 0.0  # of its share of a block's scale
     cast_reads: int = 0  # how often a cast reads the wide tensor: twice where it needs the largest element first
+    # All is kept by rows only, an input once where several layers take it, and columns are made when the backward needs
+    # them: inputs are widened and cast again, gradients cast twice, weights transposed. Activations' inputs are kept
+    # narrow too.
+    keeps_rows: bool = False
     pads_rows: bool = False  # an expert's rows are copied into whole tiles, and its results out of them
     dispatches_narrow: bool = False  # DeepEP sends rows in this format
     source: str = ""
@@ -42,9 +57,61 @@ class Recipe:
         """Of one element of an operand, its share of scales included."""
         return self.element_bytes + self.scale_bytes
 
-    def cast_bytes(self, num_elements: float) -> float:
-        """Bytes that casting a tensor reads and writes, both layouts; 0 where nothing is cast."""
-        return num_elements * (self.cast_reads * WIDE_BYTES + LAYOUTS * self.operand_bytes) if self.cast_reads else 0.0
+    def input_casts(
+        self, *, backward: bool, arrives_narrow: bool = False, cast_before: bool = False
+    ) -> tuple[Cast, ...]:
+        """Kernels that cast a linear layer's input. arrives_narrow: the dispatch brought it so; cast_before: another
+        layer takes the same.
+        """
+        if not self.keeps_rows:
+            return () if backward else self.both_layouts()
+        if cast_before:
+            return ()
+        if backward:
+            return self._kernels(self._widen, self._columns)
+        return () if arrives_narrow else self._kernels(self._rows)
+
+    def gradient_casts(self, *, arrives_narrow: bool = False) -> tuple[Cast, ...]:
+        """Kernels that cast the gradient of a linear layer's result."""
+        if not self.keeps_rows:
+            return self.both_layouts()
+        return self._kernels(self._widen if arrives_narrow else self._rows, self._columns)
+
+    def activation_casts(self, *, backward: bool) -> tuple[Cast, ...]:
+        """Kernels that keep an activation's input narrow, and widen it for the backward."""
+        return self._kernels(self._widen if backward else self._rows) if self.keeps_rows else ()
+
+    def weight_casts(self) -> tuple[Cast, ...]:
+        """Kernels that cast a weight, once a step."""
+        return self._kernels(self._rows) if self.keeps_rows else self.both_layouts()
+
+    def weight_transposes(self) -> tuple[Cast, ...]:
+        """Kernels that lay a cast weight out for the input gradient, in each backward."""
+        return self._kernels(Cast(element_bytes=2 * self.operand_bytes)) if self.keeps_rows else ()
+
+    def both_layouts(self) -> tuple[Cast, ...]:
+        """Kernels that look for the largest element, where that must be known first, then write both layouts."""
+        largest = (Cast(element_bytes=WIDE_BYTES),) * (self.cast_reads - 1)
+        return self._kernels(*largest, Cast(element_bytes=WIDE_BYTES + LAYOUTS * self.operand_bytes))
+
+    def arrives_narrow(self, dispatcher: Dispatcher) -> bool:
+        """Whether experts take rows, and gradients of their results, as the dispatch brings them."""
+        return self.keeps_rows and self.dispatch_element_bytes(dispatcher) < WIDE_BYTES
+
+    @property
+    def _rows(self) -> Cast:
+        return Cast(element_bytes=WIDE_BYTES + self.operand_bytes)
+
+    @property
+    def _columns(self) -> Cast:
+        return replace(self._rows, by_expert=True)
+
+    @property
+    def _widen(self) -> Cast:
+        return self._rows  # the same bytes the other way round
+
+    def _kernels(self, *casts: Cast) -> tuple[Cast, ...]:
+        return casts if self.cast_reads else ()
 
     def dispatch_element_bytes(self, dispatcher: Dispatcher) -> float:
         """Of one element of a row on its way to an expert, forward. Megatron's all-to-all sends BF16 in any recipe."""
@@ -101,3 +168,21 @@ RECIPES: Mapping[Precision, Recipe] = MappingProxyType(
         ),
     }
 )
+# What DeepSeek's own framework does beside Transformer Engine's recipe of the same format: `software: deepseek`.
+DEEPSEEK_FP8 = replace(
+    RECIPES["fp8"],
+    weight_kernels_on_hopper="fp8_block_weights_2024",
+    keeps_rows=True,
+    pads_rows=False,  # its permutation lays each expert's rows out in whole tiles
+    source="blockwise FP8 as DeepSeek-V3 was trained: inputs kept by rows, widened, transposed and cast again in the "
+    "backward; arXiv 2412.19437 sections 3.3 and 3.5.2",
+)
+
+
+def recipe_of(precision: Precision, software: Software = "megatron") -> Recipe:
+    """The recipe of a format under the software that trains.
+
+    >>> recipe_of("fp8", "deepseek").keeps_rows, recipe_of("fp8").keeps_rows
+    (True, False)
+    """
+    return DEEPSEEK_FP8 if (precision, software) == ("fp8", "deepseek") else RECIPES[precision]

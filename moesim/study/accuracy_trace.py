@@ -104,8 +104,8 @@ def trace_rows(cases: Sequence[Record], owner: str = "trace.csv") -> tuple[Trace
     scenario = trace_scenario()
     constants = step_constants(scenario.cluster.gpu.name, "deepseek")
     predicted = _with_starts_idle(predicted_kinds(scenario, constants), scenario, constants)
-    for kind, software in (("span of kernels alone", "kernels"), ("span with Megatron's losses", "megatron")):
-        predicted[kind] = predicted_pair(run_step(scenario.with_(software=software)))["span"]
+    predicted["span of kernels alone"] = predicted_pair(run_step(scenario, constants=NO_LOSS))["span"]
+    predicted["span with Megatron's losses"] = predicted_pair(run_step(scenario.with_(software="megatron")))["span"]
     return tuple(
         TraceRow(
             id=row["id"],
@@ -138,26 +138,38 @@ def fitted_on_trace(cases: Sequence[Record]) -> Mapping[str, tuple[ConstantName,
 def predicted_kinds(scenario: Scenario, constants: StepConstants) -> Mapping[str, float]:
     """Seconds by kind of kernel, those included that stand beside others: found by leaving them out, or doubling."""
     found = dict(predicted_pair(run_step(scenario, constants=constants), constants))
-    device = device_cost(scenario.cluster.gpu, scenario.train.precision, scenario.profile)
+    device = _device(scenario)
     uncast = replace(device, recipe=replace(device.recipe, cast_reads=0))
     without = predicted_pair(run_step(scenario, constants=constants, device=uncast))
     twice = replace(constants, stream_fraction=constants.stream_fraction / 2)
     doubled = predicted_pair(run_step(scenario, constants=twice))
-    found["casts"] = found["computing"] - without["computing"]
-    found["memory-bound"] = doubled["computing"] - found["computing"]
+    # What leaving out or doubling takes is time of the whole GPU; beside collectives the same kernels take longer.
+    slowed = found["computing"] / predicted_pair(run_step(_unshared(scenario), constants=constants))["computing"]
+    found["casts"] = (found["computing"] - without["computing"]) * slowed
+    found["memory-bound"] = (doubled["computing"] - found["computing"]) * slowed
     others = ("grouped products", "weight gradients", "attention", "casts", "memory-bound")
     found["dense products"] = found["computing"] - sum(found[kind] for kind in others)
     return found
+
+
+def _device(scenario: Scenario) -> DeviceCost:
+    train = scenario.train
+    return device_cost(scenario.cluster.gpu, train.precision, scenario.profile, train.software)
+
+
+def _unshared(scenario: Scenario) -> Scenario:
+    """The same on GPUs with so many multiprocessors that collectives take next to none of them."""
+    gpu = scenario.cluster.gpu
+    gpu = replace(gpu, num_sms=replace(gpu.num_sms, value=1e9))
+    return scenario.with_(cluster=replace(scenario.cluster, gpu=gpu))
 
 
 def _with_starts_idle(predicted: Mapping[str, float], scenario: Scenario, constants: StepConstants) -> dict[str, float]:
     """The kinds with the start of every kernel taken for standing still, as a profiler does: it sees nothing run, and
     communication that is under way as exposed.
     """
-    device = device_cost(scenario.cluster.gpu, scenario.train.precision, scenario.profile)
-    starts_s = (
-        predicted["span"] - predicted_pair(run_step(scenario, constants=constants, device=_at_once(device)))["span"]
-    )
+    at_once = _at_once(_device(scenario))
+    starts_s = predicted["span"] - predicted_pair(run_step(scenario, constants=constants, device=at_once))["span"]
     busy_s = sum(predicted[kind] for kind in ("dispatch", "combine", "wait"))
     shown_s = starts_s * min(busy_s / predicted["span"], 1.0)
     return {
@@ -170,7 +182,8 @@ def _with_starts_idle(predicted: Mapping[str, float], scenario: Scenario, consta
 def _at_once(device: DeviceCost) -> DeviceCost:
     """A device whose kernels take no time to start."""
     wide = None if device.bf16 is None else _at_once(device.bf16)
-    return replace(device, law=replace(device.law, start_s=0.0), stream_start_s=0.0, bf16=wide)
+    law, weight_law = (replace(law, start_s=0.0) for law in (device.law, device.weight_law))
+    return replace(device, law=law, weight_law=weight_law, stream_start_s=0.0, bf16=wide)
 
 
 def leaders_wait_s(times: OperationTimes) -> float:
@@ -247,7 +260,17 @@ def _shares(trace: Trace, device: DeviceCost, *, is_backward: bool) -> Mapping[s
     one_pass = cost.backward if is_backward else cost.forward
     attention_s, _ = weight_gradients_s(model, layer, parallel=parallel, train=train, device=device)
     weights = float(expert_weight_gradients_s(model, moe, rows_E, parallel=parallel, device=device))
-    whole = float(experts_s(model, moe, rows_E, parallel=parallel, device=device, backward=is_backward))
+    whole = float(
+        experts_s(
+            model,
+            moe,
+            rows_E,
+            parallel=parallel,
+            device=device,
+            backward=is_backward,
+            dispatcher=scenario.routing.dispatcher,
+        )
+    )
     products = sum(
         float(device.grouped_s(rows_E, *(shape[::-1] if is_backward else shape)))
         for shape in ((model.hidden, 2 * moe.expert.width), (moe.expert.width, model.hidden))

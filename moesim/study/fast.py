@@ -99,7 +99,7 @@ class FastPath:
         self._known: dict[Hashable, Any] = {}
         self._layers_of: dict[Hashable, tuple[LayerTimes, LayerBytes]] = {}
         gpu = base.cluster.gpu
-        alone = device_cost(gpu, base.train.precision, base.profile)
+        alone = device_cost(gpu, base.train.precision, base.profile, base.train.software)
         self._constants = constants_of(gpu, base.train, alone)
         self._device = sustained(alone, self._constants, gpu)
 

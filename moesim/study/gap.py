@@ -85,7 +85,7 @@ def explain_gap(scenario: Scenario) -> Gap:
     1.93
     """
     gpu, precision = scenario.cluster.gpu, scenario.train.precision
-    measured = device_cost(gpu, precision, scenario.profile)
+    measured = device_cost(gpu, precision, scenario.profile, scenario.train.software)
     plain = scenario.placed_anew("contiguous", None) if scenario.model.is_moe else scenario
     even = plain.with_(popularity="balanced") if scenario.model.is_moe else scenario
     free = even.with_(cluster=_free_links(even.cluster))

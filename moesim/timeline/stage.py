@@ -303,9 +303,7 @@ class StagePlan:
         assert self.load is not None
         rows_MRE = self.load.rows_MLRE[:, at]
         moving = self._moving(at)
-        experts = experts_s(
-            self.scenario.model, moe, rows_MRE, parallel=self.scenario.parallel, device=self.moe_device, backward=False
-        )
+        experts = self._experts_s(moe, rows_MRE, backward=False)
         return [
             _local("router", "router", index, one_pass.router_s),
             *_moved("permute", index, moving.lay_out_s),
@@ -326,7 +324,7 @@ class StagePlan:
         rows_MRE = self.load.rows_MLRE[:, at]
         moving = self._moving(at)
         model, parallel = self.scenario.model, self.scenario.parallel
-        experts = experts_s(model, moe, rows_MRE, parallel=parallel, device=self.moe_device, backward=True)
+        experts = self._experts_s(moe, rows_MRE, backward=True)
         weights = expert_weight_gradients_s(model, moe, rows_MRE, parallel=parallel, device=self.moe_device)
         again = []
         if activates:
@@ -343,6 +341,18 @@ class StagePlan:
             *_moved("permute", index, moving.lay_out_s),
             _local("router", "router", index, one_pass.router_s),
         ]
+
+    def _experts_s(self, moe: MoeFfn, rows_MRE: Floats, *, backward: bool) -> Floats:
+        scenario = self.scenario
+        return experts_s(
+            scenario.model,
+            moe,
+            rows_MRE,
+            parallel=scenario.parallel,
+            device=self.moe_device,
+            backward=backward,
+            dispatcher=scenario.routing.dispatcher,
+        )
 
     def _exchange(self, name: str, index: int, seconds: Floats) -> list[Phase]:
         in_step = self.scenario.parallel.ep * self.scenario.parallel.etp

@@ -84,8 +84,9 @@ def run_step(
         all(rank in known for rank in trace_ranks), "trace", "ranks", f"must lie in 0..{known[-1]}", list(trace_ranks)
     )
     gpu = scenario.cluster.gpu
-    kernels = device_cost(gpu, scenario.train.precision, scenario.profile) if device is None else device
-    constants = constants_of(gpu, scenario.train, kernels) if constants is None else constants
+    train = scenario.train
+    kernels = device_cost(gpu, train.precision, scenario.profile, train.software) if device is None else device
+    constants = constants_of(gpu, train, kernels) if constants is None else constants
     device = sustained(kernels, constants, gpu)
     packed = packed_work(scenario) if packed is None else packed
     drawn = _drawn_blocks(scenario, packed, trace_ranks)
