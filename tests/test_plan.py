@@ -22,7 +22,7 @@ from moesim.study.plan import Plan, plan
 from moesim.study.plan_points import Judge, PlanPoint
 from moesim.study.plan_question import Limits, Offer, PlanQuestion, without_axes
 from moesim.study.plan_reasons import rejections, remedies
-from moesim.study.plan_search import Paths, search
+from moesim.study.plan_search import Paths
 from moesim.study.plan_space import INNER, LeastStep, Leaves, StaticBytes, cluster_sizes
 from moesim.units import DAY_S, GIGA
 
@@ -49,12 +49,12 @@ class Formula:
     def _one(self, leaves: Leaves) -> FastStep | Refused:
         self.num_asked += 1
         again = {"none": 0, "full": 2}.get(leaves["recompute"], 1)
-        n, micro = leaves["num_gpus"], leaves["micro_batch"]
+        n, micro, zero = leaves["num_gpus"], leaves["micro_batch"], leaves["zero"]
         lost = 0.2 * (leaves["pp"] - 1) / leaves["vpp"] + 0.1 * (leaves["tp"] - 1) + 0.3 / micro
         travel = {"alltoall": 0.02, "deepep": 0.01}[leaves["dispatcher"]] * leaves["ep"]
         wait = 0.0 if leaves["policy"] == "search" else 0.1
-        step_s = 8.0 / n * (1 + lost + travel + wait + 0.15 * again) * (1 + n / 100)
-        own = 60 / leaves["ep"] / leaves["pp"] + 12 / leaves["tp"] / leaves["pp"] + (8 - 3 * again) * micro
+        step_s = 8.0 / n * (1 + lost + travel + wait + 0.15 * again + 0.05 * zero) * (1 + n / 100)
+        own = (60 / leaves["ep"] + 12 / leaves["tp"]) / leaves["pp"] / zero + (8 - 3 * again) * micro
         peak, capacity = own * GIGA, self.base.cluster.gpu.memory_bytes.value
         parts = dict.fromkeys(STEP_PARTS, 0.0)
         parts |= {"experts": 8.0 / n, "dispatch": step_s - 8.0 / n}
@@ -100,7 +100,7 @@ def _brute_force(question: PlanQuestion, fast: Any = Formula) -> list[PlanPoint]
             for family in space.families()
             for choice in (family, *space.others(family))
             for inner in itertools.product(*(space.axes[name] for name in INNER))
-            if space.takes_micro_batch(family, inner[0])
+            if space.takes_micro_batch(family, inner[1])
         ]
         steps = fast(space.base)(every)
         points += [judge(c, s) for c, s in zip(every, steps, strict=True) if not isinstance(s, Refused)]
@@ -123,22 +123,29 @@ def test_the_plan_is_that_of_brute_force() -> None:
         assert found.num_evaluated < len(all_good) * 2
 
 
-def test_with_the_real_fast_path_the_staircase_loses_nothing_to_brute_force() -> None:
-    small = {"tp": (1,), "pp": (1, 2), "ep": (8,), "vpp": (1,), "micro_batch": (1, 2), "num_gpus": (8,)}
-    question = replace(QUESTION, offers=QUESTION.offers[:1], axes=small, max_gpus=8)
-    space = question.on(question.offers[0])
-    found = search(space, question, question.offers[0], Paths(space.base))
-    best = min(found.points, key=lambda point: point.cheapness)
-    expected = min(_brute_force(question, Paths), key=lambda point: point.cheapness)
-    assert best.settings == expected.settings
-    assert best.price == pytest.approx(expected.price)
+@pytest.mark.parametrize(("headroom", "needs"), [(0.05, 1), (0.7, 2), (0.86, 3)])
+def test_with_the_real_fast_path_a_search_loses_nothing_to_brute_force(
+    headroom: float, needs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "confirm", lambda _, point: replace(point, is_confirmed=True))
+    small = {"tp": (1, 2), "pp": (1, 2), "ep": (1, 8), "micro_batch": (1, 2), "num_gpus": (16,), "vpp": (1, 2)}
+    base = {"model": "olmoe-1b-7b", "train": {"global_batch": 64}}
+    limits = Limits(memory_headroom_fraction=headroom)
+    question = replace(QUESTION, base=base, offers=QUESTION.offers[:1], axes=small, limits=limits)
+    found, every = _plan(question), _brute_force(question, Paths)
+    assert found.cheapest is not None
+    assert found.fastest is not None
+    assert found.cheapest.price == min(point.price for point in every)
+    assert found.fastest.days == min(point.days for point in every)
+    assert found.cheapest.settings["zero"] >= needs
 
 
 def test_no_step_is_below_its_bounds() -> None:
     question = replace(QUESTION, axes=QUESTION.axes | {"ep": (8,), "vpp": (1,), "tp": (1, 2)}, max_gpus=8)
     for offer in question.offers:
         space = question.on(offer)
-        tried = [family | {"micro_batch": 1, "recompute": "none"} for family in space.families()]
+        inner = [{"zero": zero, "micro_batch": 1, "recompute": "none"} for zero in space.axes["zero"]]
+        tried = [family | one for family in space.families() for one in inner]
         static, least = StaticBytes(space.base), LeastStep(space.base)
         for leaves, step in zip(tried, Paths(space.base)(tried), strict=True):
             assert isinstance(step, FastStep)

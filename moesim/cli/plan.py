@@ -114,7 +114,11 @@ def plan(
         tables=_tables(found, rejected, runs),
         warnings=_warnings(found, runs),
         exit_status=DONE if found.cheapest is not None else GATE_FAILED,
-        run={"configs_per_s": round(found.configs_per_s, 1), "search_s": round(found.search_s, 3)},
+        run={
+            "configs_per_s": round(found.configs_per_s, 1),
+            "pruned_per_s": round(found.num_pruned / found.search_s, 1),
+            "search_s": round(found.search_s, 3),
+        },
     )
 
 
@@ -133,6 +137,7 @@ def _result(found: Plan, rejected: Sequence[Mapping[str, Any]], runs: Mapping[st
         "nearest": nearest and nearest.to_dict() | {"misses": nearest.misses, "remedies": remedies(found)},
         "num_families": found.num_families,
         "num_evaluated": found.num_evaluated,
+        "num_pruned": found.num_pruned,
         "num_confirmed": found.num_confirmed,
         "ranked_by": "cost" if found.question.is_priced else "gpu_hours",
         "goodput": {name: study.to_dict() for name, study in runs.items()},
@@ -297,7 +302,8 @@ def _tables(found: Plan, rejected: Sequence[Mapping[str, Any]], runs: Mapping[st
         )
     counts = [(rule.capitalize(), f"{num:,}") for rule, num in found.num_rejected.items()]
     counts = [
-        ("Layouts that divide", f"{found.num_families:,} (each with micro-batches and recomputation)"),
+        ("Layouts that divide", f"{found.num_families:,} (each with ZeRO, micro-batches, recomputation)"),
+        ("Left out by bounds", f"{found.num_pruned:,}"),
         ("Steps by the fast path", f"{found.num_evaluated:,}, {found.configs_per_s:,.0f} a second"),
         ("Steps by the engine", f"{found.num_confirmed}"),
         *counts,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from moesim.errors import MoesimError, check
 from moesim.scenario import Scenario
 from moesim.study.plan_points import Judge, Miss, PlanPoint
 from moesim.study.plan_question import Offer, PlanQuestion
-from moesim.study.plan_search import Found, search_offer
-from moesim.study.plan_space import telling
+from moesim.study.plan_search import Found, look_part, merged, parts_of, search_part, to_look_at
+from moesim.study.plan_space import Space, telling
 
 Progress = Callable[[str], None]
 MOST_FINALISTS = 4
@@ -37,11 +37,12 @@ class Plan:
     fallen: tuple[PlanPoint, ...]  # finalists that the engine does not confirm
     nearest: PlanPoint | None
     num_evaluated: int
+    num_pruned: int  # by bounds, never evaluated
     num_families: int
     num_rejected: Mapping[str, int]
     refusals: Mapping[str, int]
     num_confirmed: int
-    configs_per_s: float  # of the searches, by the clock
+    configs_per_s: float  # evaluated in the searches, by the clock; what bounds leave out is not counted
     search_s: float
 
 
@@ -104,6 +105,7 @@ def plan(question: PlanQuestion, executor: Executor, progress: Progress | None =
         fallen=tuple(point for point in confirmed.values() if point.misses),
         nearest=min(missed, key=lambda point: point.nearness, default=None) if cheapest is None else None,
         num_evaluated=num_evaluated,
+        num_pruned=sum(one.num_pruned for one in found),
         num_families=sum(one.num_families for one in found),
         num_rejected=dict(sorted(rejected.items())),
         refusals=dict(refusals.most_common(8)),
@@ -115,17 +117,24 @@ def plan(question: PlanQuestion, executor: Executor, progress: Progress | None =
 
 def _searched(question: PlanQuestion, executor: Executor, say: Progress, *, bounded: bool) -> list[Found]:
     """Every offer's search; without bounds of its largest cluster only, where deadlines are missed least."""
-    tasks: list[tuple[Offer, Future[Found]]] = []
+    spaces: list[Space] = []
     for offer in question.offers:
-        sizes = None if bounded else question.on(offer).axes["num_gpus"][-1:]
-        tasks.append((offer, executor.submit(search_offer, question, offer, sizes, bounded)))
-    found = []
-    for offer, task in tasks:
-        one = task.result()
-        rate = one.num_evaluated / one.fast_s if one.fast_s > 0 else 0.0
-        say(f"{offer.name}: {one.num_evaluated:,} configurations in {one.search_s:.1f} s, {rate:,.0f} a second")
-        found.append(one)
-    return found
+        space = question.on(offer)
+        sizes = space.axes["num_gpus"] if bounded else space.axes["num_gpus"][-1:]
+        spaces.append(replace(space, axes=dict(space.axes) | {"num_gpus": sizes}))
+    walks = [
+        [executor.submit(search_part, question, offer, part.axes, bounded) for part in parts_of(space)]
+        for offer, space in zip(question.offers, spaces, strict=True)
+    ]
+    found, looks = [], []
+    for offer, space, tasks in zip(question.offers, spaces, walks, strict=True):
+        walked = merged([task.result() for task in tasks])
+        say(
+            f"{offer.name}: {walked.num_evaluated:,} configurations evaluated, {walked.num_pruned:,} left out by bounds"
+        )
+        found.append(walked)
+        looks.append(executor.submit(look_part, question, offer, to_look_at(space, walked)))
+    return [merged([walked, others.result()]) for walked, others in zip(found, looks, strict=True)]
 
 
 def _confirmed(

@@ -1,7 +1,7 @@
 """Which configurations a plan tries: sizes that divide, in a fixed order; and what no configuration can be better than.
 
-A *family* is everything but micro-batch and recomputation. Along these two memory and time are ordered, so the search
-walks a staircase through them (see `moesim.study.plan`). See docs/model.md#plan-bounds.
+A *family* is everything but ZeRO stage, micro-batch and recomputation. Along these memory and time are ordered, so the
+search walks a staircase through them (see `moesim.study.plan_search`). See docs/model.md#plan-bounds.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from moesim.errors import check
 from moesim.scenario import Scenario
 
 Leaves = Mapping[str, Any]  # flat names of a scenario and their values
-SHAPE = ("num_gpus", "tp", "cp", "pp", "ep", "etp", "zero")  # what decides ranks and static memory
-INNER = ("micro_batch", "recompute")  # the staircase
+SHAPE = ("num_gpus", "tp", "cp", "pp", "ep", "etp")  # what decides ranks
+INNER = ("zero", "micro_batch", "recompute")  # the staircase
 LAST = ("dispatcher", "policy")  # chosen for the best of the others
-MOST_VPP = 2
+MOST_VPP = 4
+ZEROS = (1, 2, 3)  # without any sharding the optimizer has more to do, and nothing is gained
 MOST_MICRO_BATCH = 8
 LONG_SEQUENCE_TOKENS = 16384  # from here on sequences may be cut over ranks
 MOST_CP = 16
@@ -41,7 +42,7 @@ class Space:
     """Every configuration of one kind of cluster: a scenario on one of its GPUs, and the values of each axis."""
 
     base: Scenario
-    axes: Mapping[str, tuple[Any, ...]]  # micro_batch rising, recompute from nothing to everything
+    axes: Mapping[str, tuple[Any, ...]]  # zero and micro_batch rising, recompute from nothing to everything
 
     def families(self) -> Iterator[dict[str, Any]]:
         """Every family that divides: GPUs, heads, experts, layers and the batch come out whole.
@@ -53,9 +54,8 @@ class Space:
             shape = dict(zip(SHAPE, values, strict=True))
             if not self._divides(shape):
                 continue
-            last = {name: self.axes[name][0] for name in LAST}
-            if shape["ep"] > 1:  # the search meets experts in order, and messages as DeepEP sends them where it may
-                last["dispatcher"] = self.axes["dispatcher"][-1]
+            # Spread experts are met as they are most likely to be best: placed by load, sent as DeepEP does.
+            last = {name: self.axes[name][-1 if shape["ep"] > 1 else 0] for name in LAST}
             for inner in itertools.product(*(self.axes[name] for name in rest)):
                 family = shape | dict(zip(rest, inner, strict=True)) | last
                 interleaves = family["vpp"] == 1 or family["pp"] > 1
@@ -84,6 +84,12 @@ class Space:
             and all(layer.attention.num_heads % shape["tp"] == 0 for layer in model.kinds)
         )
 
+    @property
+    def first_zeros(self) -> tuple[int, ...]:
+        """ZeRO stages that every family is tried with; higher ones cost time, and are where memory asks for them."""
+        zeros: tuple[int, ...] = self.axes["zero"]
+        return tuple(zero for zero in zeros if zero <= 1) or zeros[:1]
+
     def takes_micro_batch(self, family: Leaves, micro_batch: int) -> bool:
         """Whether the batch divides into such micro-batches, and in rounds of the pipeline where it is interleaved."""
         dp = family["num_gpus"] // (family["tp"] * family["cp"] * family["pp"])
@@ -101,6 +107,7 @@ def space_of(base: Scenario, *, min_gpus: int, max_gpus: int, asked: Leaves, dro
     counts = [n for n in range(1, max(experts) + 1) if all(e % n == 0 for e in experts)] if experts else [1]
     skewed = bool(experts) and not isinstance(base.routing.popularity, Balanced)
     modules = [module for module in CHEAP_MODULES if module in useful_modules(model)]
+    again = [",".join(modules[: n + 1]) for n in range(len(modules)) if n in (0, len(modules) - 1)]
     long = base.train.seq_len > LONG_SEQUENCE_TOKENS
     axes: dict[str, tuple[Any, ...]] = {
         "num_gpus": cluster_sizes(cluster.ranks_per_node, min_gpus, max_gpus),
@@ -109,18 +116,19 @@ def space_of(base: Scenario, *, min_gpus: int, max_gpus: int, asked: Leaves, dro
         "pp": _doubling(len(model.layers)),
         "ep": tuple(counts),
         "etp": (1,),
-        "zero": (1,),
+        "zero": ZEROS,
         "vpp": _doubling(MOST_VPP),
         "dispatcher": ("alltoall", "deepep") if experts else ("alltoall",),
         "policy": ("contiguous", "search") if skewed else ("contiguous",),
         "capacity_factor": CAPACITY_FACTORS if drops and experts else (base.routing.capacity_factor,),
         "micro_batch": _doubling(MOST_MICRO_BATCH),
-        "recompute": ("none", *([",".join(modules)] if modules else []), "full"),
+        "recompute": ("none", *again, "full"),
     } | dict(asked)
     for name, values in asked.items():
         check(len(values) > 0, "plan.axes", name, "must have at least one value", list(values))
     _check_numbers(axes)
-    axes["micro_batch"] = tuple(sorted(axes["micro_batch"]))
+    for name in ("zero", "micro_batch"):
+        axes[name] = tuple(sorted(axes[name]))
     axes["recompute"] = tuple(sorted(axes["recompute"], key=_recomputed))
     if len(asked.get("num_gpus", ())):
         axes["num_gpus"] = tuple(sorted(n for n in axes["num_gpus"] if min_gpus <= n <= max_gpus))
@@ -134,6 +142,8 @@ def _check_numbers(axes: Leaves) -> None:
         for value in axes[name]:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             check(whole, "plan.axes", name, "must be whole numbers of at least 1", value)
+    for value in axes["zero"]:
+        check(value in (0, 1, 2, 3) and not isinstance(value, bool), "plan.axes", "zero", "must be 0, 1, 2 or 3", value)
     for value in axes["recompute"]:
         check(isinstance(value, str), "plan.axes", "recompute", "must be texts such as none or full", value)
 
@@ -176,7 +186,7 @@ class StaticBytes:
         self._parameters: dict[tuple[int, int], tuple[float, float]] = {}
 
     def __call__(self, shape: Leaves) -> float:
-        """Of a family: its tp, cp, pp, ep, etp, zero and num_gpus matter."""
+        """Of a configuration: its tp, cp, pp, ep, etp, zero and num_gpus matter."""
         train, zero = self._train, shape["zero"]
         dense, expert = self._whole(shape["tp"], shape["ep"] * shape["etp"])
         per_stage = shape["num_gpus"] // shape["pp"]
