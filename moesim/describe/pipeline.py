@@ -52,12 +52,17 @@ class Placed:
     is_mtp: bool = False
 
 
+def trained_layers(model: Model, train: Training) -> tuple[Layer, ...]:
+    """The layers that a step runs through: the stack, then the multi-token-prediction layers where they are trained."""
+    return model.layers + (model.mtp_layers if train.mtp else ())
+
+
 def stage_chunks(model: Model, parallel: Parallelism, train: Training, stage: int) -> tuple[tuple[Placed, ...], ...]:
     """The layers of each virtual stage of a stage, trained multi-token-prediction layers included; some may be empty.
 
     Raises InputError as ``held_by_stage`` does.
     """
-    stack = model.layers + (model.mtp_layers if train.mtp else ())
+    stack = trained_layers(model, train)
     start, start_mtp = 0, len(model.layers)
     numbers_by_depth: list[tuple[int, ...]] = []
     for held in held_by_stage(len(model.layers), parallel, len(stack) - len(model.layers)):

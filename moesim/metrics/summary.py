@@ -17,6 +17,7 @@ from moesim.cost.precision import RECIPES
 from moesim.cost.software import MEGATRON
 from moesim.describe.flops import BACKWARD_OVER_FORWARD, layer_flops, training_flops_per_token
 from moesim.describe.hardware import Sourced
+from moesim.describe.pipeline import trained_layers
 from moesim.describe.popularity import popularity_words
 from moesim.describe.workload import Recorded
 from moesim.fabric.ports import spine_slowdown
@@ -129,7 +130,7 @@ def _packing(trace: Trace) -> dict[str, float] | None:
 def _packed_away(packed: PackedWork, scenario: Scenario) -> float:
     """FLOPs a trained token needs less, since it sees its own document only."""
     model, train = scenario.model, scenario.train
-    layers = Counter(model.layers + (model.mtp_layers if train.mtp else ()))
+    layers = Counter(trained_layers(model, train))
     saved = (
         count * layer_flops(model, layer, train.seq_len).attention_sequence * (1 - packed.mean(layer))
         for layer, count in layers.items()

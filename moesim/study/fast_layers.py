@@ -26,7 +26,7 @@ from moesim.cost.host import unfused
 from moesim.cost.layer import LayerCost, expert_weight_gradients_s, rank_tokens, weight_casts_s
 from moesim.describe.model import Layer, MoeFfn
 from moesim.describe.parallel import Parallelism
-from moesim.describe.pipeline import Placed
+from moesim.describe.pipeline import Placed, trained_layers
 from moesim.describe.schedules import WAYS, Way
 from moesim.describe.workload import Balanced
 from moesim.scenario import Scenario
@@ -167,11 +167,6 @@ class LayerTimes:
         return int(self.upto_WNL.shape[1])
 
 
-def stack_of(scenario: Scenario) -> tuple[Layer, ...]:
-    """The layers that are trained, in order."""
-    return scenario.model.layers + (scenario.model.mtp_layers if scenario.train.mtp else ())
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kind:
     """Layers of the stack that are alike. numbers: which of it; moe_numbers: which of its MoE layers, if they are."""
@@ -189,7 +184,7 @@ class Kind:
 
 def stack_kinds(scenario: Scenario) -> tuple[Kind, ...]:
     """The kinds of layers of a scenario's stack."""
-    stack, num_stack = stack_of(scenario), len(scenario.model.layers)
+    stack, num_stack = trained_layers(scenario.model, scenario.train), len(scenario.model.layers)
     moe_at = {number: at for at, number in enumerate(i for i, layer in enumerate(stack) if layer.is_moe)}
     found: dict[tuple[Layer, bool], list[int]] = {}
     for number, layer in enumerate(stack):

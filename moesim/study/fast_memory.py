@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from moesim.cost.activations import layer_input
 from moesim.cost.chunks import ChunkMemory, chunk_memory
 from moesim.cost.software import MEGATRON, Software
-from moesim.describe.pipeline import Placed
+from moesim.describe.pipeline import Placed, trained_layers
 from moesim.scenario import Scenario
-from moesim.study.fast_layers import Kind, RoutedLoad, stack_of
+from moesim.study.fast_layers import Kind, RoutedLoad
 from moesim.study.fast_pipeline import Order
 
 Floats = NDArray[np.float64]
@@ -97,7 +97,7 @@ def _chunk(
 
 def received_rows(scenario: Scenario, routed: RoutedLoad | None) -> tuple[Floats, float]:
     """received_LX of the stack, and its mean (1 without any)."""
-    stack = stack_of(scenario)
+    stack = trained_layers(scenario.model, scenario.train)
     received_LX = np.zeros((len(stack), 1))
     if routed is not None:
         of_moe_LX = routed.received_LR()

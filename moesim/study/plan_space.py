@@ -19,7 +19,7 @@ from moesim.cost.static import rank_parameters
 from moesim.describe.flops import BACKWARD_OVER_FORWARD, forward_flops_by_part
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism
-from moesim.describe.pipeline import Placed
+from moesim.describe.pipeline import Placed, trained_layers
 from moesim.describe.popularity import Balanced
 from moesim.errors import check
 from moesim.scenario import Scenario
@@ -182,7 +182,7 @@ class StaticBytes:
 
     def __init__(self, base: Scenario) -> None:
         self._model, self._train, self._copies = base.model, base.train, base.expert_copies
-        self._layers = Counter(base.model.layers + (base.model.mtp_layers if base.train.mtp else ()))
+        self._layers = Counter(trained_layers(base.model, base.train))
         self._parameters: dict[tuple[int, int], tuple[float, float]] = {}
 
     def __call__(self, shape: Leaves) -> float:

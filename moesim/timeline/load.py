@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from moesim.cost.layer import ACTIVATION_BYTES, rank_tokens
 from moesim.cost.precision import RECIPES
 from moesim.describe.capacity import Megablocks, RankBuffer
-from moesim.describe.model import Layer, MoeFfn, Router
-from moesim.describe.pipeline import stage_chunks
+from moesim.describe.model import MoeFfn, Router
+from moesim.describe.pipeline import stage_chunks, trained_layers
 from moesim.describe.placement import PolicyName
 from moesim.describe.workload import Balanced, Multinomial, Popularity, Recorded
 from moesim.errors import NotModelledError
@@ -132,7 +132,7 @@ def step_load(scenario: Scenario, num_groups: int | None = None) -> StepLoad | N
     where MoE layers differ.
     """
     model, parallel, choice = scenario.model, scenario.parallel, scenario.placement
-    stack, layers = _stack(scenario), moe_layers(scenario)
+    stack, layers = trained_layers(model, scenario.train), moe_layers(scenario)
     if not layers:
         return None
     moe = stack[layers[0]].ffn
@@ -208,14 +208,9 @@ def redrawn(scenario: Scenario, base: StepLoad, popularities: Popularities, rng:
     )
 
 
-def _stack(scenario: Scenario) -> tuple[Layer, ...]:
-    """The layers that are trained, in order."""
-    return scenario.model.layers + (scenario.model.mtp_layers if scenario.train.mtp else ())
-
-
 def moe_layers(scenario: Scenario) -> tuple[int, ...]:
     """Numbers of the MoE layers that are trained."""
-    return tuple(i for i, layer in enumerate(_stack(scenario)) if layer.is_moe)
+    return tuple(i for i, layer in enumerate(trained_layers(scenario.model, scenario.train)) if layer.is_moe)
 
 
 def positions_by_stage(scenario: Scenario) -> tuple[tuple[int, ...], ...]:
