@@ -10,10 +10,10 @@ import papermill
 from moesim.leaves import LEAVES
 from moesim.report.parameters import find_notebook, notebooks_folder, parameters_of
 from moesim.report.runner import run_notebook
+from tests.notebook_cases import SMOKE
 
 NOTEBOOK = find_notebook("00_tour")
 OWN = {"tokens_to_train", "price_per_gpu_hour", "out_dir"}
-SMALL = {"model": "olmoe-1b-7b", "num_gpus": 16, "ep": 8, "seq_len": 512, "global_batch": 32, "price_per_gpu_hour": 2.0}
 
 
 def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
@@ -30,7 +30,7 @@ def test_its_links_lead_to_notebooks() -> None:
 
 
 def test_it_runs_whole_and_its_files_agree_with_its_page(tmp_path: Path) -> None:
-    out = run_notebook(NOTEBOOK, SMALL, tmp_path / "out", show_progress=False)
+    out = run_notebook(NOTEBOOK, SMOKE[NOTEBOOK.stem], tmp_path / "out", show_progress=False)
     result = json.loads((out / "results.json").read_text())["result"]
     html = (out / "report.html").read_text()
     page = re.sub(r"<[^>]+>", " ", html)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,23 +15,11 @@ from moesim.report.parameters import find_notebook
 from moesim.report.runner import run_notebook
 from moesim.scenario import Scenario
 from moesim.study.memory import MemoryStudy, memory_study
-from tests.notebook_cases import loads_nothing, parameter_files, question_of, takes_flat_names_and
+from tests.notebook_cases import SMOKE, loads_nothing, parameter_files, question_of, takes_flat_names_and
 
 NOTEBOOK = find_notebook("12_memory")
 OWN = {"ginis", "out_dir"}
-SMALL: dict[str, Any] = {
-    "model": "olmoe-1b-7b",
-    "cluster": "h100-8x-ib400",
-    "num_gpus": 16,
-    "pp": 2,
-    "ep": 8,
-    "seq_len": 1024,
-    "micro_batch": 2,
-    "global_batch": 64,
-    "precision": "bf16",
-    "recompute": "none",
-    "profile": "datasheet",
-}
+SMALL = {name: value for name, value in SMOKE[NOTEBOOK.stem].items() if name not in OWN} | {"profile": "datasheet"}
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +85,7 @@ def test_figures_say_in_words_what_they_show(study: MemoryStudy) -> None:
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = SMALL | {"ginis": "0,0.3"}
-    return run_notebook("12_memory", given, tmp_path_factory.mktemp("memory") / "out", show_progress=False)
+    return run_notebook(NOTEBOOK, SMOKE[NOTEBOOK.stem], tmp_path_factory.mktemp("memory") / "out", show_progress=False)
 
 
 def test_it_renders_whole(rendered: Path) -> None:

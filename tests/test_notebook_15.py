@@ -16,7 +16,7 @@ from moesim.report.parameters import find_notebook, parameters_of
 from moesim.report.runner import run_notebook
 from moesim.study.calibration import CalibrationStudy, calibration_study, is_within_goal
 from reference_model import fit as fitting
-from tests.notebook_cases import loads_nothing
+from tests.notebook_cases import SMOKE, loads_nothing
 
 NAME = "15_calibration"
 PROFILE = "cpu-xeon-2-threads"
@@ -79,7 +79,7 @@ def test_figures_and_sentences_say_the_profiles_numbers(study: CalibrationStudy)
 
 
 def test_the_notebook_renders_whole(tmp_path: Path) -> None:
-    out = run_notebook(NAME, {}, tmp_path / "out", show_progress=False)
+    out = run_notebook(NAME, SMOKE[NAME], tmp_path / "out", show_progress=False)
     assert {path.name for path in out.iterdir()} == {"report.html", "report.ipynb", "results.json", "results.csv"}
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 4

@@ -21,22 +21,12 @@ from moesim.report.routing_export import routing_json, write_routing
 from moesim.report.runner import run_notebook
 from moesim.study.routed import routed_load
 from moesim.study.routing import RoutingStudy, routing_study
-from tests.notebook_cases import loads_nothing
+from tests.notebook_cases import SMOKE, loads_nothing
 
 NOTEBOOK = find_notebook("20_routing_and_drops")
 PARAMETER_FILES = sorted((notebooks_folder() / "params" / "20_routing_and_drops").glob("*.yaml"))
 OWN = {"wanted_drop", "num_steps", "training_steps", "learning_rate", "histogram_every", "out_dir"}
-SMALL = {
-    "model": "olmoe-1b-7b",
-    "cluster": "h100-8x-ib400",
-    "num_gpus": 16,
-    "pp": 2,
-    "ep": 8,
-    "seq_len": 1024,
-    "micro_batch": 1,
-    "global_batch": 32,
-    "gini": 0.4,
-}
+SMALL = {name: value for name, value in SMOKE[NOTEBOOK.stem].items() if name not in OWN}
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +147,7 @@ def test_a_question_without_drops_or_balancing_gets_its_sentences() -> None:
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("routing") / "out"
-    given = SMALL | {"num_steps": 4, "training_steps": 200}
-    return run_notebook("20_routing_and_drops", given, folder, show_progress=False)
+    return run_notebook(NOTEBOOK, SMOKE[NOTEBOOK.stem], folder, show_progress=False)
 
 
 def test_the_notebook_renders_whole(rendered: Path) -> None:

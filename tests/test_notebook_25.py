@@ -18,20 +18,10 @@ from moesim.report.runner import run_notebook
 from moesim.scenario import Scenario
 from moesim.study.design_axes import AXES, default_values, design_study, first_moe, varied_model, varied_scenario
 from moesim.study.quality import PARAMETERS, quality_of, routed_loss
+from tests.notebook_cases import OLMOE_ON_16, SMOKE
 
 NOTEBOOK = find_notebook("25_dense_vs_moe")
 OWN = {"axes", "scaling_law", "price_per_gpu_hour", "currency", "out_dir"}
-SMALL = {
-    "model": "olmoe-1b-7b",
-    "cluster": "h100-8x-ib400",
-    "num_gpus": 16,
-    "pp": 2,
-    "ep": 8,
-    "seq_len": 512,
-    "global_batch": 32,
-    "precision": "bf16",
-    "recompute": "none",
-}
 DESIGN = {
     "name": "my-moe",
     "hidden": 1024,
@@ -44,7 +34,7 @@ DESIGN = {
 
 
 def small(**leaves: object) -> Scenario:
-    return Scenario.make(**{**SMALL, **leaves})
+    return Scenario.make(**{**OLMOE_ON_16, **leaves})
 
 
 def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
@@ -159,8 +149,7 @@ def test_a_dense_model_has_no_design_axes() -> None:
 
 
 def test_it_runs_whole_and_its_files_agree_with_its_page(tmp_path: Path) -> None:
-    given = SMALL | {"axes": "top_k=4; capacity_factor=1.0", "price_per_gpu_hour": 2.0, "scaling_law": True}
-    out = run_notebook(NOTEBOOK, given, tmp_path / "out", show_progress=False)
+    out = run_notebook(NOTEBOOK, SMOKE[NOTEBOOK.stem], tmp_path / "out", show_progress=False)
     result = json.loads((out / "results.json").read_text())["result"]
     page = re.sub(r"<[^>]+>", " ", (out / "report.html").read_text())
     asked = result["points"][0]

@@ -9,11 +9,11 @@ from moesim.errors import InputError
 from moesim.report.parameters import find_notebook
 from moesim.report.placement_export import read_lists
 from moesim.report.runner import run_notebook
-from tests.notebook_cases import OLMOE_ON_32, loads_nothing, parameter_files, question_of, takes_flat_names_and
+from tests.notebook_cases import SMOKE, loads_nothing, parameter_files, question_of, takes_flat_names_and
 
 NOTEBOOK = find_notebook("30_expert_placement")
 OWN = {"policies", "slots", "out_dir"}
-SMALL = OLMOE_ON_32 | {"policies": "contiguous,eplb,search", "slots": "64,80"}
+SMALL = SMOKE["30_expert_placement"]
 
 
 def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
@@ -65,4 +65,4 @@ def test_the_page_says_what_the_results_hold(rendered: Path) -> None:
 
 def test_a_typo_stops_before_a_kernel_starts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"polices: is not a parameter.*Did you mean policies"):
-        run_notebook("30_expert_placement", SMALL | {"polices": "eplb"}, tmp_path / "out", show_progress=False)
+        run_notebook("30_expert_placement", {**SMALL, "polices": "eplb"}, tmp_path / "out", show_progress=False)

@@ -15,7 +15,7 @@ from moesim.report.parameters import find_notebook
 from moesim.report.runner import run_notebook
 from moesim.scenario import Scenario
 from moesim.study.exchange import ALGORITHMS, dispatch_traffic, exchange_study, kernel_starts
-from tests.notebook_cases import OLMOE_ON_32, loads_nothing, parameter_files, question_of, takes_flat_names_and
+from tests.notebook_cases import OLMOE_ON_32, SMOKE, loads_nothing, parameter_files, question_of, takes_flat_names_and
 
 NOTEBOOK = find_notebook("35_all_to_all")
 OWN = {"tokens", "ginis", "out_dir"}
@@ -94,8 +94,9 @@ def test_what_exchanges_nothing_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = SMALL | {"tokens": "16,128,1024", "ginis": "0,0.3"}
-    return run_notebook("35_all_to_all", given, tmp_path_factory.mktemp("exchange") / "out", show_progress=False)
+    return run_notebook(
+        "35_all_to_all", SMOKE["35_all_to_all"], tmp_path_factory.mktemp("exchange") / "out", show_progress=False
+    )
 
 
 def test_it_renders_whole(rendered: Path) -> None:

@@ -17,26 +17,16 @@ from moesim.scenario import Scenario
 from moesim.study.goodput import RunPlan
 from moesim.study.sizing import SizingStudy, sizing_study
 from moesim.timeline.step import run_step
+from tests.notebook_cases import OLMOE_ON_16, SMOKE
 
 NOTEBOOK = find_notebook("40_cluster_sizing")
 OWN = {"tokens_to_train", "clusters", "sizes", "prices", "currency", "deadline_days", "gini_is_known", "out_dir"}
-SMALL = {
-    "model": "olmoe-1b-7b",
-    "cluster": "h100-8x-ib400",
-    "num_gpus": 16,
-    "pp": 2,
-    "ep": 8,
-    "seq_len": 512,
-    "global_batch": 64,
-    "precision": "bf16",
-    "recompute": "none",
-}
 
 
 @pytest.fixture(scope="module")
 def study() -> SizingStudy:
     # NVL72: 16 GPUs fill no rack; 24 cannot hold 8 experts' ranks twice over.
-    return sizing_study(Scenario.make(**SMALL), RunPlan(tokens=1e12), clusters=["gb200-nvl72"], sizes=[8, 16, 24])
+    return sizing_study(Scenario.make(**OLMOE_ON_16), RunPlan(tokens=1e12), clusters=["gb200-nvl72"], sizes=[8, 16, 24])
 
 
 def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
@@ -84,8 +74,7 @@ def test_a_deadline_that_none_meets_is_said(study: SizingStudy) -> None:
 
 
 def test_it_runs_whole_and_its_files_agree_with_its_page(tmp_path: Path) -> None:
-    asked = SMALL | {"clusters": "none", "sizes": "8,16", "tokens_to_train": 1e12, "prices": "h100-sxm:2..3"}
-    out = run_notebook(NOTEBOOK, asked, tmp_path / "out", show_progress=False)
+    out = run_notebook(NOTEBOOK, SMOKE[NOTEBOOK.stem], tmp_path / "out", show_progress=False)
     result = json.loads((out / "results.json").read_text())["result"]
     page = re.sub(r"<[^>]+>", " ", (out / "report.html").read_text())
     for point in result["points"]:

@@ -12,22 +12,9 @@ from moesim.leaves import LEAVES
 from moesim.report.goodput_export import plan_of
 from moesim.report.parameters import ask, check_parameters, find_notebook, parameters_of
 from moesim.report.runner import run_notebook
+from tests.notebook_cases import SMOKE
 
 NOTEBOOK = find_notebook("45_goodput_and_cost")
-SMALL = {
-    "model": "olmoe-1b-7b",
-    "cluster": "h100-8x-ib400",
-    "num_gpus": 16,
-    "pp": 2,
-    "ep": 8,
-    "seq_len": 512,
-    "global_batch": 32,
-    "precision": "bf16",
-    "recompute": "none",
-    "tokens_to_train": 1e12,
-    "price_per_gpu_hour": 2.0,
-    "num_runs": 8,
-}
 
 
 def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
@@ -41,7 +28,7 @@ def test_its_parameters_are_the_scenarios_flat_names_and_its_own() -> None:
 
 
 def test_it_runs_whole_and_its_files_agree_with_its_page(tmp_path: Path) -> None:
-    out = run_notebook(NOTEBOOK, SMALL, tmp_path / "out", show_progress=False)
+    out = run_notebook(NOTEBOOK, SMOKE[NOTEBOOK.stem], tmp_path / "out", show_progress=False)
     result = json.loads((out / "results.json").read_text())["result"]
     page = re.sub(r"<[^>]+>", " ", (out / "report.html").read_text())
     days = result["days"]

@@ -35,7 +35,7 @@ from moesim.study.training import (  # noqa: E402
 )
 from reference_model.experiments import EXPERIMENTS, SEEDS, run_live  # noqa: E402
 from reference_model.runs import RECORDED, read_runs  # noqa: E402
-from tests.notebook_cases import loads_nothing  # noqa: E402
+from tests.notebook_cases import SMOKE, loads_nothing  # noqa: E402
 
 NAME = "50_quality_vs_active_flops"
 NOTEBOOK = find_notebook(NAME)
@@ -210,7 +210,7 @@ def test_the_study_as_plain_values_has_all_seeds(study: TrainingStudy) -> None:
 
 
 def test_the_notebook_renders_whole_at_smoke_size(tmp_path: Path) -> None:
-    rendered = run_notebook(NAME, {"live_steps": 0}, tmp_path / "out", show_progress=False)
+    rendered = run_notebook(NAME, SMOKE[NAME], tmp_path / "out", show_progress=False)
     names = {"report.html", "report.ipynb", "results.json", "results.csv"}
     assert {path.name for path in rendered.iterdir()} == names
     page = (rendered / "report.html").read_text()

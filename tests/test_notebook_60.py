@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -14,14 +13,14 @@ from moesim.report import accuracy_figures, accuracy_sentences, accuracy_tables
 from moesim.report.parameters import find_notebook, parameters_of
 from moesim.report.runner import run_notebook
 from moesim.study.accuracy import Accuracy, asked_cases, carried_cases, rows_by_part, score
+from tests.notebook_cases import FEW_ROWS, smoke
 
 NOTEBOOK = find_notebook("60_accuracy")
-FEW = ("llama3_70b_l12_tp8_pp1_dp1_mbc4", "llama3_405b_l4_tp8_pp1_dp1_mbc4", "moonlight_recompute_moe_act", "XS")
 
 
 @pytest.fixture(scope="module")
 def found() -> Accuracy:
-    rows = [row for row in carried_cases("training") if any(part in row["id"] for part in FEW)]
+    rows = [row for row in carried_cases("training") if any(part in row["id"] for part in FEW_ROWS)]
     return score("training", rows, "few")
 
 
@@ -63,12 +62,7 @@ def test_its_sentences_tell_the_summary(found: Accuracy) -> None:
 
 
 def test_it_runs_whole_on_rows_of_one_s_own(tmp_path: Path) -> None:
-    rows = [row for row in carried_cases("training") if any(part in row["id"] for part in FEW)]
-    table = tmp_path / "mine.csv"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    page = run_notebook(NOTEBOOK, {"kind": "training", "cases": str(table)}, tmp_path / "page")
+    rows = [row for row in carried_cases("training") if any(part in row["id"] for part in FEW_ROWS)]
+    page = run_notebook(NOTEBOOK, smoke(NOTEBOOK.stem, tmp_path), tmp_path / "page")
     result = json.loads((page / "results.json").read_text())["result"]
     assert {row["id"] for row in result["rows"]} == {row["id"] for row in rows if "XS" not in row["id"]}

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from moesim.errors import InputError
 from moesim.report.parameters import find_notebook
@@ -13,20 +12,9 @@ from moesim.report.runner import run_notebook
 from moesim.report.validate_export import design_of
 from moesim.report.validate_figures import used_share
 from moesim.study.validate import Gate
+from tests.notebook_cases import smoke
 
 NOTEBOOK = find_notebook("70_validate_design")
-DESIGN = {
-    "schema": 1,
-    "name": "small",
-    "scenario": {
-        "model": "olmoe-1b-7b",
-        "cluster": "h100-8x-ib400",
-        "num_gpus": 16,
-        "parallel": {"pp": 2, "ep": 8},
-        "train": {"seq_len": 512, "global_batch": 32},
-    },
-    "gates": {"mfu": {"limit": 0.9}},
-}
 
 
 def test_the_design_shipped_beside_the_notebooks_is_found_and_others_are_refused_by_name() -> None:
@@ -36,9 +24,7 @@ def test_the_design_shipped_beside_the_notebooks_is_found_and_others_are_refused
 
 
 def test_it_runs_whole_and_its_page_says_what_its_files_say(tmp_path: Path) -> None:
-    path = tmp_path / "design.yaml"
-    path.write_text(yaml.safe_dump(DESIGN))
-    out = run_notebook(NOTEBOOK, {"design": str(path)}, tmp_path / "out", show_progress=False)
+    out = run_notebook(NOTEBOOK, smoke(NOTEBOOK.stem, tmp_path), tmp_path / "out", show_progress=False)
     result = json.loads((out / "results.json").read_text())["result"]
     page = re.sub(r"<[^>]+>", " ", (out / "report.html").read_text())
     failed = [gate for gate in result["gates"] if gate["status"] == "fail"]

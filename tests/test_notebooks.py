@@ -21,22 +21,12 @@ from moesim.report.runner import FILES, run_notebook
 from moesim.scenario import DEFAULTS, Scenario
 from moesim.study.advice import changes
 from moesim.study.planning import planning_study
-from tests.notebook_cases import loads_nothing
+from tests.notebook_cases import SMOKE, loads_nothing
 
 NOTEBOOKS = sorted(notebooks_folder().glob("*.ipynb"))
 PARAMETER_FILES = sorted(p for p in (notebooks_folder() / "params").glob("*.yaml") if not p.stem.endswith("-model"))
 PLANNING = find_notebook("10_planning_report")
-SMALL = {
-    "model": "olmoe-1b-7b",
-    "cluster": "h100-8x-ib400",
-    "num_gpus": 16,
-    "pp": 2,
-    "ep": 8,
-    "seq_len": 1024,
-    "global_batch": 32,
-    "precision": "bf16",
-    "tokens_to_train": 1e11,
-}
+SMALL = SMOKE[PLANNING.stem]
 
 
 def read(path: Path) -> Any:
@@ -50,6 +40,10 @@ def comparable(notebook: Any) -> list[tuple[str, str, list[str]]]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_equals_its_text_twin(path: Path) -> None:
     assert comparable(read(path)) == comparable(jupytext.read(path.with_suffix(".py"))), "run tools/make_notebooks.py"
+
+
+def test_every_notebook_has_a_smoke_size() -> None:
+    assert set(SMOKE) == {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -129,8 +123,7 @@ def test_the_trace_opens_in_perfetto(rendered: Path) -> None:
 
 
 def test_another_process_finds_the_same_results_byte_for_byte(rendered: Path) -> None:
-    given = SMALL | {"tokens_to_train": 1e11}
-    question = ask(check_parameters(given, parameters_of(PLANNING)), sorted(given))
+    question = ask(check_parameters(SMALL, parameters_of(PLANNING)), sorted(SMALL))
     study = planning_study(question.scenario, question.own["tokens_to_train"])
     assert results_json(study, changes(question.scenario)) == (rendered / "results.json").read_text()
 
