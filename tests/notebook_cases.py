@@ -26,6 +26,7 @@ OLMOE_ON_16: Mapping[str, Any] = {
     "pp": 2,
     "ep": 8,
     "seq_len": 512,
+    "micro_batch": 1,
     "global_batch": 32,
     "precision": "bf16",
     "recompute": "none",

@@ -17,6 +17,7 @@ import pytest
 
 from moesim.errors import InputError, MoesimError
 from moesim.scenario import Scenario
+from moesim.study.fast import fast_step
 from moesim.study.simulate import simulate
 from moesim.study.sweep import sweep
 from moesim.study.sweep_file import Asked, SweepFile, ask_points, base_of, read_sweep
@@ -148,6 +149,20 @@ def test_one_worker_and_three_leave_the_same_bytes_sorted_by_point(tmp_path: Pat
     assert names == sorted(names)
     assert len(set(names)) == 300
     assert {point.point_id for point in seeds(300).points} == set(names)
+
+
+def test_a_fast_points_numbers_are_the_same_alone_and_in_any_company() -> None:
+    sizes = [{"ep": ep, "pp": pp, "micro_batch": m} for ep in (4, 8) for pp in (1, 2) for m in (1, 2)]
+    others = [{}, {"gini": 0.4}, {"capacity_factor": 1.0, "dispatcher": "deepep"}, {"num_gpus": 32, "global_batch": 64}]
+    asked = ask_points([size | other for size in sizes for other in others], BASE)
+    scenarios = [point.scenario for point in asked.points if point.scenario is not None]
+    alone = [fast_step(scenario) for scenario in scenarios]
+    together = compute("fast", scenarios)[0]
+    backwards = compute("fast", scenarios[::-1])[0][::-1]
+    assert together == backwards
+    assert len(alone) == 32
+    for step, outcome in zip(alone, together, strict=True):
+        assert (outcome["result"]["step_s"], outcome["result"]["peak_bytes"]) == (step.step_s, step.peak_bytes)
 
 
 def test_poison_points_lose_nothing_else_and_are_told_by_name(tmp_path: Path) -> None:

@@ -5,15 +5,20 @@ Everything here is imported by workers, so rooms that a function needs are impor
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from moesim.errors import InputError, MoesimError, check, near_match
 from moesim.scenario import Scenario
+
+if TYPE_CHECKING:
+    from moesim.describe.model import Model
+    from moesim.study.fast import FastPath
 
 Result = Mapping[str, Any]  # plain scalars by name: numbers, truth values, texts, None
 PointFunction = Callable[[Scenario], Result]
@@ -50,11 +55,34 @@ def sizes_point(scenario: Scenario) -> Result:
 
 
 def fast_point(scenario: Scenario) -> Result:
-    """A step by the fast path: time and memory, without a clock."""
-    from moesim.study.fast import fast_step
-
-    step = dataclasses.asdict(fast_step(scenario))
+    """A step by the fast path: time and memory, without a clock. A worker keeps what its points have in common."""
+    step = asdict(_path_of(_Base.of(scenario)).step(scenario))
     return step | {f"step_parts_s.{part}": seconds for part, seconds in step.pop("parts").items()}
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A scenario for a fast path to start from; equal to those that differ in the fast path's axes alone."""
+
+    model: Model
+    others: str  # what else is no axis
+    scenario: Scenario = field(compare=False)
+
+    @classmethod
+    def of(cls, scenario: Scenario) -> _Base:
+        from moesim.study.fast import AXES
+
+        parts = (scenario, scenario.cluster, scenario.parallel, scenario.train, scenario.routing)
+        left_out = {*AXES, "model", "cluster", "parallel", "train", "routing", "raw"}
+        others = [(f.name, getattr(part, f.name)) for part in parts for f in fields(part) if f.name not in left_out]
+        return cls(scenario.model, repr(others), scenario)
+
+
+@lru_cache(maxsize=8)
+def _path_of(base: _Base) -> FastPath:
+    from moesim.study.fast import FastPath
+
+    return FastPath(base.scenario)
 
 
 FUNCTIONS: Mapping[str, PointFunction] = {"engine": engine_point, "fast": fast_point, "sizes": sizes_point}
