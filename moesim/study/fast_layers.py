@@ -96,7 +96,8 @@ def _groups_last(values_GNLR: NDArray[np.floating]) -> NDArray[np.floating]:
 def load_key(scenario: Scenario) -> tuple[float, ...]:
     """What a routed load depends on beside the routing and the cluster."""
     p = scenario.parallel
-    return rank_tokens(p, scenario.train), p.ep, p.etp, _num_groups(scenario)
+    groups = _num_groups(scenario)
+    return rank_tokens(p, scenario.train), p.ep, p.etp, groups, _num_samples(scenario, groups)
 
 
 def _num_groups(scenario: Scenario) -> int:
@@ -109,12 +110,17 @@ def _num_groups(scenario: Scenario) -> int:
     return min(max(in_block if skewed else 1, ways), scenario.layout.edp, max(MOST_GROUPS, ways))
 
 
+def _num_samples(scenario: Scenario, groups: int) -> int:
+    """Micro-batches to draw for each of so many groups."""
+    samples = 1 if isinstance(scenario.routing.popularity, Balanced) else max(SAMPLES // groups, 1)
+    return min(samples, scenario.num_micro_batches)
+
+
 def routed_load(scenario: Scenario) -> RoutedLoad:
     """The load of a configuration's expert-parallel group (or of those of a block), for a few micro-batches."""
     p, cluster = scenario.parallel, scenario.cluster
     groups = _num_groups(scenario)
-    samples = 1 if isinstance(scenario.routing.popularity, Balanced) else max(SAMPLES // groups, 1)
-    samples = min(samples, scenario.num_micro_batches)
+    samples = _num_samples(scenario, groups)
     num_gpus = groups * p.ep * p.etp
     if num_gpus > cluster.ranks_per_node and num_gpus % cluster.ranks_per_node:
         num_gpus = math.lcm(num_gpus, cluster.ranks_per_node)
