@@ -23,7 +23,7 @@ from moesim.timeline.load import step_load
 from moesim.timeline.placed import scenario_ranks, token_choices
 
 SMALL = {"model": "olmoe-1b-7b", "cluster": "h100-8x-ib400", "num_gpus": 32, "ep": 16, "pp": 2, "seq_len": 512}
-SMALL |= {"global_batch": 32, "gini": 0.3}
+SMALL |= {"global_batch": 32, "gini": 0.3, "cuda_graphs": "full"}  # small steps would wait for the host alone
 
 
 @pytest.fixture(scope="module")

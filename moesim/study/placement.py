@@ -48,6 +48,7 @@ IN_ORDER = ("contiguous", "striped", "eplb", "eplb_global")  # layouts that come
 EXTRA_SLOTS = (0, 1, 2, 4)  # expert slots of a GPU beyond its even part, where nobody says which to try
 LOAD_LIMITS = (0.0, 0.02, 0.05, 0.1, 0.2)  # of the search's max/mean, traded for fewer copies between nodes
 GAIN = 0.005  # of the busiest GPU's load, or of a step: less is none
+ROUNDING = 1e-9  # steps that differ by less are equal, such as those that wait for the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +160,12 @@ class PlacementStudy:
 
     @property
     def fastest(self) -> PlacementPoint:
-        """The policy with the shortest simulated step, where any was simulated; else the most even one."""
-        simulated = [point for point in self.by_policy if point.step is not None]
-        return min(simulated, key=lambda point: point.step.step_s if point.step else 0.0) if simulated else self.best
+        """The policy with the shortest simulated step, of equals the most even; that too where none was simulated."""
+        simulated = [(point.step.step_s, point) for point in self.by_policy if point.step is not None]
+        if not simulated:
+            return self.best
+        shortest_s = min(step_s for step_s, _ in simulated) * (1 + ROUNDING)
+        return min((point for step_s, point in simulated if step_s <= shortest_s), key=lambda point: point.max_mean)
 
     @property
     def rearranging_helps(self) -> bool:
