@@ -19,7 +19,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     **{
         name: ("parallel", name)
         for name in (
-            *("tp", "pp", "vpp", "cp", "cp_kind", "ep", "etp", "zero"),
+            *("tp", "pp", "vpp", "cp", "cp_kind", "ep", "etp", "zero", "fsdp", "replicate"),
             *("layout", "num_first_stage_layers", "num_last_stage_layers", "embedding_as_layer", "loss_as_layer"),
         )
     },

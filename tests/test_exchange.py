@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from moesim.catalog.design import model_from_design
-from moesim.catalog.megatron import Imported, from_flags, script_of, to_flags
+from moesim.catalog.megatron import Imported, from_flags
+from moesim.catalog.megatron_export import script_of, to_flags
 from moesim.catalog.megatron_model import design_of, model_flags
 from moesim.catalog.models import MODEL_NAMES, load_model
 from moesim.catalog.torchtitan import FLAVORS, from_toml, to_toml
@@ -145,7 +146,10 @@ def scenarios(draw: st.DrawFn, *, for_titan: bool = False) -> Scenario:
     micro, rounds = draw(st.sampled_from([1, 2])), draw(st.sampled_from([4, 8]))
     mtp = bool(described.mtp_layers) and not for_titan and draw(st.booleans())
     leaves: dict[str, Any] = {"tp": tp, "pp": pp, "vpp": vpp, "cp": cp, "ep": ep, "etp": etp, "mtp": mtp}
-    leaves |= {"zero": draw(st.sampled_from([0, 2, 3] if for_titan else [0, 1, 2, 3]))}
+    leaves |= {"zero": draw(st.sampled_from([*([0] if cp == 1 else []), 2, 3] if for_titan else [0, 1, 2, 3]))}
+    leaves |= {"fsdp": True} if for_titan and leaves["zero"] else {}
+    leaves |= {"replicate": draw(st.sampled_from([1, 2]))} if leaves["zero"] == 1 or "fsdp" in leaves else {}
+    leaves |= {"gradients": draw(st.sampled_from(["fp32", "bf16"]))}
     leaves |= {
         "micro_batch": micro,
         "global_batch": dp * micro * rounds,
@@ -300,7 +304,13 @@ def test_torchtitans_own_rule_of_stages_makes_the_ends_lighter() -> None:
         "parallelisms": {"x": 1},
     }
     found = from_toml(job, "job.toml", cluster="h100-8x-ib400", num_gpus=32)
-    assert found.scenario["parallel"] == {"pp": 4, "vpp": 2, "layout": [4, 5, 4, 4, 4, 4, 4, 3], "zero": 2}
+    assert found.scenario["parallel"] == {
+        "pp": 4,
+        "vpp": 2,
+        "layout": [4, 5, 4, 4, 4, 4, 4, 3],
+        "zero": 2,
+        "fsdp": True,
+    }
     assert found.scenario["train"]["global_batch"] == 64
     assert found.left_out == ("activation_checkpoint.selective_ac_option", "compile.enable")
     assert found.unknown == ("parallelisms.x",)

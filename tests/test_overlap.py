@@ -268,5 +268,5 @@ def test_ranks_of_a_reduction_group_that_share_a_node_are_those_counted_one_by_o
         num_gpus = 12 * tp * cp * pp
         groups_NR = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep).rank_layout(num_gpus).groups(kind)
         together = min(max(Counter((own // ranks_per_node).tolist()).values()) for own in groups_NR)
-        found = _shape_of_groups(tp, pp, cp, ep, 1, num_gpus, ranks_per_node, kind)
-        assert found == (groups_NR.shape[1], together)
+        found = _shape_of_groups(tp, pp, cp, ep, 1, 1, num_gpus, ranks_per_node, kind)
+        assert found == (groups_NR.shape[1], together, 1, 1)

@@ -13,7 +13,7 @@ from moesim.catalog.models import load_model
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import held_by_stage
-from moesim.describe.workload import Routing, Training
+from moesim.describe.workload import Optimizer, Routing, Training
 from moesim.errors import InputError, NotModelledError, check
 
 FLAVORS = {  # of torchtitan's models: the presets that they are
@@ -44,14 +44,14 @@ _NOTHING: Mapping[str, set[str]] = {
         "gc_freq",
         "gc_debug",
         "deterministic",
-        "dtype",
     },
     "parallelism": {"disable_loss_parallel", "enable_compiled_autograd"},
     "activation_checkpoint": set(),
 }
 _READ = {
     "model": {"name", "flavor", "converters"},
-    "training": {"seq_len", "local_batch_size", "global_batch_size", "mixed_precision_param", "mixed_precision_reduce"},
+    "training": {"seq_len", "local_batch_size", "global_batch_size", "mixed_precision_param", "mixed_precision_reduce"}
+    | {"dtype"},
     "parallelism": {
         *("data_parallel_replicate_degree", "data_parallel_shard_degree", "fsdp_reshard_after_forward"),
         *("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree", "expert_parallel_degree"),
@@ -103,11 +103,11 @@ def from_toml(
     described = load_model(name)
     degrees = _degrees(parallel, num_gpus, is_moe=described.is_moe)
     stages = _stages(parallel, described, degrees["pp"])
-    zero = _zero(parallel, degrees["pp"], assumed)
+    sharding = _sharding(parallel, degrees)
     into: dict[str, Any] = {
         key: value for key, value in degrees.items() if value != 1 and key not in ("replicate", "shard")
     }
-    into |= stages | {"zero": zero}
+    into |= stages | sharding
     method = parallel.choice("context_parallel_rotate_method", "allgather", tuple(ROTATES))
     into |= {"cp_kind": ROTATES[method]} if degrees["cp"] > 1 else {}
     dp = degrees["replicate"] * degrees["shard"]
@@ -156,14 +156,16 @@ def _degrees(parallel: _Section, num_gpus: int | None, *, is_moe: bool) -> dict[
     return degrees | {"shard": max(shard, 1)}
 
 
-def _zero(parallel: _Section, pp: int, assumed: list[str]) -> int:
-    """3: weights sharded; 2: gathered once and kept (reshard never, or by default with pipelining); 0: replicas."""
-    if parallel.whole("data_parallel_shard_degree", -1, least=-1) == 1:
-        return 0
-    if parallel.whole("data_parallel_replicate_degree", 1) > 1:
-        assumed.append("full sharding over all replicas in place of hybrid sharding")
+def _sharding(parallel: _Section, degrees: Mapping[str, int]) -> dict[str, Any]:
+    """FSDP with zero 3, or 2 where weights are gathered once and kept (reshard never, or by default with pipelining);
+    zero 0 without shards.
+    """
+    if degrees["shard"] == 1 and degrees["cp"] == 1:
+        return {"zero": 0}
     policy = parallel.choice("fsdp_reshard_after_forward", "default", ("default", "always", "never"))
-    return 2 if policy == "never" or (policy == "default" and pp > 1) else 3
+    keeps = policy == "never" or (policy == "default" and degrees["pp"] > 1)
+    groups = {"replicate": degrees["replicate"]} if degrees["replicate"] > 1 else {}
+    return {"zero": 2 if keeps else 3, "fsdp": True, **groups}
 
 
 def _stages(parallel: _Section, model: Model, pp: int) -> dict[str, Any]:
@@ -219,6 +221,9 @@ def _train(
         "precision": "fp8" if is_narrow else "bf16",
         "recompute": "full" if mode == "full" else "none",
     }
+    states = {"main_weights": "none", "moments": "bf16"} if train.values.get("dtype") == "bfloat16" else {}
+    states |= {"gradients": "bf16"} if train.values.get("mixed_precision_reduce") == "bfloat16" else {}
+    into |= {"optimizer": states} if states else {}
     if pp > 1:
         schedule = SCHEDULES[parallel.choice("pipeline_parallel_schedule", "1F1B", tuple(SCHEDULES))]
         into |= {"schedule": schedule} if schedule != "1f1b" else {}
@@ -251,23 +256,28 @@ def to_toml(
     known = {preset: key for key, preset in FLAVORS.items()}
     if model.name not in known:
         raise NotModelledError(f"export: torchtitan has no model {model.name}; it has {', '.join(known)}")
-    p, unsaid = parallel, []
+    p, unsaid = parallel, list[str]()
     dp = p.rank_layout(num_gpus).dp
     values: dict[str, dict[str, Any]] = {"model": dict(zip(("name", "flavor"), known[model.name], strict=True))}
     if train.precision != "bf16":
         values["model"]["converters"] = ["quantize.linear.float8"]
     local = train.micro_batch if p.pp == 1 else train.global_batch // dp
     values["training"] = {"seq_len": train.seq_len, "local_batch_size": local, "global_batch_size": train.global_batch}
+    values["training"] |= _formats(train.optimizer, unsaid)
     values["parallelism"] = {
-        "data_parallel_replicate_degree": 1 if p.zero >= 2 else dp,
-        "data_parallel_shard_degree": dp if p.zero >= 2 else 1,
+        "data_parallel_replicate_degree": p.replicate if p.zero >= 2 else dp,
+        "data_parallel_shard_degree": dp // p.replicate if p.zero >= 2 else 1,
         "fsdp_reshard_after_forward": "always" if p.zero == 3 else "never",
         "tensor_parallel_degree": p.tp,
         "pipeline_parallel_degree": p.pp,
         "context_parallel_degree": p.cp,
         "expert_parallel_degree": p.ep,
     }
-    if p.zero >= 2 and dp == 1:
+    if p.zero >= 2 and not p.fsdp:
+        unsaid.append(f"parallel.fsdp: false; torchtitan shards by FSDP2, not as ZeRO-{p.zero}")
+    if p.zero == 0 and p.cp > 1:
+        unsaid.append("parallel.zero: 0; torchtitan shards over context-parallel ranks")
+    if p.zero >= 2 and dp * p.cp == 1:
         unsaid.append(f"parallel.zero: {p.zero}, of one replica")
     values["parallelism"] |= _pipeline_values(model, p, train) if p.pp > 1 else {}
     if p.ep > 1:
@@ -292,6 +302,15 @@ def to_toml(
     for section, table in values.items():
         lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
     return "\n".join(lines).lstrip() + "\n", tuple(unsaid)
+
+
+def _formats(optimizer: Optimizer, unsaid: list[str]) -> dict[str, str]:
+    """The dtypes that the job's training table can say of gradients and states."""
+    lean = (optimizer.main_weights, optimizer.moments) == ("none", "bf16")
+    if not lean and (optimizer.main_weights, optimizer.moments) != ("fp32", "fp32"):
+        unsaid.append(f"train.optimizer: main_weights {optimizer.main_weights}, moments {optimizer.moments}")
+    reduced = {"mixed_precision_reduce": "bfloat16"} if optimizer.gradients == "bf16" else {}
+    return ({"dtype": "bfloat16"} if lean else {}) | reduced
 
 
 def _pipeline_values(model: Model, p: Parallelism, train: Training) -> dict[str, Any]:

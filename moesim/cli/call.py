@@ -48,6 +48,11 @@ SCENARIO_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "ep": ("N", "Expert parallel."),
         "etp": ("N", "Tensor parallel inside an expert."),
         "zero": ("0..3", "ZeRO stage."),
+        "fsdp": (
+            "true|false",
+            "ZeRO 3, or 2, as PyTorch's FSDP2 does it: layer by layer, fp32 shards.",
+        ),
+        "replicate": ("N", "Groups of replicas that each hold all of ZeRO's shards (HSDP)."),
         "layout": ("TEXT|LIST", "What each virtual stage holds: Et*3|(tt|)*29m|L as Megatron writes it, or [3,4,4,3]."),
         "num_first_stage_layers": ("N|null", "Layers of the first pipeline rank; the others share the rest."),
         "num_last_stage_layers": ("N|null", "Layers of the last pipeline rank."),

@@ -120,7 +120,7 @@ def export(
     num_gpus, unsaid = scenario.cluster.num_gpus, tuple[str, ...]()
     title = f"{model.name} on {num_gpus} GPUs of {scenario.cluster.name}"
     if format == "megatron":
-        from moesim.catalog.megatron import script_of, to_flags
+        from moesim.catalog.megatron_export import script_of, to_flags
 
         exported = to_flags(model, parallel, train, routing, num_gpus)
         text, unsaid, name = script_of(exported, title), exported.unsaid, "pretrain.sh"

@@ -16,6 +16,7 @@ from moesim.cost.moments import forward_moments, head_moment, layer_moments
 from moesim.cost.offload import LAYERS_ON_GPU
 from moesim.cost.recompute import kept_tensors, made_inside
 from moesim.cost.software import Software
+from moesim.cost.static import table_buffers_bytes
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import Placed
@@ -87,7 +88,8 @@ def chunk_memory(
     if has_head:
         backward.append((own.head(), "backward of the head"))
     if has_embedding:
-        gradient = model.vocab * model.hidden / parallel.tp * BF16_BYTES
+        table = model.vocab * model.hidden / parallel.tp
+        gradient = table * BF16_BYTES + table_buffers_bytes(table, parallel, train)
         backward.append((np.array([gradient, 0.0]) - kept_GMRP, "gradient of the embedding"))
     if not backward:
         backward.append((kept_GMRP, "a stage that holds nothing"))
@@ -167,7 +169,8 @@ class _Chunk:
         num_losses = 1 + sum(item.is_mtp for item in self.layers)
         tensors = head_tensors(self.model, self.parallel, self.software)
         held = num_losses * self.saved(tensors, None) + self.parts((per_token, 0.0), (0.0, 0.0), None)
-        return held + np.array([fixed, 0.0])
+        table = self.model.vocab * self.model.hidden / self.parallel.tp
+        return held + np.array([fixed + table_buffers_bytes(table, self.parallel, self.train), 0.0])
 
     def _forward_moments(self, item: Placed) -> list[tuple[Floats, str]]:
         moments = forward_moments(self.model, item.layer, self.parallel, self.dispatcher, self.train.precision)

@@ -228,7 +228,7 @@ def stage_profile(
 def num_communicators(parallel: Parallelism, layout: RankLayout) -> int:
     """NCCL communicators with more than one rank that a rank belongs to, and the world's."""
     sizes = (parallel.tp, parallel.cp, parallel.pp, parallel.ep, parallel.etp, layout.dp * parallel.cp, layout.edp)
-    return sum(size > 1 for size in sizes) + (layout.num_gpus > 1)
+    return sum(size > 1 for size in sizes) + (layout.num_gpus > 1) + 2 * (parallel.replicate > 1)
 
 
 def _received(received_GMLR: Floats | None, chunks: tuple[tuple[Placed, ...], ...], num_micro_batches: int) -> Floats:

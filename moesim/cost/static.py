@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moesim.cost.activations import BF16_BYTES, rank_kv_heads
+from moesim.cost.activations import BF16_BYTES, FP32_BYTES, rank_kv_heads
 from moesim.cost.precision import LAYOUTS, RECIPES
 from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
@@ -33,7 +33,7 @@ def static_memory(
     Weights are BF16, with copies in the products' narrow format or, where ``train.optimizer`` says so, in that alone;
     gradients, main weights and Adam's two moments as it says, the latter two in the host's memory where they are
     offloaded. zero=0: all replicated. zero=1 (Megatron's distributed optimizer): states over the dp*cp ranks, those of
-    experts over edp. zero=2 (as DeepSpeed): gradients too, but for the layer in backward. zero=3 (as DeepSpeed, FSDP):
+    experts over edp. zero=2 (as DeepSpeed): gradients too, but for the layer in backward. zero=3 (as DeepSpeed):
     weights too, but for two gathered layers (the live one and the one fetched ahead). States that are not fp32 are
     updated as fp32 copies, all of an optimizer's at once, dense parameters and experts having one each
     (TransformerEngine pytorch/optimizers/fused_adam.py, Megatron-LM core/optimizer).
@@ -47,9 +47,10 @@ def static_of(
     layers: Sequence[tuple[float, float]], outer: float, parallel: Parallelism, layout: RankLayout, train: Training
 ) -> StaticMemory:
     """As static_memory, of a stage whose layers have these (dense, expert) parameters on a rank, and outer ones."""
+    if parallel.fsdp:
+        return _fsdp_of(layers, outer, parallel, layout, train)
     dense, expert = outer + sum(d for d, _ in layers), sum(e for _, e in layers)
-    copies = make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp).num_copies
-    split_dense, split_expert = layout.dp * parallel.cp * copies, layout.edp * copies
+    split_dense, split_expert = layout.num_shards(_copies(parallel, train))
 
     def total_bytes(element_bytes: float, *, sharded: bool, num_whole: int = 0) -> float:
         if not sharded:
@@ -58,19 +59,62 @@ def static_of(
         return (dense / split_dense + expert / split_expert + sum(rests[:num_whole])) * element_bytes
 
     stays = "optimizer" not in train.offloaded
-    sharded = parallel.zero >= 1
     if train.optimizer.weights == "bf16":
         wide_bytes = total_bytes(BF16_BYTES, sharded=parallel.zero >= 3, num_whole=2)
     else:  # the casts are the weights, but for embedding and head, and for the shards that layers are gathered from
         in_shards = (dense - outer) / split_dense + expert / split_expert if parallel.zero >= 3 else 0.0
         wide_bytes = outer * BF16_BYTES + in_shards * weight_bytes(train)
-    shards = (dense / split_dense, expert / split_expert) if sharded else (dense, expert)
+    update_bytes = max(dense / split_dense, expert / split_expert) * train.optimizer.copied_bytes
     return StaticMemory(
         weights_bytes=wide_bytes + _cast_bytes(layers, parallel, train),
         gradients_bytes=total_bytes(train.optimizer.gradient_bytes, sharded=parallel.zero >= 2, num_whole=1),
-        optimizer_bytes=total_bytes(train.optimizer.state_bytes, sharded=sharded) if stays else 0.0,
-        update_bytes=max(shards) * train.optimizer.copied_bytes if stays else 0.0,
+        optimizer_bytes=total_bytes(train.optimizer.state_bytes, sharded=True) if stays else 0.0,
+        update_bytes=update_bytes if stays else 0.0,
     )
+
+
+def _fsdp_of(
+    layers: Sequence[tuple[float, float]], outer: float, parallel: Parallelism, layout: RankLayout, train: Training
+) -> StaticMemory:
+    """As static_of, by FSDP2 with a layer as its unit. docs/model.md#fsdp.
+
+    The shard is the main weight, its gradient of the same format. Beside it stand two layers gathered in BF16 (the live
+    one; the buffer of the one fetched ahead, or of the last one), with zero=2 all of them; of the backward the live
+    layer's BF16 gradients and what is being reduced of the one before. With pp > 1 gradients wait, whole, for the
+    replica's last micro-batch.
+    """
+    states = train.optimizer
+    split_dense, split_expert = layout.num_shards(_copies(parallel, train))
+    sizes = sorted((d + e for d, e in layers), reverse=True)
+    whole = outer + sum(sizes)
+    own = (outer + sum(d for d, _ in layers)) / split_dense + sum(e for _, e in layers) / split_expert
+    has_main = states.main_weights == "fp32"
+    gathered = outer * (parallel.zero < 3)
+    if states.weights == "bf16":  # else the casts are what is gathered
+        gathered += sum(sizes[:2] if parallel.zero == 3 else sizes)
+    waiting = states.gradient_bytes * whole if parallel.pp > 1 else 0.0
+    reduced = (states.gradient_bytes + BF16_BYTES) * max(sizes, default=0.0)
+    return StaticMemory(
+        weights_bytes=BF16_BYTES * gathered
+        + (0.0 if has_main else BF16_BYTES * own)
+        + _cast_bytes(layers, parallel, train),
+        gradients_bytes=(FP32_BYTES if has_main else BF16_BYTES) * own + max(waiting, reduced),
+        optimizer_bytes=states.state_bytes * own if "optimizer" not in train.offloaded else 0.0,
+    )
+
+
+def _copies(parallel: Parallelism, train: Training) -> int:
+    return make_schedule(train.schedule, pp=parallel.pp, vpp=parallel.vpp).num_copies
+
+
+def table_buffers_bytes(num_parameters: float, parallel: Parallelism, train: Training) -> float:
+    """What FSDP holds of an embedding or a head while it computes its gradient, beyond that in BF16: the table gathered
+    (it is, already, with zero=2), and what is reduced of it. 0 without FSDP.
+    """
+    if not parallel.fsdp:
+        return 0.0
+    reduced = train.optimizer.gradient_bytes if parallel.pp == 1 else 0.0
+    return num_parameters * (reduced + (BF16_BYTES if parallel.zero == 3 else 0.0))
 
 
 def weight_bytes(train: Training) -> float:

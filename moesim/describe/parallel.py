@@ -36,6 +36,8 @@ class Parallelism:
     ep: int = 1  # expert parallel
     etp: int = 1  # tensor parallel inside an expert
     zero: int = 1  # ZeRO stage 0..3
+    fsdp: bool = False  # zero 3, or 2 (weights stay gathered till the backward), as PyTorch's FSDP2 does it
+    replicate: int = 1  # groups of replicas that each hold all of zero's shards (HSDP)
     layout: str | tuple[int, ...] | None = None
     num_first_stage_layers: int | None = None  # of the first pipeline rank; the others share the rest
     num_last_stage_layers: int | None = None
@@ -43,11 +45,14 @@ class Parallelism:
     loss_as_layer: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "cp", "ep", "etp"):
+        for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "replicate"):
             check_whole("parallel", name, getattr(self, name))
         check_choice("parallel", "cp_kind", self.cp_kind, get_args(CpKind))
         check_whole("parallel", "zero", self.zero, least=0)
         check(0 <= self.zero <= 3, "parallel", "zero", "must be 0, 1, 2 or 3", self.zero)
+        check(not self.fsdp or self.zero >= 2, "parallel", "zero", "must be 2 or 3 with fsdp", self.zero)
+        rule = "needs zero of at least 1: without it every replica holds all"
+        check(self.replicate == 1 or self.zero >= 1, "parallel", "replicate", rule, self.replicate)
         self._check_stages()
 
     def _check_stages(self) -> None:
@@ -77,7 +82,10 @@ class Parallelism:
             name = "ep" if self.etp == 1 else "ep*etp"
             product = f"dp*cp*tp = {dp}*{self.cp}*{self.tp} = {per_stage}"
             raise InputError("parallel", "ep", f"{name}={self.ep * self.etp} does not divide {product}", self.ep)
-        return RankLayout(parallel=self, num_gpus=num_gpus, dp=dp, edp=per_stage // (self.ep * self.etp))
+        edp = per_stage // (self.ep * self.etp)
+        rule = f"must divide the {dp} replicas, and the {edp} of an expert"
+        check(dp % self.replicate == 0 and edp % self.replicate == 0, "parallel", "replicate", rule, self.replicate)
+        return RankLayout(parallel=self, num_gpus=num_gpus, dp=dp, edp=edp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,15 @@ class RankLayout:
     num_gpus: int
     dp: int
     edp: int
+
+    def num_shards(self, num_copies: int = 1) -> tuple[int, int]:
+        """Among how many ranks zero shares out what belongs to dense parameters, and to experts; num_copies: how often
+        a pipeline holds them all.
+        """
+        if self.parallel.zero == 0:
+            return 1, 1
+        groups = self.parallel.replicate
+        return self.dp * self.parallel.cp * num_copies // groups, self.edp * num_copies // groups
 
     @property
     def ranks_per_stage(self) -> int:

@@ -231,7 +231,12 @@ def _envelope(trace: Trace) -> list[str]:
             f"Multi-token prediction of {model.name} ({_layers(len(model.mtp_layers))}) is not trained here (mtp: true "
             "adds it)."
         ]
-    if scenario.parallel.zero >= 2:
+    if scenario.parallel.fsdp:
+        reasons += [
+            "FSDP gathers and scatters hide behind computing as far as that lasts; replicas do not wait for each other "
+            "in them, and no measured run tests it."
+        ]
+    elif scenario.parallel.zero >= 2:
         reasons += ["ZeRO-2 and ZeRO-3 collectives are fully exposed, and replicas do not wait for each other in them."]
     if train.offloaded:
         reasons += ["Offloading has the host link to itself at its full rate, and no measured run to compare with."]

@@ -207,6 +207,7 @@ def _asks_the_engine(scenario: Scenario) -> bool:
     return (
         bool(set(train.overlaps) - {"grad_reduce", "param_gather"})
         or train.schedule == "dualpipe"
+        or scenario.parallel.fsdp
         or train.documents is not None
         or "activations" in train.offloaded
         or bool(scenario.placement.rank_speeds)

@@ -147,8 +147,8 @@ def _one(
     layers = [pair for chunk in held.chunks for pair in chunk]
     dense, expert = sum(d for d, _ in layers) + held.outer, sum(e for _, e in layers)
     reduce_s, gather_s = gradient_reduction_s(scenario, dense, expert)
-    sharded = parallel.zero >= 1
-    shard = dense / (layout.dp * parallel.cp) + expert / layout.edp if sharded else dense + expert
+    num_shards = layout.num_shards()
+    shard = dense / num_shards[0] + expert / num_shards[1]
     update_s = float(optimizer_s(shard, train, device))
     transfer_s = optimizer_transfer_s(shard, train, scenario.cluster.gpu.host_bytes_per_s.value)
     static = static_of(layers, held.outer, parallel, layout, train)

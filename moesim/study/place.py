@@ -190,7 +190,7 @@ def expert_bytes(scenario: Scenario) -> SlotBytes:
     parameters = layer_parameters(scenario.model, layer).per_expert / scenario.parallel.etp
     whole = slot_bytes(parameters, optimizer=scenario.train.optimizer)
     stays = "optimizer" not in scenario.train.offloaded
-    shards, zero = scenario.layout.edp, scenario.parallel.zero
+    (_, shards), zero = scenario.layout.num_shards(), scenario.parallel.zero
     return SlotBytes(
         weights_bytes=whole.weights_bytes / (shards if zero >= 3 else 1),
         gradients_bytes=whole.gradients_bytes / (shards if zero >= 2 else 1),

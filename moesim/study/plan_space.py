@@ -182,6 +182,7 @@ class StaticBytes:
 
     def __init__(self, base: Scenario) -> None:
         self._model, self._train, self._copies = base.model, base.train, base.expert_copies
+        self._fsdp = base.parallel.fsdp
         self._layers = Counter(trained_layers(base.model, base.train))
         self._parameters: dict[tuple[int, int], tuple[float, float]] = {}
 
@@ -199,7 +200,7 @@ class StaticBytes:
                 return element_bytes * (dense / shards[0] + expert / shards[1])
             return element_bytes * (dense + expert)
 
-        wide = BF16_BYTES if train.optimizer.weights == "bf16" else 0.0
+        wide = 0.0 if train.optimizer.weights == "narrow" or self._fsdp else BF16_BYTES
         weights = of(wide, sharded=zero >= 3) + (0.0 if zero >= 3 else casts * self._in_layers(shape))
         gradients = of(train.optimizer.gradient_bytes, sharded=zero >= 2)
         return (weights + gradients + of(state_bytes, sharded=zero >= 1)) / shape["pp"]

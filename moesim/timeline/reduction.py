@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.cost.static import weight_bytes
 from moesim.describe.parallel import Parallelism
@@ -13,47 +15,73 @@ from moesim.scenario import Scenario
 from moesim.timeline.phases import OperationTimes
 
 
-def _group_shape(scenario: Scenario, kind: str, copies: int) -> tuple[int, int]:
-    """Ranks of a reduction group, and how many of them share a node: of the group that has the fewest together.
-
-    copies: how often a pipeline holds its parameters, on stages that lie apart.
+class _Groups(NamedTuple):
+    """Who shares out what belongs to a kind of parameters: ranks of a group, and how many of these share a node; groups
+    that hold the same, and how many of the ranks that hold the same shard share a node.
     """
-    p = scenario.parallel
-    cluster = scenario.cluster
-    size, together = _shape_of_groups(p.tp, p.pp, p.cp, p.ep, p.etp, cluster.num_gpus, cluster.ranks_per_node, kind)
-    return size * copies, together
+
+    size: int
+    together: int
+    num_same: int
+    same_together: int
+
+
+def _groups_of(scenario: Scenario, kind: str, copies: int) -> _Groups:
+    """The groups that have the fewest ranks together. copies: how often a pipeline holds its parameters, on stages that
+    lie apart.
+    """
+    p, cluster = scenario.parallel, scenario.cluster
+    found = _shape_of_groups(p.tp, p.pp, p.cp, p.ep, p.etp, p.replicate, cluster.num_gpus, cluster.ranks_per_node, kind)
+    return found._replace(size=found.size * copies)
 
 
 @lru_cache(maxsize=16384)
 def _shape_of_groups(
-    tp: int, pp: int, cp: int, ep: int, etp: int, num_gpus: int, ranks_per_node: int, kind: str
-) -> tuple[int, int]:
-    groups_NR = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp).rank_layout(num_gpus).groups(kind)
-    size = groups_NR.shape[1]
-    stride = int(groups_NR[0, 1] - groups_NR[0, 0]) if size > 1 else 1
-    # Ranks of a group lie evenly apart, so that where its first one stands in its node says how many share a node.
-    firsts = np.unique(groups_NR[:, 0] % ranks_per_node)
-    nodes_FR = (firsts[:, None] + stride * np.arange(size)) // ranks_per_node
-    return size, min(int(np.bincount(nodes_R).max()) for nodes_R in nodes_FR)
+    tp: int, pp: int, cp: int, ep: int, etp: int, replicate: int, num_gpus: int, ranks_per_node: int, kind: str
+) -> _Groups:
+    sizes = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
+    nodes = sizes.rank_layout(num_gpus).groups(kind) // ranks_per_node
+    split = nodes.reshape(len(nodes), replicate, -1)  # a group's first ranks share out, then the next ones the same
+
+    def together(groups: NDArray[np.int64]) -> int:
+        distinct = np.unique(np.sort(groups, axis=1), axis=0)
+        return min(int(np.unique(own, return_counts=True)[1].max()) for own in distinct)
+
+    across = np.moveaxis(split, 1, 2)
+    return _Groups(
+        split.shape[2],
+        together(split.reshape(-1, split.shape[2])),
+        replicate,
+        together(across.reshape(-1, replicate)),
+    )
+
+
+def _scatter_s(scenario: Scenario, groups: _Groups, num_bytes: float) -> float:
+    """Seconds to reduce-scatter inside each group, and to add the shards up over groups that hold the same."""
+    inside = float(reduce_scatter_s(groups.size, groups.together, num_bytes, scenario.cluster))
+    if groups.num_same == 1:
+        return inside
+    shard = num_bytes / groups.size
+    return inside + float(allreduce_s(groups.num_same, groups.same_together, shard, scenario.cluster))
 
 
 def gradient_reduction_s(scenario: Scenario, dense: float, expert: float, copies: int = 1) -> tuple[float, float]:
     """Seconds after the last backward to reduce gradients, and after the optimizer to gather weights. Both are booked
     as the part gradient_reduction, as are ZeRO-3's gathers in every pass. See docs/model.md#gradient-reduction.
     """
-    zero, cluster = scenario.parallel.zero, scenario.cluster
+    parallel, cluster = scenario.parallel, scenario.cluster
     gradient_bytes = scenario.train.optimizer.gradient_bytes
     reduce_s = gather_s = 0.0
     for kind, count in (("dpcp", dense), ("edp", expert)):
-        size, in_node = _group_shape(scenario, kind, copies)
-        if size == 1 or not count:
+        groups = _groups_of(scenario, kind, copies)
+        if groups.size * groups.num_same == 1 or not count:
             continue
-        if zero == 0:
-            reduce_s += float(allreduce_s(size, in_node, count * gradient_bytes, cluster))
-        elif zero == 1:
-            reduce_s += float(reduce_scatter_s(size, in_node, count * gradient_bytes, cluster))
-        if zero in (1, 2):
-            gather_s += float(allgather_s(size, in_node, count * weight_bytes(scenario.train), cluster))
+        if parallel.zero == 0:
+            reduce_s += float(allreduce_s(groups.size, groups.together, count * gradient_bytes, cluster))
+        elif parallel.zero == 1 or _reduces_once(parallel):
+            reduce_s += _scatter_s(scenario, groups, count * gradient_bytes)
+        if parallel.zero in (1, 2):
+            gather_s += float(allgather_s(groups.size, groups.together, count * weight_bytes(scenario.train), cluster))
     # A replica's gradient travels to its expert's first slot, the updated weights travel back.
     replicas = expert * (1.0 - 1.0 / scenario.expert_copies)
     near = scenario.parallel.ep * scenario.parallel.etp <= cluster.ranks_per_node
@@ -62,20 +90,26 @@ def gradient_reduction_s(scenario: Scenario, dense: float, expert: float, copies
     return reduce_s, gather_s
 
 
+def _reduces_once(parallel: Parallelism) -> bool:
+    """Whether gradients of zero 2 and 3 wait for the last micro-batch: FSDP2 under a pipeline's schedule does so."""
+    return parallel.fsdp and parallel.pp > 1
+
+
 def sharded_weights_s(scenario: Scenario, dense: float, expert: float, copies: int = 1) -> tuple[float, float]:
     """Seconds of each pass of a chunk to gather its weights (ZeRO-3), of each backward to scatter its gradients
     (ZeRO-2, 3).
     """
-    gradient_bytes = scenario.train.optimizer.gradient_bytes
+    parallel, gradient_bytes = scenario.parallel, scenario.train.optimizer.gradient_bytes
     gather_s = scatter_s = 0.0
     for kind, count in (("dpcp", dense), ("edp", expert)):
-        size, in_node = _group_shape(scenario, kind, copies)
-        if size == 1 or not count:
+        groups = _groups_of(scenario, kind, copies)
+        if groups.size * groups.num_same == 1 or not count:
             continue
-        if scenario.parallel.zero >= 3:
-            gather_s += float(allgather_s(size, in_node, count * weight_bytes(scenario.train), scenario.cluster))
-        if scenario.parallel.zero >= 2:
-            scatter_s += float(reduce_scatter_s(size, in_node, count * gradient_bytes, scenario.cluster))
+        if parallel.zero >= 3:
+            num_bytes = count * weight_bytes(scenario.train)
+            gather_s += float(allgather_s(groups.size, groups.together, num_bytes, scenario.cluster))
+        if parallel.zero >= 2 and not _reduces_once(parallel):
+            scatter_s += _scatter_s(scenario, groups, count * gradient_bytes)
     return gather_s, scatter_s
 
 

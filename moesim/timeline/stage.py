@@ -44,6 +44,7 @@ from moesim.scenario import Scenario
 from moesim.timeline.attention_group import context_s, gather_s
 from moesim.timeline.packed import PackedWork
 from moesim.timeline.phases import Phase
+from moesim.timeline.prefetch import fetched_ahead
 
 Floats = NDArray[np.floating]
 SCATTER = "scatter gradients"
@@ -98,6 +99,9 @@ class StagePlan:
         for placed, own in self._forward(chunk) if way == "forward" else self.backwards[chunk]:
             of_way = _of_way(self._at_own_speed(own), way)
             phases += self._issued(placed.layer, of_way, way) if placed is not None and of_way else of_way
+        if self.scenario.parallel.fsdp:
+            num_units = len(self.chunks[chunk]) + self._is_first(chunk) + self._is_last(chunk)
+            phases = fetched_ahead(phases, num_units)
         if way == "forward":
             return phases + self._host_transfer("send activations to the host", chunk, phases)
         if way != "weight_gradient":

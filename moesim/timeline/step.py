@@ -171,7 +171,7 @@ def _lay_out_stage(
     reduce_s, gather_s = gradient_reduction_s(scenario, dense, expert, copies)
     reduced_s = _hidden_s(plan, "grad_reduce", reduce_s, kinds, operations[-1])
     gathered_s = _hidden_s(plan, "param_gather", gather_s, kinds, operations[0])
-    split = (layout.dp * parallel.cp * copies, layout.edp * copies) if parallel.zero >= 1 else (1, 1)
+    split = layout.num_shards(copies)
     slowest = float(scenario.speed_of_rank[layout.stage_ranks(stage)].min())
     shard = dense / split[0] + expert / split[1]
     update_s = optimizer_s(shard, scenario.train, device) / slowest
