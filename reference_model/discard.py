@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 
 def discard(made: Sequence[Tensor], again: Callable[[], Sequence[Tensor]], before: Sequence[Tensor]) -> None:
@@ -38,17 +38,23 @@ def discard(made: Sequence[Tensor], again: Callable[[], Sequence[Tensor]], befor
     device = made[0].device.type
     dtype, casting = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
+    # Emptied by the first gradient: what hangs on a result lives as long as the graph.
+    to_fill = [(storages, sizes, again)]
+
     def fill(_: Tensor) -> None:
-        if any(storage.nbytes() for storage in storages):
-            return  # an earlier gradient did
-        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=casting):
-            fresh = again()
-        # By storage: to autograd nothing was written to.
-        for storage, size, tensor in zip(storages, sizes, fresh, strict=True):
-            storage.resize_(size)
-            storage.copy_(tensor.untyped_storage())
+        if to_fill:
+            with torch.autocast(device, dtype=dtype, enabled=casting):
+                _fill(*to_fill.pop())
 
     for tensor in watched:
         tensor.register_hook(fill)
     for storage in storages:
         storage.resize_(0)
+
+
+@torch.no_grad()
+def _fill(storages: Sequence[UntypedStorage], sizes: Sequence[int], again: Callable[[], Sequence[Tensor]]) -> None:
+    """By storage: to autograd nothing was written to."""
+    for storage, size, tensor in zip(storages, sizes, again(), strict=True):
+        storage.resize_(size)
+        storage.copy_(tensor.untyped_storage())

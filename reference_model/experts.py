@@ -85,13 +85,21 @@ def _plain_activation(inner: Tensor, activation: Activation) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
-def _activation_gradient(grad: Tensor, inner: Tensor, activation: Activation) -> Tensor:
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, inner)
-    if activation == "relu":
-        return grad * (inner > 0)
+def _activation_gradient(grad: Tensor, inner: Tensor, weight: Tensor | None, activation: Activation) -> Tensor:
+    """Of the weighted activation; with SwiGLU made in place, so that only the result stands beside its inputs."""
+    if activation != "swiglu":
+        scaled = grad if weight is None else (grad * weight[..., None]).to(grad.dtype)
+        return torch.ops.aten.gelu_backward(scaled, inner) if activation == "gelu" else scaled * (inner > 0)
     gate, up = inner.chunk(2, dim=-1)
-    return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)], dim=-1)
+    result = torch.empty_like(inner)
+    of_gate, of_up = result.chunk(2, dim=-1)
+    torch.mul(grad, up, out=of_gate)
+    torch.ops.aten.silu.out(gate, out=of_up)
+    of_up.mul_(grad)
+    if weight is not None:
+        result.mul_(weight[..., None])
+    torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+    return result
 
 
 class _Activate(torch.autograd.Function):
@@ -111,9 +119,8 @@ class _Activate(torch.autograd.Function):
         inner, weight = ctx.saved_tensors
         grad_weight = None
         if weight is not None:
-            grad_weight = (_plain_activation(inner, ctx.activation) * grad).sum(dim=-1, dtype=weight.dtype)
-            grad = (grad * weight[..., None]).to(grad.dtype)
-        return _activation_gradient(grad, inner, ctx.activation), grad_weight, None
+            grad_weight = _plain_activation(inner, ctx.activation).mul_(grad).sum(dim=-1, dtype=weight.dtype)
+        return _activation_gradient(grad, inner, weight, ctx.activation), grad_weight, None
 
 
 def activate(inner: Tensor, activation: Activation = "swiglu", weight: Tensor | None = None) -> Tensor:

@@ -5,8 +5,11 @@ Legend: T tokens, S sequences, K experts per token, E experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from reference_model.capacity import expert_counts
 from reference_model.routers import Choice
@@ -50,6 +53,42 @@ def importance_loss(choice: Choice) -> Tensor:
         0, choice.experts_TK.clamp(min=0).reshape(-1), (choice.weights_TK * chosen_TK).reshape(-1)
     )
     return weight_E.var(unbiased=False) / weight_E.mean().square()
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Keeps one float32 copy of the logits, turned into probabilities in place, and in the backward into gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, target_T: Tensor) -> Tensor:
+        wide_TV = logits_TV.to(torch.float32, copy=True)
+        wide_TV -= wide_TV.amax(dim=-1, keepdim=True)
+        target_T1 = target_T[:, None]
+        chosen_T = wide_TV.gather(1, target_T1)[:, 0]
+        sum_T = wide_TV.exp_().sum(dim=-1)
+        wide_TV /= sum_T[:, None]
+        ctx.save_for_backward(wide_TV, target_T1)
+        ctx.dtype = logits_TV.dtype
+        return sum_T.log() - chosen_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
+        wide_TV, target_T1 = ctx.saved_tensors
+        wide_TV.scatter_add_(1, target_T1, wide_TV.new_full((1, 1), -1.0).expand_as(target_T1))
+        wide_TV *= grad_T[:, None]
+        return wide_TV.to(ctx.dtype), None
+
+
+def token_loss(logits_TV: Tensor, target_T: Tensor) -> Tensor:
+    """Each token's cross-entropy in nats, float32: (T, V) logits of any precision, (T,) targets -> (T,).
+
+    As Megatron-LM's: one float32 tensor of the logits' size stands beside them, where torch's own has three in its
+    backward. It can be differentiated once.
+
+    >>> token_loss(torch.zeros(1, 4), torch.tensor([2])).exp().item()
+    4.0
+    """
+    return _TokenLoss.apply(logits_TV, target_T)
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:

@@ -4,6 +4,8 @@
 # the sizes of DeepSeek-V3, Mixtral 8x7B and Qwen3-30B-A3B. Writes into $OUT (default: out/gpu):
 #   machine.txt    what it ran on
 #   tests.txt      the GPU tests: bits, no waits, memory after a forward against the formula (2 %), training on a GPU
+#   memory.txt     peaks of a step, layer and transformers, for each way of recomputing: the allocator's against the
+#                  formulas' (goal: 2 %)
 #   layers.txt     layer forward against its grouped products (goal: 1.25x at 16k tokens, 1.6x at 4k) and transformers'
 #                  eager and grouped_mm blocks (goal: 3x and 1.15x as long); layers.jsonl the same for programs
 #   profile.json   the calibration profile with its raw points; calibrate.txt its held-out errors (goal: 5 %)
