@@ -36,9 +36,9 @@ class LatentConfig:
 class LatentAttention(nn.Module):
     """Causal multi-head latent attention (arXiv 2405.04434, section 2.1), without biases.
 
-    The rotary key is one for all heads. recompute_core: the backward computes attention itself again;
-    recompute_up: queries, keys and values from their latents. Where values are as wide as keys a CPU has a fused
-    kernel; elsewhere scores are kept there.
+    The rotary key is one for all heads. recompute_core: the backward computes attention itself again; recompute_up: the
+    latents' norms, queries, keys and values. Where values are as wide as keys a CPU has a fused kernel; elsewhere
+    scores are kept there.
     """
 
     def __init__(
@@ -65,30 +65,32 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BSH: Tensor, turns_S: Tensor) -> Tensor:
         """(B, S, H) -> (B, S, H); turns_S: (S, rotary dimension / 2) complex factors of ``rotary_turns``."""
-        q_latent = x_BSH if self.sizes.q_lora_rank is None else self.q_norm(self.q_down(x_BSH))
-        kv, rotary_key = self.kv_down(x_BSH).split([self.sizes.kv_lora_rank, self.sizes.qk_rope_head_dim], dim=-1)
-        kv_latent = self.kv_norm(kv)
+        q_latent = x_BSH if self.sizes.q_lora_rank is None else self.q_down(x_BSH)
+        kv_latent, rotary_key = self.kv_down(x_BSH).split(
+            [self.sizes.kv_lora_rank, self.sizes.qk_rope_head_dim], dim=-1
+        )
         made = self.heads(q_latent, kv_latent, rotary_key, turns_S)
-        mixed = mix(*made, recompute=self.recompute_core)
+        mixed = mix(*made[:3], recompute=self.recompute_core)
         if self.recompute_up and torch.is_grad_enabled():
             discard(made, lambda: self.heads(q_latent, kv_latent, rotary_key, turns_S), before=[mixed])
         return self.out(mixed)
 
-    def heads(
-        self, q_latent: Tensor, kv_latent: Tensor, rotary_key: Tensor, turns_S: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, S, N, D), keys (B, S, N, D) and values (B, S, N, V) from the normed latents."""
+    def heads(self, q_latent: Tensor, kv_latent: Tensor, rotary_key: Tensor, turns_S: Tensor) -> tuple[Tensor, ...]:
+        """Queries (B, S, N, D), keys (B, S, N, D) and values (B, S, N, V), and the latents normalised on the way."""
         sizes, turns_S1 = self.sizes, turns_S[:, None]
+        normed = [self.kv_norm(kv_latent)]
+        if sizes.q_lora_rank is not None:
+            normed.append(self.q_norm(q_latent))
         q_plain, q_rotary = (
-            self.q_up(q_latent)
+            self.q_up(normed[-1] if sizes.q_lora_rank is not None else q_latent)
             .unflatten(-1, (self.num_heads, -1))
             .split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
         )
         k_plain, v_BSNV = (
-            self.kv_up(kv_latent)
+            self.kv_up(normed[0])
             .unflatten(-1, (self.num_heads, -1))
             .split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1)
         )
         k_rotary = rotate(rotary_key[..., None, :], turns_S1).expand(-1, -1, self.num_heads, -1)
         q_BSND = torch.cat([q_plain, rotate(q_rotary, turns_S1)], dim=-1)
-        return q_BSND, torch.cat([k_plain, k_rotary], dim=-1), v_BSNV.contiguous()
+        return q_BSND, torch.cat([k_plain, k_rotary], dim=-1), v_BSNV.contiguous(), *normed
