@@ -21,7 +21,7 @@ from moesim.study.fast import FastStep, Refused
 from moesim.study.plan import Plan, plan
 from moesim.study.plan_points import Judge, PlanPoint
 from moesim.study.plan_question import Limits, Offer, PlanQuestion, without_axes
-from moesim.study.plan_reasons import rejections, remedies
+from moesim.study.plan_reasons import rejections, remedies, why
 from moesim.study.plan_search import Paths
 from moesim.study.plan_space import INNER, LeastStep, Leaves, StaticBytes, cluster_sizes
 from moesim.units import DAY_S, GIGA
@@ -204,7 +204,40 @@ def test_every_other_value_has_its_reason() -> None:
         assert one["config"] != {"cluster": found.cheapest.cluster, **found.cheapest.settings}
         if one["rule"] == "dearer":
             assert one["value"] >= one["limit"] == found.cheapest.price
-            assert "beats" in one["why"]
+            tells_apart = one["value"] >= 1.01 * one["limit"]
+            assert (" beats " if tells_apart else " is as good as ") in one["why"]
+
+
+@pytest.mark.usefixtures("_formula")
+def test_a_reason_tells_what_changes_alone_and_a_tie_is_called_one() -> None:
+    found = _plan(QUESTION)
+    assert found.cheapest is not None
+    rival = next(rival for rival in found.rivals if rival.axis == "ep" and rival.value == 16)
+    alone = rival.alone
+    assert isinstance(alone, PlanPoint)
+    assert alone.settings == found.cheapest.settings | {"ep": 16}
+    assert rival.best.nearness <= alone.nearness
+    assert "in-node dispatch" not in why(rival)
+    tie = why(replace(rival, best=replace(rival.best, gpu_hours=rival.winner.gpu_hours * 1.004)))
+    assert tie.startswith("ep=16 is as good as ep=8, as far as can be told: +0.4% GPU-hours")
+    refused = "parallel: ep: ep=16 does not divide dp*cp*tp = 8*1*1 = 8; got 16. A hint"
+    best = replace(rival.best, settings=rival.best.settings | {"pp": 2})
+    told = why(replace(rival, alone=refused, best=best))
+    assert "with nothing else changed: ep=16 does not divide dp*cp*tp = 8*1*1 = 8; its best has pp=2" in told
+
+
+@pytest.mark.usefixtures("_formula")
+def test_a_cluster_on_which_nothing_divides_is_told() -> None:
+    offers = (*QUESTION.offers, Offer(name="gb200-nvl72"))
+    found = _plan(replace(QUESTION, offers=offers, max_gpus=72))
+    assert found.untried == ("gb200-nvl72",)
+    assert [one["value_tried"] for one in rejections(found) if one["rule"] == "divides"] == ["gb200-nvl72"]
+
+
+def test_stages_that_make_replicas_of_a_rack_a_power_of_two_are_tried() -> None:
+    base = {"model": "olmoe-1b-7b", "train": {"global_batch": 64}}
+    question = PlanQuestion(base=base, tokens=1e12, offers=(Offer(name="gb200-nvl72"),), max_gpus=72)
+    assert any(family["pp"] == 9 for family in question.on(question.offers[0]).families())
 
 
 @pytest.mark.usefixtures("_formula")

@@ -34,7 +34,7 @@ EXAMPLES = (
     "are searched. Prices are yours: without them plans are ranked by GPU-hours. Exit status 1 where no plan keeps all "
     "limits; the nearest miss is told.",
 )
-MOST_SHOWN = 24
+MOST_SHOWN = 1.5  # times the cheapest's price: what is dearer is told to programs only
 
 
 @app.command(epilog="\n\n".join(EXAMPLES))
@@ -283,7 +283,7 @@ def _warnings(found: Plan, runs: Mapping[str, Any]) -> list[str]:
 
 
 def _tables(found: Plan, rejected: Sequence[Mapping[str, Any]], runs: Mapping[str, Any]) -> list[Table]:
-    from moesim.study.plan_reasons import miss_words, remedies
+    from moesim.study.plan_reasons import RULE_WORDS, miss_words, remedies
 
     tables = []
     if found.cheapest is not None and found.fastest is not None:
@@ -295,18 +295,17 @@ def _tables(found: Plan, rejected: Sequence[Mapping[str, Any]], runs: Mapping[st
         where = f"{found.nearest.settings['num_gpus']:,} GPUs of {found.nearest.cluster}"
         rows = [("On", where), ("Layout", _layout(found.nearest)), *misses, *ways]
         tables.append(fields_table("No plan keeps all limits. The nearest", rows))
-    if rejected:
-        shown = sorted(rejected, key=lambda one: one["rule"] != "dearer")[:MOST_SHOWN]
-        tables.append(
-            Table(title="Why the others lost", columns=("", ""), rows=[(one["axis"], one["why"]) for one in shown])
-        )
-    counts = [(rule.capitalize(), f"{num:,}") for rule, num in found.num_rejected.items()]
+    shown = [one for one in rejected if one["rule"] != "dearer" or one["value"] < MOST_SHOWN * one["limit"]]
+    if shown:
+        left_out = len(rejected) - len(shown)
+        title = "Why the others lost" + (f" ({left_out} far dearer ones: --json)" if left_out else "")
+        tables.append(Table(title=title, columns=("", ""), rows=[(one["axis"], one["why"]) for one in shown]))
+    counts = [(RULE_WORDS[rule], f"{num:,}") for rule, num in found.num_rejected.items()]
     counts = [
-        ("Layouts that divide", f"{found.num_families:,} (each with ZeRO, micro-batches, recomputation)"),
-        ("Left out by bounds", f"{found.num_pruned:,}"),
+        ("Layouts that divide", f"{found.num_families:,}"),
         ("Steps by the fast path", f"{found.num_evaluated:,}, {found.configs_per_s:,.0f} a second"),
-        ("Steps by the engine", f"{found.num_confirmed}"),
         *counts,
+        ("Steps by the engine", f"{found.num_confirmed}"),
     ]
     return [*tables, fields_table("What was tried, and what left out by which rule", counts)]
 

@@ -18,11 +18,26 @@ from moesim.errors import MoesimError, check
 from moesim.scenario import Scenario
 from moesim.study.plan_points import Judge, Miss, PlanPoint
 from moesim.study.plan_question import Offer, PlanQuestion
-from moesim.study.plan_search import Found, look_part, merged, parts_of, search_part, to_look_at
+from moesim.study.plan_search import Found, judged, look_part, merged, parts_of, search_part, to_look_at
 from moesim.study.plan_space import Space, telling
 
 Progress = Callable[[str], None]
 MOST_FINALISTS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A value of an axis that the cheapest does not have.
+
+    best: with it. winner: the cheapest, by the fast path where best is. alone: the cheapest with this value and nothing
+    else changed, by the fast path, or why that cannot be; None of a cluster.
+    """
+
+    axis: str
+    value: Any
+    best: PlanPoint
+    winner: PlanPoint
+    alone: PlanPoint | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +48,8 @@ class Plan:
     cheapest: PlanPoint | None
     fastest: PlanPoint | None
     pareto: tuple[PlanPoint, ...]  # cheapest first: each is faster than all before
-    rivals: tuple[tuple[str, Any, PlanPoint], ...]  # axis, value, the best with it (see moesim.study.plan_reasons)
+    rivals: tuple[Rival, ...]  # see moesim.study.plan_reasons
+    untried: tuple[str, ...]  # clusters on which nothing divides
     fallen: tuple[PlanPoint, ...]  # finalists that the engine does not confirm
     nearest: PlanPoint | None
     num_evaluated: int
@@ -101,7 +117,8 @@ def plan(question: PlanQuestion, executor: Executor, progress: Progress | None =
         cheapest=cheapest,
         fastest=fastest,
         pareto=pareto(point for point in known if not point.misses) if cheapest is not None else (),
-        rivals=_rivals([*known, *(point for point in points if point.misses)], cheapest),
+        rivals=_rivals(question, executor, points, confirmed, cheapest),
+        untried=tuple(offer.name for offer, one in zip(question.offers, found, strict=False) if not one.num_families),
         fallen=tuple(point for point in confirmed.values() if point.misses),
         nearest=min(missed, key=lambda point: point.nearness, default=None) if cheapest is None else None,
         num_evaluated=num_evaluated,
@@ -171,19 +188,38 @@ def pareto(points: Iterable[PlanPoint]) -> tuple[PlanPoint, ...]:
     return tuple(front)
 
 
-def _rivals(points: Sequence[PlanPoint], cheapest: PlanPoint | None) -> tuple[tuple[str, Any, PlanPoint], ...]:
+def _rivals(
+    question: PlanQuestion,
+    executor: Executor,
+    points: Sequence[PlanPoint],
+    confirmed: Mapping[int, PlanPoint],
+    cheapest: PlanPoint | None,
+) -> tuple[Rival, ...]:
     """For each value that the cheapest does not have, of each axis on its cluster, and of the clusters, the best with
-    it.
+    it. points: by the fast path.
     """
     if cheapest is None:
         return ()
     winner: dict[str, Any] = {"cluster": cheapest.cluster, **cheapest.settings}
+    by_fast = next(point for point in points if confirmed.get(id(point)) is cheapest)
     best: dict[tuple[str, Any], PlanPoint] = {}
-    for point in points:
+    for fast in points:
+        point = confirmed.get(id(fast), fast)
         for name, value in {"cluster": point.cluster, **telling(point.settings)}.items():
             if name != "cluster" and point.cluster != cheapest.cluster:
                 continue
             key = name, value
             if value != winner[name] and (key not in best or point.nearness < best[key].nearness):
                 best[key] = point
-    return tuple((name, value, point) for (name, value), point in best.items())
+    changed = [key for key in best if key[0] != "cluster"]
+    tried = [dict(cheapest.settings) | {name: value} for name, value in changed]
+    alone = executor.submit(judged, question, offer_of(question, cheapest), tried).result()
+    of_key = dict(zip(changed, alone, strict=True))
+    rivals = []
+    for (name, value), known in best.items():
+        own, point = of_key.get((name, value)), known
+        if isinstance(own, PlanPoint) and own.nearness < known.nearness:
+            point = own  # bounds left it out, which the search may do with all but the best
+        against = cheapest if point.is_confirmed else by_fast
+        rivals.append(Rival(axis=name, value=value, best=point, winner=against, alone=own))
+    return tuple(rivals)

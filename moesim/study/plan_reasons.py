@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moesim.study.plan import Plan
+from moesim.study.plan import Plan, Rival
 from moesim.study.plan_points import Miss, PlanPoint
 from moesim.units import format_bytes
 
+TOLD_APART = 0.01  # what the fast path is off by at most with balanced experts
 LIMIT_WORDS = {
     "memory": "free memory",
     "deadline": "days",
     "budget": "cost",
     "drops": "dropped assignments",
     "mfu": "MFU",
+}
+RULE_WORDS = {
+    "memory": "Of these, too little memory",
+    "deadline": "Of these, past the deadline",
+    "budget": "Of these, over the budget",
+    "drops": "Of these, too many drops",
+    "mfu": "Of these, below the MFU floor",
+    "refused": "Of these, refused",
+    "memory (bound)": "Left out: weights too large",
+    "deadline (bound)": "Left out: too slow at peak",
+    "budget (bound)": "Left out: too dear at peak",
+    "slower (bound)": "Left out: beaten already",
 }
 PART_WORDS = {
     "attention": "attention",
@@ -38,24 +51,36 @@ PART_WORDS = {
 def rejections(plan: Plan) -> list[dict[str, Any]]:
     """Every other value of every axis, and every other cluster, at its best: which rule it lost by, and why.
 
-    rule is ``dearer``, where value and limit are its price and the cheapest's, or the limit that its best breaks.
+    rule is ``dearer``, where value and limit are its price and the cheapest's, or the limit that its best breaks, or
+    ``divides`` of a cluster where no layout does.
     """
-    if plan.cheapest is None:
-        return []
-    ranked = sorted(plan.rivals, key=lambda rival: (rival[0], _order(rival[1])))
-    return [_rejection(name, value, point, plan.cheapest) for name, value, point in ranked]
+    ranked = sorted(plan.rivals, key=lambda rival: (rival.axis, _order(rival.value)))
+    return [_rejection(rival) for rival in ranked] + [_untried(name) for name in plan.untried]
 
 
-def _rejection(name: str, value: Any, point: PlanPoint, winner: PlanPoint) -> dict[str, Any]:
+def _untried(name: str) -> dict[str, Any]:
+    return {
+        "axis": "cluster",
+        "value_tried": name,
+        "config": {"cluster": name},
+        "rule": "divides",
+        "value": None,
+        "limit": None,
+        "why": f"nothing was tried on {name}: no layout divides its GPUs and the batch (see global_batch and the axes)",
+    }
+
+
+def _rejection(rival: Rival) -> dict[str, Any]:
+    point = rival.best
     miss = worst_miss(point)
     return {
-        "axis": name,
-        "value_tried": value,
+        "axis": rival.axis,
+        "value_tried": rival.value,
         "config": {"cluster": point.cluster, **point.settings},
         "rule": "dearer" if miss is None else miss.rule,
         "value": point.price if miss is None else miss.value,
-        "limit": winner.price if miss is None else miss.limit,
-        "why": why(name, value, point, winner),
+        "limit": rival.winner.price if miss is None else miss.limit,
+        "why": why(rival),
     }
 
 
@@ -64,34 +89,53 @@ def worst_miss(point: PlanPoint) -> Miss | None:
     return max(point.misses, key=lambda miss: miss.shortfall, default=None)
 
 
-def why(name: str, value: Any, point: PlanPoint, winner: PlanPoint) -> str:
-    """Why a value of an axis lost, from the parts of the two steps.
+def why(rival: Rival) -> str:
+    """Why a value of an axis lost, from the parts of two steps: of the cheapest, and of the cheapest with this value
+    alone changed, or where that keeps no limit, of the best with it.
 
-    >>> why("ep", 64, point, winner)  # doctest: +SKIP
-    'ep=32 beats ep=64: +12.0% cost; cross-node dispatch and combine 41% of the step, with ep=32 30%'
+    >>> why(rival)  # doctest: +SKIP
+    'ep=32 beats ep=64: +12.0% cost; cross-node dispatch and combine 41% of the step instead of 30%'
     """
+    name, point, winner, alone = rival.axis, rival.best, rival.winner, rival.alone
+    said = _said(name, rival.value)
     miss = worst_miss(point)
-    held = {"cluster": winner.cluster, **winner.settings}[name]
     if miss is not None:
-        return f"even the nearest with {_said(name, value)} breaks a limit: {miss_words(miss)}"
-    unit = "GPU-hours" if point.cost is None else "cost"
-    beats = f"{_said(name, held)} beats {_said(name, value)}: {point.price / winner.price - 1:+.1%} {unit}"
-    if name == "cluster" or point.cluster != winner.cluster:
+        return f"even the nearest with {said} breaks a limit: {miss_words(miss)}"
+    held = _said(name, {"cluster": winner.cluster, **winner.settings}[name])
+    more = point.price / winner.price - 1.0
+    beats = f"{held} beats {said}" if more >= TOLD_APART else f"{said} is as good as {held}, as far as can be told"
+    beats += f": {more:+.1%} {'GPU-hours' if point.cost is None else 'cost'}"
+    if alone is None or point.cluster != winner.cluster:
         speed = point.tokens_per_s_per_gpu / winner.tokens_per_s_per_gpu
         hourly = [one.price / one.gpu_hours for one in (point, winner)]
         priced = f", at {hourly[0] / hourly[1]:.2f} times the price of an hour" if point.cost is not None else ""
         return f"{beats}; {point.cluster} trains {speed:.2f} times the tokens a second and GPU{priced}"
+    rest = changed_words(name, point, winner)
+    if isinstance(alone, PlanPoint) and not alone.misses:
+        only = f" with nothing else changed {alone.price / winner.price - 1.0:+.1%}:" if rest else ""
+        return f"{beats};{only} {_most_longer(alone, winner)}"
+    assert rest, "what keeps all limits differs from what does not"
+    alone_misses = None if isinstance(alone, str) else worst_miss(alone)
+    alone_lacks = _rule(str(alone)) if alone_misses is None else miss_words(alone_misses)
+    return f"{beats}; with nothing else changed: {alone_lacks}; its best has {rest}: {_most_longer(point, winner)}"
+
+
+def _rule(reason: str) -> str:
+    """What a refusal says beside its owner, field, value and hint: those of `moesim.errors.InputError`."""
+    return reason.partition("; got")[0].split(": ", 2)[-1]
+
+
+def _most_longer(point: PlanPoint, winner: PlanPoint) -> str:
+    """The part of a step that takes most longer for a token than the winner's, in words."""
     own, other = seconds_per_token(point), seconds_per_token(winner)
     excess = {part: own[part] - other[part] for part in own}
     part = max(excess, key=lambda part: excess[part])
     if excess[part] <= 0:
-        return f"{beats}; no part of the step tells them apart"
-    shares = [seconds[part] / sum(seconds.values()) for seconds in (own, other)]
-    rest = changed_words(name, point, winner)
-    return (
-        f"{beats}; {_part_words(part, point)} {shares[0]:.0%} of the step, with {_said(name, held)} {shares[1]:.0%}"
-        + (f" ({rest})" if rest else "")
-    )
+        return "no part of the step is longer"
+    shares = [f"{seconds[part] / sum(seconds.values()):.0%}" for seconds in (own, other)]
+    if own[part] / sum(own.values()) <= other[part] / sum(other.values()) or shares[0] == shares[1]:
+        return f"{_part_words(part, point)} {excess[part] / sum(other.values()):+.1%} of a step"
+    return f"{_part_words(part, point)} {shares[0]} of the step instead of {shares[1]}"
 
 
 def seconds_per_token(point: PlanPoint) -> dict[str, float]:
@@ -102,10 +146,10 @@ def seconds_per_token(point: PlanPoint) -> dict[str, float]:
 
 
 def changed_words(name: str, point: PlanPoint, winner: PlanPoint) -> str:
-    """What else its best has to change: the settings beside the axis in which it differs."""
+    """The settings beside the axis in which a point differs from the winner."""
     changed = [f"{key}={value}" for key, value in point.settings.items() if value != winner.settings[key]]
     others = [text for text in changed if not text.startswith(f"{name}=")]
-    return "its best has " + ", ".join(others) if others else ""
+    return ", ".join(others)
 
 
 def _part_words(part: str, point: PlanPoint) -> str:

@@ -307,3 +307,11 @@ def look_part(question: PlanQuestion, offer: Offer, configurations: Sequence[Lea
     """Evaluate some configurations of an offer by the fast path; what a process of its own runs."""
     space = question.on(offer)
     return look(space, question, offer, Paths(space.base), configurations)
+
+
+def judged(question: PlanQuestion, offer: Offer, configurations: Sequence[Leaves]) -> list[PlanPoint | str]:
+    """Each configuration of an offer by the fast path: its point, or why there is none."""
+    base = question.on(offer).base
+    judge, steps = Judge(base, question, offer), Paths(base)(configurations)
+    pairs = zip(configurations, steps, strict=True)
+    return [step.reason if isinstance(step, Refused) else judge(leaves, step) for leaves, step in pairs]

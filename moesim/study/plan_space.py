@@ -113,7 +113,7 @@ def space_of(base: Scenario, *, min_gpus: int, max_gpus: int, asked: Leaves, dro
         "num_gpus": cluster_sizes(cluster.ranks_per_node, min_gpus, max_gpus),
         "tp": _doubling(cluster.ranks_per_node),
         "cp": _doubling(MOST_CP if long else 1),
-        "pp": _doubling(len(model.layers)),
+        "pp": _stages(len(model.layers), cluster.ranks_per_node),
         "ep": tuple(counts),
         "etp": (1,),
         "zero": ZEROS,
@@ -165,6 +165,18 @@ def _doubling(most: int) -> tuple[int, ...]:
     (1, 2, 4, 8)
     """
     return tuple(2**n for n in range(most.bit_length()))
+
+
+def _stages(most: int, ranks_per_node: int) -> tuple[int, ...]:
+    """Powers of two, and these times the odd part of a node's GPUs: with it replicas of a batch are powers of two.
+
+    >>> _stages(40, 72)
+    (1, 2, 4, 8, 9, 16, 18, 32, 36)
+    """
+    odd = ranks_per_node
+    while odd % 2 == 0:
+        odd //= 2
+    return tuple(sorted({stages * times for stages in _doubling(most) for times in (1, odd) if stages * times <= most}))
 
 
 def _recomputed(recompute: str) -> tuple[int, int, str]:
