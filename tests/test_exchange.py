@@ -148,7 +148,10 @@ def scenarios(draw: st.DrawFn, *, for_titan: bool = False) -> Scenario:
     leaves: dict[str, Any] = {"tp": tp, "pp": pp, "vpp": vpp, "cp": cp, "ep": ep, "etp": etp, "mtp": mtp}
     leaves |= {"zero": draw(st.sampled_from([*([0] if cp == 1 else []), 2, 3] if for_titan else [0, 1, 2, 3]))}
     leaves |= {"fsdp": True} if for_titan and leaves["zero"] else {}
-    leaves |= {"replicate": draw(st.sampled_from([1, 2]))} if leaves["zero"] == 1 or "fsdp" in leaves else {}
+    even = dp * cp * tp // (ep * etp) % 2 == 0
+    leaves |= (
+        {"replicate": draw(st.sampled_from([1, 2] if even else [1]))} if leaves["zero"] == 1 or "fsdp" in leaves else {}
+    )
     leaves |= {"gradients": draw(st.sampled_from(["fp32", "bf16"]))}
     leaves |= {
         "micro_batch": micro,

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from moesim.catalog.design import model_from_design
 from moesim.catalog.megatron_model import design_of, mapping_of_design, preset_like
 from moesim.catalog.models import load_model
 from moesim.describe.stages import held_of_text
-from moesim.describe.workload import Precision
+from moesim.describe.workload import GRAPH_MODULES, Precision
 from moesim.door.files import read_yaml
 from moesim.door.flags import Flags
-from moesim.errors import InputError, NotModelledError, check
+from moesim.errors import InputError, NotModelledError, check, near_match
 
 SIZES = {  # flat name of the scenario: flag
     "tp": "tensor-model-parallel-size",
@@ -48,6 +48,12 @@ OVERLAP_FLAGS: Mapping[str, str] = {  # name of the scenario's overlap: flag
     "shared_experts": "moe-shared-expert-overlap",
 }
 INSTANCES = "num-distributed-optimizer-instances"
+FP8_RECIPES: Mapping[str, Precision] = {
+    "delayed": "fp8_tensor",
+    "tensorwise": "fp8_tensor",
+    "blockwise": "fp8",
+    "mxfp8": "mxfp8",
+}
 SHARDING = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 
 FLAGS_FILE = Path(__file__).parent / "megatron.yaml"
@@ -65,6 +71,7 @@ class Imported:
     left_out: tuple[str, ...] = ()  # flags that change time or memory, and that no field says
     without_effect: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    near: Mapping[str, str] = field(default_factory=dict)  # known flags that an unknown one may mean, told as a hint
 
 
 @dataclass(kw_only=True)
@@ -108,6 +115,7 @@ def from_flags(flags: Flags, *, model: str | None = None, cluster: str, num_gpus
         scenario=scenario,
         design=design,
         assumed=tuple(found.assumed),
+        near={flag: f". {near_match(flag, _known())}" for flag in fates if fates[flag] == "unknown" and _near(flag)},
         **{
             fate: tuple(flag for flag in fates if fates[flag] == fate)
             for fate in ("left_out", "without_effect", "unknown")
@@ -119,6 +127,16 @@ def from_flags(flags: Flags, *, model: str | None = None, cluster: str, num_gpus
 def _patterns() -> Mapping[str, re.Pattern[str]]:
     """What an import makes of a flag, and which flags those are, in the order in which they are looked up."""
     return {fate: re.compile("|".join(names)) for fate, names in read_yaml(FLAGS_FILE).items()}
+
+
+@cache
+def _known() -> tuple[str, ...]:
+    """The flags that are known by their whole names."""
+    return tuple(name for names in read_yaml(FLAGS_FILE).values() for name in names if re.fullmatch(r"[\w-]+", name))
+
+
+def _near(flag: str) -> bool:
+    return near_match(flag, _known()).startswith("Did you mean")
 
 
 def _fate(flag: str) -> str:
@@ -235,11 +253,36 @@ def _read_train(flags: Flags, found: _Found) -> None:
     into |= {"fused_loss": True} if "cross-entropy-loss-fusion" in flags else {}
     states = _optimizer(flags)
     into |= {"optimizer": states} if states else {}
+    if "activation-func-fp8-input-store" in flags:
+        into["kept"] = {"activation_input": "fp8"}
+    if "optimizer-cpu-offload" in flags:
+        whole = flags.one("optimizer-offload-fraction") or "1.0"
+        if float(whole) != 1.0:
+            raise NotModelledError(f"{flags.owner}: --optimizer-offload-fraction: {whole}, a part, is not modelled")
+        into["offload"] = "optimizer"
+        found.assumed.append("states that stream to the GPU for their update in place of an update on the host")
+    graphs = _graphs(flags)
+    into |= {"cuda_graphs": graphs} if graphs else {}
+
+
+def _graphs(flags: Flags) -> str:
+    """The modules that CUDA graphs hold, where the flags name them."""
+    scopes = [name for value in flags.values.get("cuda-graph-scope", ()) for name in value.split(",")]
+    if flags.one("cuda-graph-impl") in (None, "none") or not scopes:
+        return ""
+    if any("full" in scope for scope in scopes):
+        return "full"
+    unknown = [scope for scope in scopes if scope not in GRAPH_MODULES]
+    if unknown:
+        raise NotModelledError(f"{flags.owner}: --cuda-graph-scope: {' '.join(unknown)} is not modelled")
+    return ",".join(scopes)
 
 
 def _optimizer(flags: Flags) -> dict[str, str]:
     """Number formats of gradients and states, where they are not fp32."""
     states = {"gradients": "bf16"} if "grad-reduce-in-bf16" in flags else {}
+    gathers = {"fp8-param-gather": "fp8-format", "fp4-param": "fp4-format", "fp4-param-gather": "fp4-format"}
+    states |= {"weights": "narrow"} if any(f in flags and needed in flags for f, needed in gathers.items()) else {}
     if "use-precision-aware-optimizer" not in flags:
         return states
     rule = "must be one of fp32, bf16, fp8"
@@ -249,29 +292,25 @@ def _optimizer(flags: Flags) -> dict[str, str]:
     main = flags.one("main-params-dtype") or "fp32"
     if main != "fp32":
         raise NotModelledError(f"{flags.owner}: --main-params-dtype: {main} is not modelled")
-    # Megatron keeps only the bits that a bf16 weight lacks.
-    return states | {"main_weights": "remainder", "moments": moments.pop()}
+    # Megatron keeps only the bits that a bf16 weight lacks; a narrow one has none of them.
+    main = "remainder" if "weights" not in states else "fp32"
+    return states | {"main_weights": main, "moments": moments.pop()}
 
 
 def _precision(flags: Flags, found: _Found) -> str:
-    """The narrowest that the flags name and moesim knows."""
-    recipe = flags.one("fp8-recipe") or "delayed"
-    rule = "needs --fp8-format"
-    check(
-        "fp8-recipe" not in flags or "fp8-format" in flags or "fp4-format" in flags,
-        flags.owner,
-        "--fp8-recipe",
-        rule,
-        recipe,
-    )
-    asked = "nvfp4" if "fp4-format" in flags else ("mxfp8" if recipe == "mxfp8" else "fp8")
-    if "fp4-format" not in flags and "fp8-format" not in flags:
+    """The narrowest that the flags name."""
+    recipe, is_fp4 = flags.one("fp8-recipe") or "delayed", "fp4-format" in flags
+    given = "fp8-format" in flags or is_fp4
+    check("fp8-recipe" not in flags or given, flags.owner, "--fp8-recipe", "needs --fp8-format", recipe)
+    if not given:
         return "bf16"
-    known = get_args(Precision)
-    if asked in known:
-        return asked
-    found.assumed.append(f"precision fp8 in place of {asked}")
-    return "fp8"
+    if is_fp4:
+        return "nvfp4"
+    if recipe not in FP8_RECIPES:
+        raise NotModelledError(f"{flags.owner}: --fp8-recipe: {recipe} is not modelled; {', '.join(FP8_RECIPES)} are")
+    if recipe == "delayed":
+        found.assumed.append("scales from each tensor's own largest element in place of delayed ones")
+    return FP8_RECIPES[recipe]
 
 
 def _recompute(flags: Flags) -> str:

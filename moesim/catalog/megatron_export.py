@@ -72,7 +72,16 @@ def to_flags(model: Model, parallel: Parallelism, train: Training, routing: Rout
     unsaid += [f"train.overlap: {name}" for name in train.overlaps if name not in OVERLAP_FLAGS]
     training |= {"cross-entropy-loss-fusion": ()} if train.fused_loss else {}
     training |= _optimizer_flags(train.optimizer, unsaid)
-    unsaid += [f"train.offload: {train.offload}"] if train.offload != "none" else []
+    training |= {"optimizer-cpu-offload": ()} if "optimizer" in train.offloaded else {}
+    unsaid += ["train.offload: activations"] if "activations" in train.offloaded else []
+    training |= {"activation-func-fp8-input-store": ()} if train.kept.activation_input == "fp8" else {}
+    if train.kept.attention_output != "bf16":
+        unsaid.append(f"train.kept.attention_output: {train.kept.attention_output}")
+    unsaid += ["train.documents"] if train.documents is not None else []
+    if train.cuda_graphs != "none":
+        scope = train.graphed_modules or ("full_iteration",)
+        training |= {"cuda-graph-impl": ("local" if train.cuda_graphs == "full" else "transformer_engine",)}
+        training["cuda-graph-scope"] = tuple(scope)
     if train.schedule != "1f1b":
         unsaid.append(f"train.schedule: {train.schedule}")
     sections = {"MODEL": described, "PARALLEL": layout, "TRAINING": training}
@@ -98,8 +107,8 @@ def _precision_flags(precision: str) -> dict[str, Values]:
         return {}
     if precision == "nvfp4":
         return {"fp4-format": ("e2m1",)}
-    flags: dict[str, Values] = {"fp8-format": ("hybrid",)}
-    return flags | ({"fp8-recipe": ("mxfp8",)} if precision == "mxfp8" else {"fp8-recipe": ("blockwise",)})
+    recipe = {"fp8_tensor": "tensorwise", "fp8": "blockwise"}.get(precision, precision)
+    return {"fp8-format": ("hybrid",), "fp8-recipe": (recipe,)}
 
 
 def _recompute_flags(train: Training) -> dict[str, Values]:
@@ -117,7 +126,10 @@ def _recompute_flags(train: Training) -> dict[str, Values]:
 
 def _optimizer_flags(optimizer: Optimizer, unsaid: list[str]) -> dict[str, Values]:
     flags: dict[str, Values] = {"grad-reduce-in-bf16": ()} if optimizer.gradients == "bf16" else {}
-    if optimizer.main_weights == "remainder":
+    flags |= {"fp8-param-gather": ()} if optimizer.weights == "narrow" else {}
+    unsaid += [f"train.optimizer.average: {optimizer.average}"] if optimizer.average != "none" else []
+    is_lean = optimizer.moments != "fp32" and optimizer.weights == "narrow" and optimizer.main_weights == "fp32"
+    if optimizer.main_weights == "remainder" or is_lean:
         kept = (optimizer.moments,)
         return flags | {"use-precision-aware-optimizer": (), "exp-avg-dtype": kept, "exp-avg-sq-dtype": kept}
     if optimizer.main_weights != "fp32" or optimizer.moments != "fp32":

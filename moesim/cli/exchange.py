@@ -42,7 +42,10 @@ OUT_HELP = "Write scenario.yaml into this folder, and model.yaml where no preset
 def import_megatron(
     call: Call,
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Shell script, or YAML or JSON of arguments.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Shell script, YAML or JSON of flags, or Megatron-Bridge's YAML.", show_default=False
+        ),
     ],
     model: ModelOption = None,
     cluster: ClusterOption = "h100-8x-ib400",
@@ -56,6 +59,7 @@ def import_megatron(
 ) -> Answer:
     """Read Megatron-LM's flags into a scenario; say which of them were left out, and which are unknown."""
     from moesim.catalog.megatron import from_flags
+    from moesim.catalog.megatron_bridge import flags_in_bridge, is_bridge
     from moesim.door.files import read_json, read_text, read_yaml
     from moesim.door.flags import flags_of_mapping, flags_of_script
 
@@ -67,7 +71,7 @@ def import_megatron(
     owner = str(file)
     if file.suffix in (".yaml", ".yml", ".json"):
         raw = read_json(file) if file.suffix == ".json" else read_yaml(file)
-        flags = flags_of_mapping(raw, owner, defined)
+        flags = flags_of_mapping(flags_in_bridge(raw, owner) if is_bridge(raw) else raw, owner, defined)
     else:
         flags = flags_of_script(read_text(file), owner, defined)
     check(bool(flags.values), owner, "", "must hold flags such as --num-layers 32", "none")
@@ -164,7 +168,7 @@ def _imported(call: Call, found: Imported, file: Path) -> Answer:
         "assumed": found.assumed,
         "left out": tuple(f"{name} (changes time or memory)" for name in found.left_out),
         "without effect": (", ".join(found.without_effect),) if found.without_effect else (),
-        "unknown": found.unknown,
+        "unknown": tuple(f"{name}{found.near.get(name, '')}" for name in found.unknown),
     }
     return Answer(
         inputs={"file": str(file)},

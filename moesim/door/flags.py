@@ -17,9 +17,13 @@ from moesim.errors import InputError, check
 Values = tuple[str, ...]
 MAX_FLAGS = 10_000
 _ASSIGNMENT = re.compile(r"(?:export\s+|local\s+|declare\s+)?([A-Za-z_]\w*)\+?=(.*)", re.DOTALL)
-_VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^{}]*))?\}|\$(\w+)")
+_LAUNCHERS = ("srun", "sbatch", "mpirun", "mpiexec", "docker", "nohup", "exec")
+_PROGRAMS = ("bash", "sh", "python", "python3", "torchrun")
+_COMMAND = re.compile(r"(python3?|torchrun|bash)\s.*--", re.DOTALL)  # in quotes, as bash -c takes it
+_VARIABLE = re.compile(r"\$\{(\w+)(?::?[-=]([^{}]*))?\}|\$(\w+)")
 _SUM = re.compile(r"\$\(\(([\w\s$*/+-]+)\)\)")
 _ENDS = (")", ");", ";", "&&", "||", "|", "&", "}", "fi", "done")
+_LABEL = re.compile(r"\(?--[\w-]+(=\*)?(\|--?[\w-]+(=\*)?)*\).*")  # of a case statement
 _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -64,13 +68,10 @@ def flags_of_script(text: str, owner: str, defined: Mapping[str, str] | None = N
     fixed = dict(defined or {})
     found: dict[str, Values] = {}
     for number, line in _logical_lines(text):
-        assignment = _ASSIGNMENT.fullmatch(line)
-        if assignment and "--" not in assignment[2] and not assignment[2].startswith("("):
-            try:
-                words = shlex.split(assignment[2], comments=True)
-            except ValueError:
-                continue
-            variables[assignment[1]] = _expanded(" ".join(words), variables | fixed)
+        assignments = _assignments(line)
+        if assignments:
+            for name, value in assignments:
+                variables[name] = _expanded(value, variables | fixed)
             continue
         for name, values in _flags_of_line(line, owner, number):
             spelt = tuple(_expanded(value, variables | fixed) for value in values)
@@ -81,7 +82,8 @@ def flags_of_script(text: str, owner: str, defined: Mapping[str, str] | None = N
 def flags_of_mapping(raw: object, owner: str, defined: Mapping[str, str] | None = None) -> Flags:
     """The flags of a YAML or JSON file of arguments: names with or without dashes, in sections or not.
 
-    true is a flag without a value; false and null are none. Names all in capitals are variables. Raises InputError.
+    true is a flag without a value, in a script too; false and null are none. Names all in capitals are variables.
+    Raises InputError.
     """
     check(isinstance(raw, Mapping), owner, "", "must be a mapping of flags to values", type(raw).__name__)
     variables: dict[str, str] = {}
@@ -105,10 +107,31 @@ def flags_of_mapping(raw: object, owner: str, defined: Mapping[str, str] | None 
 
 def _add(found: dict[str, Values], name: str, values: Values, owner: str) -> None:
     name = name.replace("_", "-")
+    if values in (("false",), ("False",)):
+        return
+    values = () if values in (("true",), ("True",)) else values
     given = found.setdefault(name, values)
     rule = "stands twice with different values, such as in two branches of the script"
     check(given == values, owner, f"--{name}", rule, f"{' '.join(given)} and {' '.join(values)}")
     check(len(found) <= MAX_FLAGS, owner, "", f"must hold at most {MAX_FLAGS} flags", len(found))
+
+
+def _assignments(line: str) -> list[tuple[str, str]]:
+    """The plain assignments that a line consists of, several after export or between semicolons; none of any other
+    line, nor of one that assigns an array or flags.
+    """
+    whole = _ASSIGNMENT.fullmatch(line)
+    if whole is None or "--" in line or whole[2].startswith("("):
+        return []
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:
+        return []
+    parts = [word.rstrip(";") for word in words if word not in ("export", "local", "declare", ";")]
+    found = [_ASSIGNMENT.fullmatch(part) for part in parts]
+    if all(found):
+        return [(match[1], match[2]) for match in found if match]
+    return [(whole[1], " ".join(shlex.split(whole[2], comments=True)))]
 
 
 def _logical_lines(text: str) -> list[tuple[int, str]]:
@@ -134,7 +157,7 @@ def _logical_lines(text: str) -> list[tuple[int, str]]:
 
 def _flags_of_line(line: str, owner: str, number: int) -> list[tuple[str, list[str]]]:
     """Flags that stand on one line with their values; words before the first flag mean nothing."""
-    if "--" not in line:
+    if "--" not in line or _LABEL.fullmatch(line.strip()):
         return []
     line = re.sub(r"^[A-Za-z_]\w*\+?=\(?", " ", line)  # NAME=( ... and NAME="...
     for quote in "\"'":  # a text of flags in quotes is flags
@@ -144,9 +167,15 @@ def _flags_of_line(line: str, owner: str, number: int) -> list[tuple[str, list[s
         words = shlex.split(line, comments=True)
     except ValueError:
         raise InputError(owner, f"line {number}", "must close its quotes", line[:60]) from None
+    if words and words[0] in _LAUNCHERS:  # whose own flags come first
+        begins = (i for i, word in enumerate(words) if word in _PROGRAMS or word.endswith(".py"))
+        words = words[next(begins, len(words)) :]
+    words = [own for word in words for own in (word.split() if _COMMAND.match(word) else [word])]
     found: list[tuple[str, list[str]]] = []
     is_open = False  # whether the next word may be a value of the last flag
     for word in words:
+        if word.startswith("--") and word.count(")") > word.count("("):  # the array's own parenthesis
+            word = word.rstrip(";").removesuffix(")")
         is_variable = re.fullmatch(r"\$\{?\w+(\[@\])?\}?", word) is not None
         if (match := _FLAG.fullmatch(word)) is not None:
             found.append((match[1], [] if match[2] is None else [match[2]]))
