@@ -72,7 +72,7 @@ python -u pretrain_gpt.py {V3} --moe-layer-freq '([0]*3+[1]*58)' {RUN} --world-s
                 "precision": "fp8",
                 "kept": {"activation_input": "fp8"},
                 "optimizer": {"weights": "narrow", "moments": "bf16", "main_weights": "fp32"},
-                "recompute": "mla_up_proj,layernorm,moe_act",
+                "recompute": "mla_up_proj,moe_act,layernorm",
                 "mtp": True,
             },
             "routing": {"dispatcher": "deepep"},
