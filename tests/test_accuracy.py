@@ -19,7 +19,7 @@ from moesim.report.accuracy_figures import predicted_measured
 from moesim.report.accuracy_page import accuracy_section, write_section
 from moesim.scenario import Scenario
 from moesim.study.accuracy import (
-    KINDS,
+    WITH_SCORES,
     Accuracy,
     Kind,
     NotExpressed,
@@ -47,7 +47,7 @@ def row_of(name: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def carried() -> dict[Kind, Accuracy]:
-    return {kind: score(kind, carried_cases(kind), kind) for kind in KINDS}
+    return {kind: score(kind, carried_cases(kind), kind) for kind in WITH_SCORES}
 
 
 def test_the_committed_scores_are_those_of_the_carried_rows(carried: dict[Kind, Accuracy]) -> None:
@@ -206,7 +206,7 @@ def test_the_page_names_worst_rows_groups_and_rows_without_a_prediction(carried:
 
 def test_the_page_in_docs_was_made_from_these_scores() -> None:
     text = (ROOT / "docs" / "accuracy.md").read_text()
-    for kind in KINDS:
+    for kind in WITH_SCORES:
         rows = [score for score in scores() if score.kind == kind]
         assert f"\n{len(rows)} rows, " in text, kind
 
@@ -230,6 +230,18 @@ def test_the_verb_prints_rows_and_summary_as_json_and_writes_page_and_figure(
     assert all(keys <= set(row) for row in result["rows"])
     assert result["summary"]["num_rows"] == 12
     assert {path.name for path in out.iterdir()} == {"results.json", "accuracy.md", "accuracy-layer.svg"}
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("memory", "bytes"), ("trace", "s")])
+def test_the_verb_scores_peaks_and_the_trace_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str, unit: str
+) -> None:
+    status, text, _ = run(capsys, "accuracy", "--kind", kind, "--json", "--out", str(tmp_path))
+    rows = json.loads(text)["result"]["rows"]
+    assert status == 0
+    assert {row["unit"] for row in rows} == {unit}
+    assert len(rows) + len(json.loads(text)["result"]["not_expressed"]) == len(carried_cases(kind))  # type: ignore[arg-type]
+    assert f"| `{rows[0]['id']}` |" in (tmp_path / "accuracy.md").read_text()
 
 
 def test_the_verb_scores_a_table_of_one_s_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from moesim.errors import InputError
 from moesim.report.accuracy_figures import predicted_measured
 from moesim.report.accuracy_page import accuracy_section, trace_section, write_section
 from moesim.report.memory_page import memory_section
-from moesim.study.accuracy import CARRIED, KINDS, Accuracy, carried_cases, score, summarise_errors
+from moesim.study.accuracy import CARRIED, WITH_SCORES, Accuracy, carried_cases, score, summarise_errors
 from moesim.study.accuracy_dispatch import express, has_fit_setting, scored
 from moesim.study.accuracy_memory import memory_rows
 from moesim.study.accuracy_step import FITS
@@ -86,7 +86,7 @@ def said_of(accuracy: Accuracy) -> list[str]:
 
 
 if __name__ == "__main__":
-    accuracies = [score(kind, carried_cases(kind), f"carried {kind}") for kind in KINDS]
+    accuracies = [score(kind, carried_cases(kind), f"carried {kind}") for kind in WITH_SCORES]
     write_text_atomically(SCORES, "\n".join(score_lines(accuracies)) + "\n")
     for accuracy in accuracies:
         figure = f"figures/accuracy-{accuracy.kind}.svg"

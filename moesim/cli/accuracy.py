@@ -34,7 +34,7 @@ def accuracy(
         typer.Option(metavar="FILE.csv", help="Measurements to score; without it those that moesim carries."),
     ] = None,
     kind: Annotated[
-        str, typer.Option(metavar="training|layer|dispatch", help="What was measured.", show_default=True)
+        str, typer.Option(metavar="training|layer|dispatch|memory|trace", help="What was measured.", show_default=True)
     ] = "training",
     measured: Annotated[
         bool, typer.Option("--measured", help="Score every row of the optional extra's tables (kind dispatch).")

@@ -17,7 +17,6 @@ from moesim.report.style import (
     new_figure,
     signed_percent,
 )
-from moesim.units import format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,11 +38,17 @@ PART_COLOURS = {
     "host": COLOURS["host"],
     "others": COLOURS["other"],
 }
-WHAT = {"dispatch": "Exchanges alone", "layer": "One MoE layer", "training": "Whole training steps"}
+WHAT = {
+    "dispatch": "Exchanges alone",
+    "layer": "One MoE layer",
+    "training": "Whole training steps",
+    "memory": "Peak memory",
+    "trace": "DeepSeek-V3's overlapped pair",
+}
 
 
 def predicted_measured(accuracy: Accuracy) -> Picture:
-    """Predicted over measured seconds of every row, and beside it the signed errors of the tested rows, worst first.
+    """Predicted over measured values of every row, and beside it the signed errors of the tested rows, worst first.
 
     Needs at least one row.
     """
@@ -51,8 +56,10 @@ def predicted_measured(accuracy: Accuracy) -> Picture:
     errors = np.array([row.error_fraction for row in tested])
     median, p90 = np.median(np.abs(errors)), np.quantile(np.abs(errors), 0.9)
     fitted = len(accuracy.rows) - len(accuracy.tested)
-    what = WHAT[accuracy.kind]
-    title = f"{what}: half of {len(tested)} tested rows within {median:.0%} of the measured time, nine in ten {p90:.0%}"
+    what, unit = WHAT[accuracy.kind], "peak" if tested[0].unit == "bytes" else "time"
+    title = (
+        f"{what}: half of {len(tested)} tested rows within {median:.0%} of the measured {unit}, nine in ten {p90:.0%}"
+    )
     with house_style():
         figure = new_figure(9.6, 4.6)
         headline(figure, title)
@@ -86,7 +93,7 @@ def _scatter(axes: Axes, accuracy: Accuracy) -> None:
             )
     axes.set(xscale="log", yscale="log", xlim=span, ylim=span, xlabel="measured", ylabel="predicted")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: format_seconds(value))
+        axis.set_major_formatter(lambda value, _: accuracy.rows[0].words(value))
         axis.set_minor_formatter(lambda *_: "")
     light_grid(axes, "both")
     axes.legend(loc="upper left")

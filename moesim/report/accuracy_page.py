@@ -31,6 +31,8 @@ TITLES = {
     "dispatch": "Exchanges alone: dispatch, combine and NCCL collectives",
     "layer": "One MoE layer",
     "training": "Whole training steps",
+    "memory": "Peak memory",
+    "trace": "One overlapped pair of DeepSeek-V3",
 }
 
 
@@ -104,7 +106,7 @@ def _part_table(accuracy: Accuracy) -> list[str]:
 
 def _row_table(rows: Sequence[AccuracyRow]) -> list[str]:
     body = [
-        f"| `{row.id}` | {format_seconds(row.predicted)} | {format_seconds(row.measured)} | "
+        f"| `{row.id}` | {row.words(row.predicted)} | {row.words(row.measured)} | "
         f"{row.error_fraction:+.1%} | {'; '.join(row.reasons) or 'inside'} |"
         for row in rows
     ]

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from moesim.report.tables import _table as table_of
 from moesim.study.accuracy import Accuracy
-from moesim.units import format_seconds
 
 if TYPE_CHECKING:
     from great_tables import GT
@@ -32,8 +31,8 @@ def worst(accuracy: Accuracy) -> GT:
     rows = accuracy.rows[:NUM_WORST]
     frame = {
         "Row": [row.id for row in rows],
-        "Predicted": [format_seconds(row.predicted) for row in rows],
-        "Measured": [format_seconds(row.measured) for row in rows],
+        "Predicted": [row.words(row.predicted) for row in rows],
+        "Measured": [row.words(row.measured) for row in rows],
         "Error": [f"{row.error_fraction:+.1%}" for row in rows],
         "Part in a fit": ["yes" if row.used_in_fit else "" for row in rows],
         "Not modelled": ["; ".join(row.reasons) for row in rows],

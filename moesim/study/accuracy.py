@@ -16,13 +16,17 @@ import numpy as np
 from moesim.catalog.scores import Likeness
 from moesim.door.records import Record, read_records
 from moesim.errors import check, near_match
+from moesim.units import format_bytes, format_seconds
 
-Kind = Literal["dispatch", "layer", "training"]
+Kind = Literal["dispatch", "layer", "training", "memory", "trace"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+WITH_SCORES: tuple[Kind, ...] = ("dispatch", "layer", "training")  # whose rows other questions are compared with
 NEEDED: Mapping[Kind, tuple[str, ...]] = {
     "dispatch": ("op", "gpu", "ep_size"),
     "layer": ("gpu", "forward_ms", "ep"),
     "training": ("id", "model", "gpu"),
+    "memory": ("id", "gpu", "peak", "peak_unit"),
+    "trace": ("id", "what", "ms"),
 }
 BINDS_FROM = 0.2  # of a step: from here on a part besides kernels names the row
 CARRIED = Path(__file__).parent.parent / "catalog" / "measurements"
@@ -30,7 +34,9 @@ CARRIED = Path(__file__).parent.parent / "catalog" / "measurements"
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyRow:
-    """One measurement and its prediction [s]. group: what its errors are summed up with (a release and operation)."""
+    """One measurement and its prediction, in its unit. group: what its errors are summed up with (a release and
+    operation).
+    """
 
     id: str
     group: str
@@ -43,10 +49,15 @@ class AccuracyRow:
     like: Likeness  # what other questions are compared with
     parts_s: Mapping[str, float] = field(default_factory=dict)  # of the prediction, by what the GPU does
     left_out_error: float | None = None  # with constants fitted without any row of its release; None: none was fitted
+    unit: Literal["s", "bytes"] = "s"
 
     @property
     def error_fraction(self) -> float:
         return self.predicted / self.measured - 1.0
+
+    def words(self, value: float) -> str:
+        """A value of this row's unit."""
+        return format_bytes(value) if self.unit == "bytes" else format_seconds(value)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -54,7 +65,7 @@ class AccuracyRow:
             "group": self.group,
             "predicted": self.predicted,
             "measured": self.measured,
-            "unit": "s",
+            "unit": self.unit,
             "error_fraction": self.error_fraction,
             "inside_envelope": self.inside_envelope,
             "used_in_fit": self.used_in_fit,
@@ -189,8 +200,9 @@ def rows_by_part(accuracy: Accuracy) -> dict[str, tuple[AccuracyRow, ...]]:
 def score(kind: Kind, cases: Sequence[Record], owner: str) -> Accuracy:
     """Predict every row of a table of measurements and set it beside what was measured; the worst row first.
 
-    kind ``dispatch``: exchanges and collectives alone; ``layer``: one MoE layer; ``training``: whole steps. Raises
-    InputError for a table that does not have the kind's columns.
+    kind ``dispatch``: exchanges and collectives alone; ``layer``: one MoE layer; ``training``: whole steps; ``memory``:
+    peaks; ``trace``: kernels of DeepSeek-V3's overlapped pair. Raises InputError for a table that does not have the
+    kind's columns.
     """
     check(kind in KINDS, "accuracy", "kind", "must be one of " + ", ".join(KINDS), kind, near_match(kind, KINDS))
     predict = _predictor(kind)
@@ -212,6 +224,10 @@ def _predictor(kind: Kind) -> Predict:
             from moesim.study.accuracy_layer import predict
         case "training":
             from moesim.study.accuracy_training import predict
+        case "memory":
+            from moesim.study.accuracy_memory import predict
+        case "trace":
+            from moesim.study.accuracy_trace import predict
     return predict
 
 

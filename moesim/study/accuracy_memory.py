@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moesim.catalog.hardware import load_cluster
 from moesim.cost.activations import layer_tensors, workspace_bytes
 from moesim.cost.moments import Moment, forward_moments, layer_moments
 from moesim.cost.precision import LAYOUTS, RECIPES
@@ -22,6 +23,7 @@ from moesim.door.records import Record
 from moesim.errors import InputError
 from moesim.metrics.memory import memory_by_stage
 from moesim.scenario import Scenario
+from moesim.study.accuracy import AccuracyRow, Likeness, NotExpressed, Prediction
 from moesim.study.accuracy_cases import catalog_gpu, catalog_model, default_cluster, given, number, whole
 from moesim.timeline.load import step_load
 from moesim.units import GIB, MILLI, parse_quantity
@@ -69,6 +71,33 @@ def memory_rows(records: Sequence[Record], owner: str) -> tuple[MemoryRow, ...]:
     return tuple(_row(record, f"{owner}: {record.get('id', '?')}") for record in records)
 
 
+def predict(row: Record, owner: str) -> list[Prediction]:
+    """One row, or why there is no prediction."""
+    try:
+        found, gpu = _row(row, owner), catalog_gpu(row, owner)
+        ranks = max(whole(row, "n_gpus", owner, default=1), whole(row, "ep", owner, default=1))
+    except InputError as error:
+        return [NotExpressed(id=row.get("id") or "?", reason=f"{error.field} {error.rule}: {error.got}")]
+    return [
+        AccuracyRow(
+            id=found.id,
+            group=found.group,
+            predicted=found.predicted_bytes,
+            measured=found.measured_bytes,
+            unit="bytes",
+            inside_envelope=True,
+            used_in_fit=False,
+            source=found.source,
+            like=Likeness(
+                gpu=gpu,
+                is_moe="MoE" in found.group,
+                crosses_nodes=ranks > load_cluster(default_cluster(gpu)).ranks_per_node,
+                precision="fp8" if "fp8" in row.get("precision", "").lower() else "bf16",
+            ),
+        )
+    ]
+
+
 def _row(record: Record, owner: str) -> MemoryRow:
     is_layer = bool(record.get("tokens_per_rank"))
     predicted, moment, kind = _layer(record, owner) if is_layer else _step(record, owner)
@@ -109,7 +138,6 @@ def express(record: Record, owner: str) -> Scenario:
     multiple = VOCAB_MULTIPLE * tp
     # The tokenizer adds an end of text; the table is padded for the tensor-parallel ranks.
     model = dataclasses.replace(model, vocab=-(-(model.vocab + 1) // multiple) * multiple)
-    recompute = record.get("recompute", "")
     recompute = record.get("recompute", "")
     leaves: dict[str, Any] = {name: record[name] for name in ("gradients", "main_weights", "moments") if record[name]}
     if cp > 1:

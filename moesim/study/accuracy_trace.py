@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from moesim.describe.model import MoeFfn
 from moesim.door.records import Record
 from moesim.errors import check
 from moesim.scenario import Scenario
+from moesim.study.accuracy import AccuracyRow, Likeness, NotExpressed, Prediction
 from moesim.timeline.overlap import EXCHANGES
 from moesim.timeline.phases import OperationTimes
 from moesim.timeline.step import run_step
@@ -35,10 +37,11 @@ STAGE = 7  # holds four MoE layers of each direction
 FIRST_MOE_LAYER = 3
 # As arXiv 2412.19437 section 3.2.3 says; the trace has 64 dense products, 56 of layers and 8 up-projections again.
 RECOMPUTED = "layernorm,mla_up_proj,moe_act"
+BOUNDS = ("span of kernels alone", "span with Megatron's losses")
 KINDS = (
     *("dispatch", "dispatch forward", "dispatch of gradients", "combine", "wait"),
     *("grouped products", "dense products", "weight gradients", "attention", "casts", "permute", "memory-bound"),
-    *("exposed communication", "computing", "span", "span of kernels alone", "span with Megatron's losses"),
+    *("exposed communication", "computing", "span", *BOUNDS),
 )
 FIT_ROUNDS = 3
 FITTED: Mapping[str, ConstantName] = {"memory-bound": "stream_fraction", "dense products": "product_fraction"}
@@ -85,27 +88,53 @@ def trace_scenario() -> Scenario:
     return scenario.with_(cluster=replace(scenario.cluster, derates=derates))
 
 
+def predict(row: Record, owner: str) -> list[Prediction]:
+    """One kind of kernel, or why it is no prediction. Raises InputError as ``trace_rows`` does."""
+    (found,) = trace_rows([row], owner)
+    if found.id in BOUNDS:
+        return [NotExpressed(id=found.id, reason="is a bound beside the prediction")]
+    return [
+        AccuracyRow(
+            id=found.id,
+            group=f"trace, {'wait and exposure' if found.id in ('wait', 'exposed communication') else 'kernels'}",
+            predicted=found.predicted_s,
+            measured=found.measured_s,
+            inside_envelope=True,
+            used_in_fit=found.used_in_fit,
+            source=found.source,
+            like=Likeness(gpu="h800", is_moe=True, crosses_nodes=True, precision="fp8"),
+        )
+    ]
+
+
 def trace_rows(cases: Sequence[Record], owner: str = "trace.csv") -> tuple[TraceRow, ...]:
     """Every measured kind beside its prediction. Raises InputError for a kind that is not known."""
     for row in cases:
         rule = f"must be one of {', '.join(KINDS)}"
         check(row.get("id", "") in KINDS, owner, "id", rule, row.get("id", ""))
-    scenario = trace_scenario()
-    constants = step_constants(scenario.cluster.gpu.name, "deepseek")
-    predicted = _with_starts_idle(predicted_kinds(scenario, constants), scenario, constants)
-    predicted["span of kernels alone"] = predicted_pair(run_step(scenario, constants=NO_LOSS))["span"]
-    predicted["span with Megatron's losses"] = predicted_pair(run_step(scenario.with_(software="megatron")))["span"]
+    predicted = _predicted()
     return tuple(
         TraceRow(
             id=row["id"],
             what=row["what"],
             predicted_s=predicted[row["id"]],
             measured_s=float(row["ms"]) * MILLI,
-            source=row["source"],
+            source=row.get("source", ""),
             used_in_fit=row["id"] in rows_of_fit("deepseek"),
         )
         for row in cases
     )
+
+
+@cache
+def _predicted() -> Mapping[str, float]:
+    """Seconds of KINDS."""
+    scenario = trace_scenario()
+    constants = step_constants(scenario.cluster.gpu.name, "deepseek")
+    predicted = _with_starts_idle(predicted_kinds(scenario, constants), scenario, constants)
+    predicted["span of kernels alone"] = predicted_pair(run_step(scenario, constants=NO_LOSS))["span"]
+    predicted["span with Megatron's losses"] = predicted_pair(run_step(scenario.with_(software="megatron")))["span"]
+    return predicted
 
 
 def fitted_on_trace(cases: Sequence[Record]) -> Mapping[str, tuple[ConstantName, float]]:
