@@ -189,7 +189,7 @@ gap_figures.about_gap(study.gap)
 
 # %%
 if scenario.model.is_moe:
-    display(load_figures.load_map(study.step, scenario.model.moe_layers))
+    display(load_figures.load_map(study.step, study.load_layers))
 
 # %%
 if scenario.model.is_moe:

@@ -190,3 +190,11 @@ def test_a_dense_model_has_a_study_without_twins():
 def test_the_tokens_to_train_must_be_positive(scenario, tokens):
     with pytest.raises(InputError, match="tokens_to_train: must be positive"):
         planning_study(scenario, tokens)
+
+
+def test_rows_of_load_are_named_where_the_multi_token_prediction_layer_is_trained(study):
+    sizes_of = {"model": "deepseek-v3", "cluster": "h800-8x-ib400", "num_gpus": 64, "ep": 64, "global_batch": 64}
+    trained = Scenario.make(**sizes_of, mtp=True)
+    layers = dataclasses.replace(study, scenario=trained).load_layers
+    assert layers == (*range(3, 61), 61)
+    assert len(simulate(trained).load_LE) == len(layers)

@@ -18,6 +18,7 @@ from moesim.study.links import BreakEven, break_even
 from moesim.study.simulate import simulate
 from moesim.study.sizes import DropPoint, EpPoint, SizePoint, cluster_sizes, drop_curve, memory_over_ep
 from moesim.study.twins import Twins, compare_twins
+from moesim.timeline.load import moe_layers
 
 Progress = Callable[[str], None]  # what comes next, in words
 Row = tuple[str, str, float | str, float | str | bool, str]  # section, name, x, value, unit
@@ -40,6 +41,11 @@ class PlanningStudy:
     drop_curve: tuple[DropPoint, ...]
     cluster_sizes: tuple[SizePoint, ...]
     gap: Gap
+
+    @property
+    def load_layers(self) -> tuple[int, ...]:
+        """Where the rows of ``step.load_LE`` stand in the model, a trained multi-token-prediction layer at its end."""
+        return moe_layers(self.scenario)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with sorted keys, the same for the same scenario and seed; nothing of when or where it ran."""
