@@ -10,6 +10,7 @@ import pytest
 from moesim.catalog.step import NO_LOSS
 from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.layer import again_s, experts_s, layer_cost
+from moesim.cost.precision import recipe_of
 from moesim.door.records import read_records
 from moesim.errors import InputError
 from moesim.report.accuracy_page import trace_section
@@ -102,7 +103,7 @@ def test_a_layer_casts_in_as_many_kernels_as_in_the_trace_of_like_sizes(monkeypa
     """272 kernels of four layers, forward and backward, on the computing stream: median 27, most 322 us, mean 57."""
     scenario, moved = trace_scenario(), []
     model, parallel, train = scenario.model, scenario.parallel, scenario.train
-    device = device_cost(scenario.cluster.gpu, train.precision, scenario.profile, train.software)
+    device = device_cost(scenario.cluster.gpu, train.precision, scenario.profile, recipe_of(train))
     layer = model.layers[FIRST_MOE_LAYER]
 
     def noted(_device, casts, elements_E):

@@ -14,9 +14,9 @@ from moesim.catalog.hardware import GPU_NAMES, load_gpu
 from moesim.catalog.models import load_model
 from moesim.cost.device import device_cost
 from moesim.cost.layer import experts_s, weight_casts_s
-from moesim.cost.precision import DEEPSEEK_FP8, RECIPES
+from moesim.cost.precision import DEEPSEEK_FP8, RECIPES, recipe_of
 from moesim.describe.parallel import Parallelism
-from moesim.describe.workload import Precision
+from moesim.describe.workload import Kept, Precision, Training
 from moesim.errors import InputError
 from moesim.scenario import Scenario
 from moesim.study.accuracy import carried_cases, score
@@ -78,7 +78,9 @@ def test_the_casts_of_a_linear_layer_are_counted_for_every_recipe():
     assert casts_of(DEEPSEEK_FP8) == (1, 2, 2, 1, 1)
     uncast = dataclasses.replace(DEEPSEEK_FP8, cast_reads=0)
     assert casts_of(uncast) == (0, 0, 0, 0, 0)
-    assert uncast.activation_casts(backward=True) == ()
+    assert DEEPSEEK_FP8.activation_casts() == ()
+    kept = Training(precision="bf16", kept=Kept(activation_input="fp8"))
+    assert len(recipe_of(kept).activation_casts()) == 1  # there and back, in any format
 
 
 def test_what_the_dispatch_brings_narrow_is_not_cast_again_and_a_shared_input_is_cast_once():
@@ -96,7 +98,8 @@ def test_what_the_dispatch_brings_narrow_is_not_cast_again_and_a_shared_input_is
 def test_keeping_rows_costs_more_casts_and_less_waiting_for_weights():
     """DeepSeek's way against Transformer Engine's, same format: each pass of the experts takes longer, weights less."""
     gpu, rows_E = load_gpu("h800"), np.full((1, 4), 8192.0)
-    ways = {name: device_cost(gpu, "fp8", "datasheet", name) for name in ("megatron", "deepseek")}
+    recipes = {"megatron": RECIPES["fp8"], "deepseek": DEEPSEEK_FP8}
+    ways = {name: device_cost(gpu, "fp8", "datasheet", recipe) for name, recipe in recipes.items()}
 
     def casts_s(device):
         uncast = dataclasses.replace(device, recipe=dataclasses.replace(device.recipe, cast_reads=0))

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.catalog.silicon import product_table
-from moesim.cost.precision import RECIPES, Cast, Recipe, recipe_of
+from moesim.cost.precision import RECIPES, Cast, Recipe
 from moesim.cost.profile import Profile, find_profile, load_profile
 from moesim.cost.silicon import Silicon, silicon_of
 from moesim.describe.hardware import Gpu
-from moesim.describe.workload import Precision, Software
+from moesim.describe.workload import Precision
 from moesim.door.files import read_yaml
 from moesim.errors import check
 from moesim.units import BYTES_PER_ELEMENT, MICRO
@@ -214,8 +214,8 @@ def efficiencies() -> dict[str, Any]:
     return table
 
 
-def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto", software: Software = "megatron") -> DeviceCost:
-    """The cost of a GPU at a precision of its products, whose casts are those of a software.
+def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto", recipe: Recipe | None = None) -> DeviceCost:
+    """The cost of a GPU at a precision of its products; recipe: a run's own, in place of the precision's.
 
     profile: ``auto`` takes a shipped calibration profile of this GPU when there is one, else the datasheet;
     ``datasheet``; ``measured``, the tables of the extra of that name, which never count unasked; or a profile's path,
@@ -237,7 +237,7 @@ def device_cost(gpu: Gpu, precision: Precision, profile: str = "auto", software:
         hint = "Use the datasheet: profile: datasheet."
         check(calibrated.dtype == dtype, f"profile {calibrated.name}", "dtype", rule, calibrated.dtype, hint)
     timed = profile == "measured"
-    device = _from_datasheet(gpu, recipe_of(precision, software), calibrated, timed=timed)
+    device = _from_datasheet(gpu, recipe or RECIPES[precision], calibrated, timed=timed)
     if precision == "bf16":
         return device
     wide = _from_datasheet(gpu, RECIPES["bf16"], None, timed=timed)

@@ -179,7 +179,7 @@ def experts_s(
     arrives_narrow = device.recipe.arrives_narrow(dispatcher)
     into = _linear_s(device, rows_E, model.hidden, inner, backward=backward, narrow_input=arrives_narrow)
     out = _linear_s(device, rows_E, width, model.hidden, backward=backward, narrow_gradient=arrives_narrow)
-    kept = device.casts_s(device.recipe.activation_casts(backward=backward), rows_E * inner)
+    kept = device.casts_s(device.recipe.activation_casts(), rows_E * inner)
     # Rows are copied to where each expert's fill whole tiles, and results from there.
     padding = 2 * device.stream_s(2 * rows * model.hidden * ACTIVATION_BYTES) if device.recipe.pads_rows else 0.0
     return into + out + kept + activation + padding
@@ -396,16 +396,16 @@ def _router_s(model: Model, moe: MoeFfn, own: float, device: DeviceCost) -> tupl
 
 
 def _ffn_s(model: Model, ffn: Ffn, tokens: float, tp: int, device: DeviceCost) -> tuple[float, float]:
+    """Seconds of a feed-forward block forward and backward: products, the activation between, what is kept narrow."""
     shapes, rows = _ffn_products(model, ffn, tp), np.array([tokens])
     inner, width = shapes[0][1], shapes[1][0]
-    forward, backward = (
-        sum(float(_linear_s(device, rows, *shape, backward=way)) for shape in shapes) for way in (False, True)
-    )
-    kept_s = [
-        float(device.casts_s(device.recipe.activation_casts(backward=way), rows * inner)) for way in (False, True)
-    ]
-    forward += float(device.stream_s(tokens * (inner + width) * ACTIVATION_BYTES)) + kept_s[0]
-    return forward, backward + float(device.stream_s(tokens * (2 * inner + width) * ACTIVATION_BYTES)) + kept_s[1]
+
+    def pass_s(moved: float, *, backward: bool) -> float:
+        seconds = sum(float(_linear_s(device, rows, *shape, backward=backward)) for shape in shapes)
+        kept_s = device.casts_s(device.recipe.activation_casts(), rows * inner)
+        return seconds + float(kept_s) + float(device.stream_s(tokens * moved * ACTIVATION_BYTES))
+
+    return pass_s(inner + width, backward=False), pass_s(2 * inner + width, backward=True)
 
 
 def _ffn_products(model: Model, ffn: Ffn, tp: int) -> list[tuple[float, float]]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from moesim.describe.workload import Dispatcher, Precision, Software
+from moesim.describe.workload import Dispatcher, Precision, Training
 from moesim.units import BYTES_PER_ELEMENT
 
 WIDE_BYTES = BYTES_PER_ELEMENT["bf16"]
@@ -45,9 +45,9 @@ class Recipe:
     scale_bytes: float = 0.0  # of its share of a block's scale
     cast_reads: int = 0  # how often a cast reads the wide tensor: twice where it needs the largest element first
     # All is kept by rows only, an input once where several layers take it, and columns are made when the backward needs
-    # them: inputs are widened and cast again, gradients cast twice, weights transposed. Activations' inputs are kept
-    # narrow too.
+    # them: inputs are widened and cast again, gradients cast twice, weights transposed.
     keeps_rows: bool = False
+    narrows_activations: bool = False  # what activations take in is kept in 8 bits
     pads_rows: bool = False  # an expert's rows are copied into whole tiles, and its results out of them
     dispatches_narrow: bool = False  # DeepEP sends rows in this format
     source: str = ""
@@ -77,9 +77,9 @@ class Recipe:
             return self.both_layouts()
         return self._kernels(self._widen if arrives_narrow else self._rows, self._columns)
 
-    def activation_casts(self, *, backward: bool) -> tuple[Cast, ...]:
-        """Kernels that keep an activation's input narrow, and widen it for the backward."""
-        return self._kernels(self._widen if backward else self._rows) if self.keeps_rows else ()
+    def activation_casts(self) -> tuple[Cast, ...]:
+        """The kernel that keeps an activation's input in 8 bits, or widens it for the backward."""
+        return (Cast(element_bytes=WIDE_BYTES + RECIPES["fp8"].operand_bytes),) if self.narrows_activations else ()
 
     def weight_casts(self) -> tuple[Cast, ...]:
         """Kernels that cast a weight, once a step."""
@@ -179,10 +179,12 @@ DEEPSEEK_FP8 = replace(
 )
 
 
-def recipe_of(precision: Precision, software: Software = "megatron") -> Recipe:
-    """The recipe of a format under the software that trains.
+def recipe_of(train: Training) -> Recipe:
+    """The recipe of a run: of its format, under the software that trains, with what it keeps.
 
-    >>> recipe_of("fp8", "deepseek").keeps_rows, recipe_of("fp8").keeps_rows
+    >>> recipe_of(Training(precision="fp8", software="deepseek")).keeps_rows, recipe_of(Training()).keeps_rows
     (True, False)
     """
-    return DEEPSEEK_FP8 if (precision, software) == ("fp8", "deepseek") else RECIPES[precision]
+    is_own = (train.precision, train.software) == ("fp8", "deepseek")
+    recipe = DEEPSEEK_FP8 if is_own else RECIPES[train.precision]
+    return replace(recipe, narrows_activations=train.kept.activation_input == "fp8")

@@ -21,6 +21,7 @@ from moesim.catalog.step import NO_LOSS, ConstantName, StepConstants, rows_of_fi
 from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.host import unfused
 from moesim.cost.layer import expert_weight_gradients_s, experts_s, layer_cost, weight_gradients_s
+from moesim.cost.precision import recipe_of
 from moesim.describe.model import MoeFfn
 from moesim.door.records import Record
 from moesim.errors import check
@@ -77,6 +78,8 @@ def trace_scenario() -> Scenario:
         schedule="dualpipe",
         overlap="weight_gradient",
         recompute=RECOMPUTED,
+        attention_output="e5m6",
+        activation_input="fp8",
         popularity="balanced",
         software="deepseek",
         profile="datasheet",
@@ -157,7 +160,7 @@ def predicted_kinds(scenario: Scenario, constants: StepConstants) -> Mapping[str
     """Seconds by kind of kernel, those included that stand beside others: found by leaving them out, or doubling."""
     found = dict(predicted_pair(run_step(scenario, constants=constants), constants))
     device = _device(scenario)
-    uncast = replace(device, recipe=replace(device.recipe, cast_reads=0))
+    uncast = replace(device, recipe=replace(device.recipe, cast_reads=0, narrows_activations=False))
     without = predicted_pair(run_step(scenario, constants=constants, device=uncast))
     twice = replace(constants, stream_fraction=constants.stream_fraction / 2)
     doubled = predicted_pair(run_step(scenario, constants=twice))
@@ -172,7 +175,7 @@ def predicted_kinds(scenario: Scenario, constants: StepConstants) -> Mapping[str
 
 def _device(scenario: Scenario) -> DeviceCost:
     train = scenario.train
-    return device_cost(scenario.cluster.gpu, train.precision, scenario.profile, train.software)
+    return device_cost(scenario.cluster.gpu, train.precision, scenario.profile, recipe_of(train))
 
 
 def _unshared(scenario: Scenario) -> Scenario:

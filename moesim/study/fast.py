@@ -23,6 +23,7 @@ from moesim.cost.device import device_cost
 from moesim.cost.host import constants_of, sustained
 from moesim.cost.layer import rank_tokens
 from moesim.cost.memory import num_communicators
+from moesim.cost.precision import recipe_of
 from moesim.describe.schedules import WAYS, Way
 from moesim.errors import MoesimError
 from moesim.metrics.step import COMM_PARTS, STEP_PARTS
@@ -99,7 +100,7 @@ class FastPath:
         self._known: dict[Hashable, Any] = {}
         self._layers_of: dict[Hashable, tuple[LayerTimes, LayerBytes]] = {}
         gpu = base.cluster.gpu
-        alone = device_cost(gpu, base.train.precision, base.profile, base.train.software)
+        alone = device_cost(gpu, base.train.precision, base.profile, recipe_of(base.train))
         self._constants = constants_of(gpu, base.train, alone)
         self._device = sustained(alone, self._constants, gpu)
 

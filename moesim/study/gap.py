@@ -14,6 +14,7 @@ from typing import Any
 
 from moesim.catalog.step import NO_LOSS
 from moesim.cost.device import AttentionRate, DeviceCost, device_cost
+from moesim.cost.precision import recipe_of
 from moesim.describe.hardware import Cluster, Gpu
 from moesim.metrics.critical import CriticalPath, critical_path
 from moesim.metrics.summary import step_parts
@@ -85,7 +86,7 @@ def explain_gap(scenario: Scenario) -> Gap:
     1.93
     """
     gpu, precision = scenario.cluster.gpu, scenario.train.precision
-    measured = device_cost(gpu, precision, scenario.profile, scenario.train.software)
+    measured = device_cost(gpu, precision, scenario.profile, recipe_of(scenario.train))
     plain = scenario.placed_anew("contiguous", None) if scenario.model.is_moe else scenario
     even = plain.with_(popularity="balanced") if scenario.model.is_moe else scenario
     free = even.with_(cluster=_free_links(even.cluster))

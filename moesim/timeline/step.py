@@ -17,6 +17,7 @@ from moesim.cost.device import DeviceCost, device_cost
 from moesim.cost.host import constants_of, once_a_step_s, sustained, unfused
 from moesim.cost.layer import ACTIVATION_BYTES, optimizer_s, rank_tokens
 from moesim.cost.offload import optimizer_transfer_s
+from moesim.cost.precision import recipe_of
 from moesim.cost.static import outer_parameters, rank_parameters
 from moesim.describe.parallel import RankLayout
 from moesim.describe.pipeline import chunk_depths, stage_chunks
@@ -85,7 +86,7 @@ def run_step(
     )
     gpu = scenario.cluster.gpu
     train = scenario.train
-    kernels = device_cost(gpu, train.precision, scenario.profile, train.software) if device is None else device
+    kernels = device_cost(gpu, train.precision, scenario.profile, recipe_of(train)) if device is None else device
     constants = constants_of(gpu, train, kernels) if constants is None else constants
     device = sustained(kernels, constants, gpu)
     packed = packed_work(scenario) if packed is None else packed
