@@ -301,3 +301,16 @@ def test_a_wrong_question_is_refused_by_name(change: dict[str, Any], said: str) 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(InputError, match="must leave a layout that divides"):
         _plan(replace(QUESTION, axes=QUESTION.axes | {"ep": (7,)}))
+
+
+def test_where_all_is_refused_the_most_frequent_reason_is_told() -> None:
+    axes = QUESTION.axes | {"ep": (8,), "pp": (1,), "tp": (1,), "num_first_stage_layers": (3,)}
+    with pytest.raises(InputError, match=r"leave only what is refused, most often: .*needs pp of at least 2"):
+        _plan(replace(QUESTION, axes=axes))
+
+
+@pytest.mark.parametrize(("name", "value"), [("policy", "best"), ("schedule", "2f2b"), ("recompute", "mlp2")])
+def test_one_wrong_word_among_an_axis_is_refused_at_once(name: str, value: str) -> None:
+    right = {"policy": "search", "schedule": "1f1b", "recompute": "full"}[name]
+    with pytest.raises(InputError, match=value):
+        _plan(replace(QUESTION, axes={name: (right, value)}))

@@ -305,6 +305,7 @@ def _tables(found: Plan, rejected: Sequence[Mapping[str, Any]], runs: Mapping[st
         ("Layouts that divide", f"{found.num_families:,}"),
         ("Steps by the fast path", f"{found.num_evaluated:,}, {found.configs_per_s:,.0f} a second"),
         *counts,
+        *((f"Refused, {num:,} times", reason) for reason, num in list(found.refusals.items())[:3]),
         ("Steps by the engine", f"{found.num_confirmed}"),
     ]
     return [*tables, fields_table("What was tried, and what left out by which rule", counts)]

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moesim.errors import MoesimError, check
+from moesim.errors import InputError, MoesimError, check
 from moesim.scenario import Scenario
 from moesim.study.plan_points import Judge, Miss, PlanPoint
 from moesim.study.plan_question import Offer, PlanQuestion
@@ -98,6 +98,10 @@ def plan(question: PlanQuestion, executor: Executor, progress: Progress | None =
         say("nothing keeps all limits: looking for what misses them least")
         found += _searched(question, executor, say, bounded=False)
     search_s = time.perf_counter() - began_s
+    refusals = sum((Counter(one.refusals) for one in found), Counter[str]())
+    if not any(one.points for one in found):
+        often = ", most often: " + refusals.most_common(1)[0][0] if refusals else ""
+        raise InputError("plan", "axes", f"leave only what is refused{often}", dict(question.axes))
     num_evaluated = sum(one.num_evaluated for one in found)
     points = [point for one in found for point in one.points]
     feasible = [point for point in points if not point.misses]
@@ -108,10 +112,8 @@ def plan(question: PlanQuestion, executor: Executor, progress: Progress | None =
     known = [confirmed.get(id(point), point) for point in feasible]
     missed = [point for point in [*confirmed.values(), *points] if point.misses]
     rejected: Counter[str] = Counter()
-    refusals: Counter[str] = Counter()
     for one in found:
         rejected.update(one.num_rejected)
-        refusals.update(one.refusals)
     return Plan(
         question=question,
         cheapest=cheapest,

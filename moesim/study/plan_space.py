@@ -10,17 +10,19 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from moesim.cost.activations import BF16_BYTES
 from moesim.cost.precision import LAYOUTS, RECIPES
 from moesim.cost.recompute import useful_modules
 from moesim.cost.static import rank_parameters
+from moesim.describe.checks import check_choice
 from moesim.describe.flops import BACKWARD_OVER_FORWARD, forward_flops_by_part
 from moesim.describe.model import Model, MoeFfn
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import Placed, trained_layers
 from moesim.describe.popularity import Balanced
+from moesim.describe.schedules import ScheduleName
 from moesim.errors import check
 from moesim.scenario import Scenario
 
@@ -127,6 +129,11 @@ def space_of(base: Scenario, *, min_gpus: int, max_gpus: int, asked: Leaves, dro
     for name, values in asked.items():
         check(len(values) > 0, "plan.axes", name, "must have at least one value", list(values))
     _check_numbers(axes)
+    for name in ("recompute", "policy", "dispatcher", "cp_kind", "capacity_factor"):
+        for value in asked.get(name, ()):
+            base.with_(**{name: value})  # one wrong value among others would only be refused again and again
+    for value in asked.get("schedule", ()):
+        check_choice("plan.axes", "schedule", value, get_args(ScheduleName))
     for name in ("zero", "micro_batch"):
         axes[name] = tuple(sorted(axes[name]))
     axes["recompute"] = tuple(sorted(axes["recompute"], key=_recomputed))
