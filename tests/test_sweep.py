@@ -160,7 +160,9 @@ def test_a_fast_points_numbers_are_the_same_alone_and_in_any_company() -> None:
     together = compute("fast", scenarios)[0]
     assert len(alone) == 32
     for step, outcome in zip(alone, together, strict=True):
-        assert (outcome["result"]["step_s"], outcome["result"]["peak_bytes"]) == (step.step_s, step.peak_bytes)
+        numbers = outcome["result"]["step_s"], outcome["result"]["memory.peak_bytes"]
+        assert numbers == (step.step_s, step.peak_bytes)
+    assert {*together[0]["result"]} <= {*compute("engine", scenarios[:1])[0][0]["result"]}, "one name for one number"
 
 
 def test_poison_points_lose_nothing_else_and_are_told_by_name(tmp_path: Path) -> None:
@@ -313,6 +315,14 @@ def test_the_verb_writes_the_table_and_ends_with_0_though_points_are_refused(tmp
     again, same, _ = moesim("sweep", file, "--by", "sizes", "--out", str(tmp_path / "o"), "--json", "--resume")
     assert again == 0
     assert json.loads(same)["result"] == result
+
+
+@pytest.mark.parametrize("by", ["fast", "engine"])
+def test_the_verb_shows_the_best_points_whatever_computes_them(tmp_path: Path, by: str) -> None:
+    file = write_sweep(tmp_path, "grid: {ep: [4, 8]}")
+    status, out, err = moesim("sweep", file, "--by", by, "--workers", "1", "--out", str(tmp_path / "o"))
+    assert status == 0, err
+    assert "Most tokens per GPU (2 of 2)" in out
 
 
 def test_the_verb_ends_with_1_where_a_point_failed(tmp_path: Path) -> None:

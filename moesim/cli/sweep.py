@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moesim.study.sweep_workers import Workers
 
 SHOWN = 8  # points of the best, and of those that failed
+RANKED = ("tokens_per_s_per_gpu", "step_s", "memory.peak_bytes", "fits")  # results of points that have a best
 EXAMPLES = (
     "Examples:",
     "moesim sweep sweep.yaml --out out/sweep",
@@ -120,7 +121,7 @@ def _tables(found: SweepResult, num_points: int) -> list[Table]:
         ("Folder", str(found.folder)),
     ]
     tables = [fields_table("Sweep", fields)]
-    if found.rows and "tokens_per_s_per_gpu" in found.rows[0]["result"]:
+    if found.rows and all(name in found.rows[0]["result"] for name in RANKED):
         tables.append(_best(found.rows))
     if found.failed:
         from moesim.study.sweep_file import words_of
