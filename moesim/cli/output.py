@@ -165,14 +165,25 @@ def working(call: Call, text: str) -> Iterator[None]:
 
 @contextmanager
 def counting(call: Call, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Tell how many units are done: a bar with rate and time left on a terminal, elsewhere a message per tenth."""
+    """Tell how many units are done: a bar with rate and time left on a terminal, elsewhere a message per tenth.
+
+    What is yielded is told first how many were done before, which is no part of the rate, then how many more are.
+    """
     if sys.stderr.isatty() and call.verbosity >= 0:
         from tqdm import tqdm
 
         with tqdm(total=total, unit=unit, file=sys.stderr, smoothing=0.05) as bar:
 
+            told_before = False
+
             def move(num: int) -> None:
-                bar.update(num)
+                nonlocal told_before
+                if told_before:
+                    bar.update(num)
+                else:
+                    bar.initial = bar.n = bar.last_print_n = num
+                    told_before = True
+                    bar.refresh()
 
             yield move
         return
