@@ -173,7 +173,6 @@ def counting(call: Call, total: int, unit: str) -> Iterator[Callable[[int], None
         from tqdm import tqdm
 
         with tqdm(total=total, unit=unit, file=sys.stderr, smoothing=0.05) as bar:
-
             told_before = False
 
             def move(num: int) -> None:
