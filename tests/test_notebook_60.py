@@ -12,7 +12,7 @@ from moesim.errors import InputError
 from moesim.report import accuracy_figures, accuracy_sentences, accuracy_tables
 from moesim.report.parameters import find_notebook, parameters_of
 from moesim.report.runner import run_notebook
-from moesim.study.accuracy import Accuracy, asked_cases, carried_cases, rows_by_part, score
+from moesim.study.accuracy import Accuracy, Kind, asked_cases, carried_cases, rows_by_part, score
 from tests.notebook_cases import FEW_ROWS, smoke
 
 NOTEBOOK = find_notebook("60_accuracy")
@@ -53,6 +53,15 @@ def test_figures_and_tables_name_every_row_that_they_show(found: Accuracy) -> No
     assert all(row.id in made.svg for row in found.tested)
     assert all(row.group in accuracy_figures.by_release(found).svg for row in found.rows)
     assert found.rows[0].id in accuracy_tables.worst(found).as_raw_html()
+
+
+@pytest.mark.parametrize(("kind", "word"), [("layer", "time"), ("memory", "peak")])
+def test_rows_that_say_no_parts_are_told_in_words_of_their_kind(kind: Kind, word: str) -> None:
+    found = score(kind, carried_cases(kind), kind)
+    assert "not told apart" in str(accuracy_figures.made_of(found))
+    assert "No part" in str(accuracy_sentences.about_parts(found))
+    assert f"of the measured {word}, nine in ten" in str(accuracy_sentences.about_errors(found))
+    assert f"of the measured {word}" in accuracy_figures.predicted_measured(found).alt
 
 
 def test_its_sentences_tell_the_summary(found: Accuracy) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesim.report.sentences import Sentence
 from moesim.report.style import (
     COLOURS,
     Picture,
@@ -158,11 +159,13 @@ def by_release(accuracy: Accuracy) -> Picture:
     return finish(figure, f"{title}. Worst: {worst.id} {signed_percent(worst.error_fraction)}.")
 
 
-def made_of(accuracy: Accuracy) -> Picture:
+def made_of(accuracy: Accuracy) -> Picture | Sentence:
     """What predictions are made of, over the measured time: kernels, communication, host, waiting; the worst tested
-    rows. Needs a kind whose rows say their parts.
+    rows. A sentence where no row says its parts.
     """
     rows = [row for row in accuracy.tested if row.parts_s][:WORST_SHOWN][::-1]
+    if not rows:
+        return Sentence(text="Rows of this kind are each of one piece: what they are made of is not told apart.")
     parts = list(rows[0].parts_s)
     title = "What the worst predictions are made of, over the measured time"
     with house_style():

@@ -59,6 +59,8 @@ def about_parts(accuracy: Accuracy) -> Sentence:
         f"{summarise_errors(name, rows).bias:+.0%}"
         for name, rows in rows_by_part(accuracy).items()
     ]
+    if not told:
+        return Sentence(text="No part of a row stands beside another.")
     return Sentence(
         text="Where a part besides kernels takes a fifth of the step it names the row: " + "; ".join(told) + "."
     )
@@ -66,6 +68,8 @@ def about_parts(accuracy: Accuracy) -> Sentence:
 
 def _errors(rows: Sequence[AccuracyRow]) -> str:
     told = summarise_errors("rows", rows)
-    way = "too short" if told.bias < 0 else "too long"
+    what, ways = ("peak", ("small", "large")) if rows[0].unit == "bytes" else ("time", ("short", "long"))
+    way = f"too {ways[told.bias >= 0]}"
     bias = f"on average {abs(told.bias):.0%} {way}" if abs(told.bias) >= _LEAST_BIAS else "no bias to speak of"
-    return f"{len(rows)} rows: half within {told.median:.1%} of the measured time, nine in ten {told.p90:.0%}; {bias}."
+    half = f"half within {told.median:.1%} of the measured {what}"
+    return f"{len(rows)} rows: {half}, nine in ten {told.p90:.0%}; {bias}."
