@@ -314,3 +314,8 @@ def test_one_wrong_word_among_an_axis_is_refused_at_once(name: str, value: str) 
     right = {"policy": "search", "schedule": "1f1b", "recompute": "full"}[name]
     with pytest.raises(InputError, match=value):
         _plan(replace(QUESTION, axes={name: (right, value)}))
+
+
+def test_with_fsdp_only_its_own_stages_are_tried() -> None:
+    question = replace(QUESTION, base=dict(QUESTION.base) | {"parallel": {"fsdp": True}})
+    assert question.on(question.offers[0]).axes["zero"] == (2, 3)

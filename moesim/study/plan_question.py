@@ -106,6 +106,9 @@ class PlanQuestion:
     def on(self, offer: Offer) -> Space:
         """The space of one offer. Raises InputError and NotModelledError."""
         raw = dict(self.base) | {"cluster": offer.name, "num_gpus": 1}
+        parallel = raw.get("parallel")
+        if isinstance(parallel, Mapping) and parallel.get("fsdp"):  # which stage 1, a scenario's default, is none of
+            raw["parallel"] = dict(parallel) | {"zero": 3}
         base = Scenario.from_mapping(raw, owner="plan", folder=self.folder)
         most = min(self.max_gpus, offer.max_gpus or self.max_gpus)
         drops = bool(self.limits.drop_fraction) and base.routing.capacity_factor is None

@@ -10,6 +10,7 @@ from moesim.study.plan_points import Miss, PlanPoint
 from moesim.units import format_bytes
 
 TOLD_APART = 0.01  # what the fast path is off by at most with balanced experts
+LEAST_TOLD = 0.0005  # of a step
 LIMIT_WORDS = {
     "memory": "free memory",
     "deadline": "days",
@@ -130,7 +131,7 @@ def _most_longer(point: PlanPoint, winner: PlanPoint) -> str:
     own, other = seconds_per_token(point), seconds_per_token(winner)
     excess = {part: own[part] - other[part] for part in own}
     part = max(excess, key=lambda part: excess[part])
-    if excess[part] <= 0:
+    if excess[part] <= LEAST_TOLD * sum(other.values()):
         return "no part of the step is longer"
     shares = [f"{seconds[part] / sum(seconds.values()):.0%}" for seconds in (own, other)]
     if own[part] / sum(own.values()) <= other[part] / sum(other.values()) or shares[0] == shares[1]:

@@ -118,7 +118,7 @@ def space_of(base: Scenario, *, min_gpus: int, max_gpus: int, asked: Leaves, dro
         "pp": _stages(len(model.layers), cluster.ranks_per_node),
         "ep": tuple(counts),
         "etp": (1,),
-        "zero": ZEROS,
+        "zero": tuple(zero for zero in ZEROS if zero >= 2 or not base.parallel.fsdp),
         "vpp": _doubling(MOST_VPP),
         "dispatcher": ("alltoall", "deepep") if experts else ("alltoall",),
         "policy": ("contiguous", "search") if skewed else ("contiguous",),
