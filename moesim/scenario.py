@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,7 +159,7 @@ class Scenario:
             p.tp,
         )
 
-    @property
+    @cached_property
     def layout(self) -> RankLayout:
         return self.parallel.rank_layout(self.cluster.num_gpus)
 

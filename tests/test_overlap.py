@@ -264,9 +264,16 @@ def test_buckets_hide_behind_what_a_pass_computes_not_behind_its_exchanges():
 def test_ranks_of_a_reduction_group_that_share_a_node_are_those_counted_one_by_one(
     kind: str, ranks_per_node: int
 ) -> None:
-    for tp, pp, cp, ep in itertools.product((1, 2), (1, 2, 3), (1, 2), (1, 3, 4)):
-        num_gpus = 12 * tp * cp * pp
+    def together(groups: list[np.ndarray]) -> int:
+        return min(max(Counter((own // ranks_per_node).tolist()).values()) for own in groups)
+
+    for tp, pp, cp, ep, replicate in itertools.product((1, 2), (1, 2, 3), (1, 2), (1, 3, 4), (1, 2)):
+        num_gpus = 24 * tp * cp * pp
         groups_NR = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep).rank_layout(num_gpus).groups(kind)
-        together = min(max(Counter((own // ranks_per_node).tolist()).values()) for own in groups_NR)
-        found = _shape_of_groups(tp, pp, cp, ep, 1, 1, num_gpus, ranks_per_node, kind)
-        assert found == (groups_NR.shape[1], together, 1, 1)
+        if groups_NR.shape[1] % replicate:
+            continue
+        split = groups_NR.reshape(len(groups_NR), replicate, -1)
+        sharing = [own for group in split for own in group]
+        same = [group[:, i] for group in split for i in range(group.shape[1])]
+        found = _shape_of_groups(tp, pp, cp, ep, 1, replicate, num_gpus, ranks_per_node, kind)
+        assert found == (split.shape[2], together(sharing), replicate, together(same))

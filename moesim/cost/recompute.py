@@ -9,6 +9,7 @@ docs/model.md#recomputation.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -114,5 +115,9 @@ def useful_modules(model: Model) -> tuple[Module, ...]:
     >>> useful_modules(load_model("llama-3-8b"))
     ('core_attn', 'mlp')
     """
-    layers = (*model.kinds, *model.mtp_layers)
+    return _useful((*model.kinds, *model.mtp_layers))
+
+
+@functools.cache
+def _useful(layers: tuple[Layer, ...]) -> tuple[Module, ...]:
     return tuple(module for module in MODULES if any(made_again(layer, module).operations for layer in layers))

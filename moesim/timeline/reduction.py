@@ -39,20 +39,21 @@ def _groups_of(scenario: Scenario, kind: str, copies: int) -> _Groups:
 def _shape_of_groups(
     tp: int, pp: int, cp: int, ep: int, etp: int, replicate: int, num_gpus: int, ranks_per_node: int, kind: str
 ) -> _Groups:
-    sizes = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
-    nodes = sizes.rank_layout(num_gpus).groups(kind) // ranks_per_node
-    split = nodes.reshape(len(nodes), replicate, -1)  # a group's first ranks share out, then the next ones the same
+    groups_NR = Parallelism(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp).rank_layout(num_gpus).groups(kind)
+    split = groups_NR.reshape(len(groups_NR), replicate, -1)  # first ranks share out, then the next ones the same
+    stride, size = int(groups_NR[0, -1] - groups_NR[0, 0]) // max(groups_NR.shape[1] - 1, 1), split.shape[2]
 
-    def together(groups: NDArray[np.int64]) -> int:
-        distinct = np.unique(np.sort(groups, axis=1), axis=0)
-        return min(int(np.unique(own, return_counts=True)[1].max()) for own in distinct)
+    def together(firsts: NDArray[np.int64], apart: int, number: int) -> int:
+        """Ranks lie evenly apart, so that where a group's first one stands in its node says how many share a node."""
+        firsts_F = np.unique(firsts % ranks_per_node)
+        nodes_FR = (firsts_F[:, None] + apart * np.arange(number)) // ranks_per_node
+        return min(int(np.bincount(nodes_R).max()) for nodes_R in nodes_FR)
 
-    across = np.moveaxis(split, 1, 2)
     return _Groups(
-        split.shape[2],
-        together(split.reshape(-1, split.shape[2])),
+        size,
+        together(split[:, :, 0], stride, size),
         replicate,
-        together(across.reshape(-1, replicate)),
+        together(split[:, 0], stride * size, replicate),
     )
 
 
