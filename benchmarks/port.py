@@ -1,4 +1,4 @@
-"""Time the fabric's port mode: shares of ports in batches and alone, rounds of shares: ``python -m benchmarks.port``.
+"""Time the fabric's port mode, batched and alone: ``python -m benchmarks.port``.
 
 Prints a section of docs/speed.md; exit status 1 where a median breaks a limit.
 """
@@ -14,13 +14,12 @@ from functools import partial
 import numpy as np
 
 from moesim.fabric.flows import flows_of
-from moesim.fabric.patterns import pattern_RR
+from moesim.fabric.patterns import PATTERNS, pattern_RR
 from moesim.fabric.port import finish_s, port_finish_s
 from moesim.study.port_error import even_fabric
 from moesim.units import MEGA, MILLI
 
-LIMIT_S = {64: 0.1 * MILLI, 1024: 30 * MILLI}  # one matrix, batched
-PATTERNS = ("uniform", "hot_receivers", "lognormal")
+LIMIT_S = {64: 0.1 * MILLI, 1024: 30 * MILLI}  # one matrix, batched, over the patterns
 
 
 def seconds_of(work: Callable[[], object], num_runs: int = 15) -> list[float]:
@@ -39,24 +38,27 @@ def main() -> int:
     rng, broken, rows = np.random.default_rng(0), [], []
     for num_ranks, batch in ((64, 100), (1024, 1)):
         topology = even_fabric(num_ranks, 8)
-        for pattern in PATTERNS:
-            bytes_RR = pattern_RR(pattern, num_ranks, 8, rng) * MEGA
-            many = np.repeat(bytes_RR[None].astype(np.float32), batch, axis=0)
-            seconds = seconds_of(partial(port_finish_s, many, topology))
-            each_s, best_s = statistics.median(seconds) / batch, seconds[0] / batch
-            if each_s > LIMIT_S[num_ranks]:
-                broken.append(f"{num_ranks} ranks, {pattern}")
+        all_s = []
+        for pattern in PATTERNS if num_ranks == 64 else ("uniform", "hot_receivers", "lognormal"):
+            bytes_BRR = [pattern_RR(pattern, num_ranks, 8, rng) * MEGA for _ in range(batch)]
+            seconds = seconds_of(partial(port_finish_s, np.array(bytes_BRR, np.float32), topology))
+            all_s.append(statistics.median(seconds) / batch)
             alone = "-"
             if num_ranks == 64:
-                flows = flows_of(bytes_RR)
+                flows = flows_of(bytes_BRR[0])
                 alone = f"{statistics.median(seconds_of(partial(finish_s, flows, topology))) / MILLI:.1f}"
-            name = pattern.replace("_", " ")
-            times = f"{each_s / MILLI:.3f} | {best_s / MILLI:.3f} | {LIMIT_S[num_ranks] / MILLI:g}"
-            rows.append(f"| {num_ranks:,} | {name} | {times} | {alone} |")
+            times = f"{all_s[-1] / MILLI:.3f} | {seconds[0] / batch / MILLI:.3f} | {LIMIT_S[num_ranks] / MILLI:g}"
+            rows.append(f"| {num_ranks:,} | {pattern.replace('_', ' ')} | {times} | {alone} |")
+        if statistics.fmean(all_s) > LIMIT_S[num_ranks]:
+            broken.append(f"{num_ranks} ranks")
+        rows.append(
+            f"| {num_ranks:,} | *mean* | {statistics.fmean(all_s) / MILLI:.3f} | | {LIMIT_S[num_ranks] / MILLI:g} | |"
+        )
     print("## Exchanges in port mode\n")
     print("Processor time of one core, median and fastest of 15; a shared machine can double it.")
-    print("Shares of ports: per matrix, 64 ranks in batches of 100. Rounds: one exchange alone.\n")
-    print("| ranks | pattern | shares of ports [ms] | fastest [ms] | limit [ms] | rounds of shares [ms] |")
+    print("Batched: per matrix, 64 ranks in batches of 100 draws of sigma 1, the doubtful ones settled by rounds; the")
+    print("limit is on the mean. Alone: rounds of shares, one exchange.\n")
+    print("| ranks | pattern | batched [ms] | fastest [ms] | limit [ms] | alone [ms] |")
     print("|---|---|---|---|---|---|")
     print("\n".join(rows))
     if broken:

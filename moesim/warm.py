@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.fabric import exact, port_kernels
+from moesim.fabric import exact, port_kernels, round_kernels
 from moesim.placement import search
 from moesim.routing import sampler
 from moesim.routing.balancing import LossFreeBias, TrainingSetting, simulate_balancing
@@ -16,6 +16,7 @@ def warm() -> None:
     """Call every room's kernels once."""
     exact.warm()
     port_kernels.warm()
+    round_kernels.warm()
     sampler.warm()
     search.warm()
     stream_kernels.warm()

@@ -6,10 +6,11 @@ Two estimates of max-min fair sharing (``moesim.fabric.exact``):
 
 - **Shares of a port**, for many matrices at once. A message ends when the slower of its ports would end it, if that
   port alone were shared evenly: by then each other message of the port has moved as much as it has, or is done. A
-  closed form; it needs that nothing but the ranks' own ports can be full. docs/model.md#port-shares.
-- **Rounds of shares**, for everything else: 16 ranks or fewer, single exchanges, an oversubscribed spine, several
-  planes or paths, messages that start at different times, exchanges that meet. Fair rates are held for a while, then
-  settled anew, some tens of times. docs/model.md#rounds.
+  closed form; it needs that nothing but the ranks' own ports can be full. Where a late port's largest message might be
+  held up elsewhere, the matrix is settled by rounds between ports. docs/model.md#port-shares.
+- **Rounds of shares**, for everything else: single exchanges, an oversubscribed spine, several planes or paths,
+  messages that start at different times, exchanges that meet. Fair rates are held for a while, then settled anew, some
+  tens of times. docs/model.md#rounds.
 
 How far each is from exact is measured in docs/accuracy.md.
 """
@@ -22,15 +23,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import check
-from moesim.fabric.exact import packed, refuse_dead_links
+from moesim.fabric.exact import refuse_dead_links
 from moesim.fabric.flows import Flows, flows_of, together
-from moesim.fabric.port_kernels import rounds_in_batches, rounds_of_shares, shared_ports
+from moesim.fabric.port_kernels import shared_ports
+from moesim.fabric.round_kernels import rounds_of_shares
 from moesim.fabric.topology import Topology
 
 Floats = NDArray[np.float64]
 
 MOST_FLOWS_IN_ROUNDS = 100_000
-MOST_RANKS_IN_BATCHED_ROUNDS = 16  # then rounds too take under 0.1 ms a matrix
 
 
 def port_finish_s(bytes_RR: ArrayLike, topology: Topology, starts: ArrayLike | None = None) -> Floats:
@@ -51,13 +52,12 @@ def port_finish_s(bytes_RR: ArrayLike, topology: Topology, starts: ArrayLike | N
     check(bytes_.shape[-2:] == shape, "port", "bytes", f"must be shaped (..., {shape[0]}, {shape[1]})", bytes_.shape)
     bytes_BRR = bytes_.reshape(-1, *shape)
     if starts is None and only_ports_bind(topology):
-        few = topology.num_ranks <= MOST_RANKS_IN_BATCHED_ROUNDS
-        finish_BR = _batched_rounds(bytes_BRR, topology) if few else _port_shares(bytes_BRR, topology)[0]
-        return finish_BR.reshape(*bytes_.shape[:-2], topology.num_ranks)
-    finish_BR = np.zeros(bytes_BRR.shape[:2])
-    for matrix_RR, finish_R in zip(bytes_BRR, finish_BR, strict=True):
-        flows = flows_of(matrix_RR, starts)
-        finish_R[:] = rank_finish_s(flows, _rounds(flows, topology), topology.num_ranks)
+        finish_BR, open_B = _port_shares(bytes_BRR, topology)
+    else:
+        finish_BR, open_B = np.zeros(bytes_BRR.shape[:2]), np.arange(len(bytes_BRR))
+    for batch in open_B:
+        flows = flows_of(bytes_BRR[batch], starts)
+        finish_BR[batch] = rank_finish_s(flows, _rounds(flows, topology), topology.num_ranks)
     return finish_BR.reshape(bytes_.shape[:-1])
 
 
@@ -126,14 +126,26 @@ def busiest_link(flows: Flows, topology: Topology) -> tuple[float, int]:
     return float(seconds_J[link]), link
 
 
-def _port_shares(bytes_BRR: NDArray, topology: Topology, *, in_pairs: bool = False) -> tuple[Floats, Floats]:
-    """(finish_BR, finish_BRR): of ranks, and of messages where asked for."""
+def _port_shares(bytes_BRR: NDArray, topology: Topology) -> tuple[Floats, NDArray[np.int64]]:
+    """(finish_BR, which matrices it does not serve)."""
+    finish_BR, is_open_B = np.zeros(bytes_BRR.shape[:2]), np.zeros(len(bytes_BRR), np.bool_)
+    settles = topology.num_ranks**2 <= MOST_FLOWS_IN_ROUNDS
+    _fill_by_shares(bytes_BRR, topology, settles, finish_BR, np.zeros((len(bytes_BRR), 0, 0)), is_open_B)
+    return finish_BR, np.flatnonzero(is_open_B)
+
+
+def _fill_by_shares(
+    bytes_BRR: NDArray,
+    topology: Topology,
+    settles: bool,
+    finish_BR: Floats,
+    finish_BRR: Floats,
+    is_open_B: NDArray[np.bool_],
+) -> None:
     num_ranks = topology.num_ranks
     rate_4R = topology.rate_bytes_per_s_J[: 4 * num_ranks].reshape(4, num_ranks)
     single_BRR = np.ascontiguousarray(bytes_BRR, dtype=np.float32)
     _refuse_bad(single_BRR, topology)
-    finish_BR = np.zeros(single_BRR.shape[:2])
-    finish_BRR = np.zeros(single_BRR.shape if in_pairs else (0, num_ranks, num_ranks))
     shared_ports(
         single_BRR,
         single_BRR.view(np.int32),
@@ -142,23 +154,11 @@ def _port_shares(bytes_BRR: NDArray, topology: Topology, *, in_pairs: bool = Fal
         np.where(rate_4R == 0, 1.0, rate_4R).astype(np.float32),  # of ports that nothing uses
         topology.latency_intra_s,
         topology.latency_inter_s,
+        settles,
         finish_BR,
         finish_BRR,
+        is_open_B,
     )
-    return finish_BR, finish_BRR
-
-
-def _batched_rounds(bytes_BRR: NDArray, topology: Topology) -> Floats:
-    """finish_BR by rounds of shares."""
-    num_ranks = topology.num_ranks
-    source_F, target_F = np.nonzero(~np.eye(num_ranks, dtype=bool))
-    bytes_BF = bytes_BRR[:, source_F, target_F].astype(np.float64)
-    _refuse_bad(bytes_BRR, topology)
-    routes, rate_J = topology.routes(source_F, target_F), topology.rate_bytes_per_s_J
-    finite_FP = packed(routes.link_FP, (routes.link_FP >= 0) & np.isfinite(rate_J)[routes.link_FP])
-    finish_BR = np.zeros((len(bytes_BF), num_ranks))
-    rounds_in_batches(bytes_BF, routes.latency_F, finite_FP, rate_J, source_F, target_F, finish_BR)
-    return finish_BR
 
 
 def _refuse_bad(bytes_BRR: NDArray, topology: Topology) -> None:
@@ -175,7 +175,8 @@ def _of_one_exchange(flows: Flows, topology: Topology) -> Floats:
     """Finish of each message of one exchange by shares of ports."""
     bytes_RR = np.zeros((topology.num_ranks, topology.num_ranks))
     bytes_RR[flows.source_F, flows.target_F] = flows.bytes_F
-    finish_BRR = _port_shares(bytes_RR[None], topology, in_pairs=True)[1]
+    finish_BRR = np.zeros((1, *bytes_RR.shape))
+    _fill_by_shares(bytes_RR[None], topology, False, np.zeros(finish_BRR.shape[:2]), finish_BRR, np.zeros(1, np.bool_))
     return flows.start_F + finish_BRR[0, flows.source_F, flows.target_F]
 
 

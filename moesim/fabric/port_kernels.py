@@ -1,6 +1,6 @@
-"""The arithmetic of the fidelity ``port``: fair shares of one port, and rounds of fair shares, as numba kernels.
+"""The arithmetic of the fidelity ``port``: fair shares of one port, and when they are to be doubted, as numba kernels.
 
-Legend: B matrices, R ranks, F flows, J links, P links of a route (padded with -1), C size classes.
+Legend: B matrices, R ranks, C size classes, V what is known of a port's class.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from moesim.fabric.round_kernels import rounds_between_ports
+
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN = 0, 1, 2, 3
 SIZE_SHIFT = 20  # a float32 without its last 20 bits: eight size classes for each doubling
 NUM_CLASSES = 97  # the largest message's, 95 below it, and one for all that is 12 doublings smaller
-HELD_FRACTION = 0.25  # of the geometric mean of the remaining times: how long a round holds its shares
-TOGETHER_FRACTION = 0.05  # flows that end within so much of the first one end in one round
-LATE_FRACTION = 0.02  # of the same mean: how late a round may let a flow begin
-SHARE_PASSES = 2  # how often what flows limited elsewhere leave is handed to the others
-MOST_ROUNDS = 500
-SAME_FRACTION = 1e-9  # finishes that differ by less are the same but for rounding
-LEAST_ROOM_FRACTION = 1e-3  # of a link's rate, for those that outlast a round
+BYTES, NUMBER, BELOW, ABOVE = 0, 1, 2, 3  # bytes and number of a class, bytes of smaller classes, number of larger ones
+
+FEW_RANKS = 32  # rounds then take under 0.1 ms a matrix: they need no sign
+DOUBT_FRACTION = 0.02  # so much later than the shares a message might end before they are doubted
+LATE_PORT_FRACTION = 0.9  # of the exchange: ports that end earlier are not looked at
+SMALL_PORT_FRACTION = 0.75  # of the exchange: ports that end earlier hold up no message
 
 
 @njit(cache=True)
@@ -34,19 +34,21 @@ def shared_ports(
     rate_4R: Singles,
     intra_s: float,
     inter_s: float,
+    settles: bool,
     finish_BR: Floats,
     finish_BRR: Floats,
+    is_open_B: NDArray[np.bool_],
 ) -> None:
     """Fill finish_BR, and finish_BRR unless it is empty: see ``port.port_finish_s``. bits_BRR: bytes_BRR's memory as
-    integers. hops: messages for another rail hop to its rank by NVLink.
+    integers. hops: messages for another rail hop to its rank by NVLink. settles: doubtful matrices are settled by
+    rounds, or named in is_open_B where ports of both tiers matter.
     """
     num_ranks = bytes_BRR.shape[1]
     in_pairs = finish_BRR.size > 0
     load = np.empty((2, 4, num_ranks), np.float32)  # bytes through a port: all, and those that hop
     end, first, late = np.empty((4, num_ranks)), np.empty((4, num_ranks)), np.empty((4, num_ranks))
     needed = np.empty((4, num_ranks), np.bool_)
-    inside = np.empty((4, num_ranks, NUM_CLASSES, 2), np.float32)  # bytes and number of a port's messages in a class
-    outside = np.empty((4, num_ranks, NUM_CLASSES, 2), np.float32)  # bytes in smaller classes, number in larger ones
+    table = np.empty((4, num_ranks, NUM_CLASSES, 4), np.float32)  # BYTES, NUMBER, BELOW, ABOVE
     for batch in range(bytes_BRR.shape[0]):
         sizes, bits, finish = bytes_BRR[batch], bits_BRR[batch], finish_BR[batch]
         largest = _load(sizes, bits, per_node, hops, load)
@@ -55,8 +57,12 @@ def shared_ports(
             own = max(end[NVLINK_OUT, rank], end[NIC_IN, rank])
             # Where messages hop, the other two may carry those of other ranks.
             finish[rank] = own if hops else max(own, end[NVLINK_IN, rank], end[NIC_OUT, rank])
+        last_s = end.max()
+        may_doubt = settles and _most_s(largest, per_node, rate_4R, end) > (1.0 + DOUBT_FRACTION) * last_s
         # A port that ends before every rank moves none: it is left out of what follows.
         least = 0.0 if in_pairs else finish.min()
+        if may_doubt:
+            least = min(least, SMALL_PORT_FRACTION * last_s)
         uses_nvlink = uses_nic = False
         for rank in range(num_ranks):
             for port in range(4):
@@ -66,46 +72,198 @@ def shared_ports(
         if not (uses_nvlink or uses_nic):
             continue
         smallest = (largest >> SIZE_SHIFT) - NUM_CLASSES + 1
-        _classify(sizes, bits, smallest, per_node, hops, needed, uses_nvlink, inside, outside)
-        for source in range(num_ranks):
-            node_start = source - source % per_node
-            for block in range(0, num_ranks, per_node):
-                near = block == node_start
-                if near and not uses_nvlink:
+        _classify(sizes, bits, smallest, per_node, hops, needed, uses_nvlink, table)
+        _wait_for_ports(
+            sizes,
+            bits,
+            smallest,
+            per_node,
+            hops,
+            inter_s,
+            intra_s,
+            end,
+            first,
+            late,
+            rate_4R,
+            table,
+            uses_nvlink,
+            finish,
+            finish_BRR[batch],
+        )
+        if may_doubt and (
+            num_ranks <= FEW_RANKS
+            or _is_doubtful(sizes, bits, smallest, per_node, hops, rate_4R, end, first, needed, table)
+        ):
+            if max(end[NVLINK_OUT].max(), end[NVLINK_IN].max()) <= SMALL_PORT_FRACTION * last_s:
+                rounds_between_ports(sizes, per_node, hops, False, rate_4R[NIC_OUT:], first[NIC_OUT:], finish)
+            elif max(end[NIC_OUT].max(), end[NIC_IN].max()) == 0.0:
+                rounds_between_ports(sizes, per_node, False, True, rate_4R[:NIC_OUT], first[:NIC_OUT], finish)
+            else:
+                is_open_B[batch] = True
+
+
+@njit(cache=True)
+def _wait_for_ports(
+    sizes: Singles,
+    bits: NDArray[np.int32],
+    smallest: int,
+    per_node: int,
+    hops: bool,
+    inter_s: float,
+    intra_s: float,
+    end: Floats,
+    first: Floats,
+    late: Floats,
+    rate_4R: Singles,
+    table: Singles,
+    uses_nvlink: bool,
+    finish: Floats,
+    finish_RR: Floats,
+) -> None:
+    """Raise each rank's finish to when its messages end, and fill finish_RR unless it is empty."""
+    num_ranks = sizes.shape[0]
+    in_pairs = finish_RR.size > 0
+    for source in range(num_ranks):
+        node_start = source - source % per_node
+        for block in range(0, num_ranks, per_node):
+            near = block == node_start
+            if near and not uses_nvlink:
+                continue
+            for target in range(block, min(block + per_node, num_ranks)):
+                size = sizes[source, target]
+                if size < 1.0 or source == target:
                     continue
-                for target in range(block, min(block + per_node, num_ranks)):
-                    size = sizes[source, target]
-                    if size < 1.0 or source == target:
-                        continue
-                    at = max((bits[source, target] >> SIZE_SHIFT) - smallest, 0)
-                    known = 0.0 if in_pairs else min(finish[source], finish[target])
-                    carrier, start, done = source, intra_s if near else inter_s, 0.0
-                    if not near:
-                        peer = node_start + target - block
-                        if hops and peer < num_ranks and peer != source:
-                            carrier, start = peer, inter_s + intra_s
-                        if end[NIC_OUT, carrier] > known:
-                            done = _end(NIC_OUT, carrier, at, size, start, inside, outside, rate_4R, first, late)
-                        if end[NIC_IN, target] > known:
-                            done = max(
-                                done, _end(NIC_IN, target, at, size, start, inside, outside, rate_4R, first, late)
-                            )
-                    if uses_nvlink and (near or carrier != source):
-                        to = target if near else carrier
-                        if end[NVLINK_OUT, source] > known:
-                            done = max(
-                                done, _end(NVLINK_OUT, source, at, size, start, inside, outside, rate_4R, first, late)
-                            )
-                        if end[NVLINK_IN, to] > known:
-                            done = max(
-                                done, _end(NVLINK_IN, to, at, size, start, inside, outside, rate_4R, first, late)
-                            )
-                    if in_pairs:
-                        finish_BRR[batch, source, target] = done
-                    if done > finish[source]:
-                        finish[source] = done
-                    if done > finish[target]:
-                        finish[target] = done
+                at = max((bits[source, target] >> SIZE_SHIFT) - smallest, 0)
+                known = 0.0 if in_pairs else min(finish[source], finish[target])
+                carrier, start, done = source, intra_s if near else inter_s, 0.0
+                if not near:
+                    peer = node_start + target - block
+                    if hops and peer < num_ranks and peer != source:
+                        carrier, start = peer, inter_s + intra_s
+                    if end[NIC_OUT, carrier] > known:
+                        done = _end(NIC_OUT, carrier, at, size, start, table, rate_4R, first, late)
+                    if end[NIC_IN, target] > known:
+                        done = max(done, _end(NIC_IN, target, at, size, start, table, rate_4R, first, late))
+                if uses_nvlink and (near or carrier != source):
+                    to = target if near else carrier
+                    if end[NVLINK_OUT, source] > known:
+                        done = max(done, _end(NVLINK_OUT, source, at, size, start, table, rate_4R, first, late))
+                    if end[NVLINK_IN, to] > known:
+                        done = max(done, _end(NVLINK_IN, to, at, size, start, table, rate_4R, first, late))
+                if in_pairs:
+                    finish_RR[source, target] = done
+                if done > finish[source]:
+                    finish[source] = done
+                if done > finish[target]:
+                    finish[target] = done
+
+
+@njit(cache=True)
+def _most_s(largest: int, per_node: int, rate_4R: Singles, end: Floats) -> float:
+    """Seconds of the fullest port, were every message as large as the largest: no message's progress is slower."""
+    bits, num_ranks = np.empty(1, np.int32), rate_4R.shape[1]
+    bits[0] = largest
+    most_s = 0.0
+    for port in range(4):
+        num_messages = num_ranks - 1 if port <= NVLINK_IN else num_ranks - (num_ranks % per_node or per_node)
+        for rank in range(num_ranks):
+            if end[port, rank] > 0.0:
+                most_s = max(most_s, num_messages * bits.view(np.float32)[0] / rate_4R[port, rank])
+    return most_s
+
+
+@njit(cache=True)
+def _largest_messages(
+    sizes: Singles, per_node: int, hops: bool, late_s: float, end: Floats, most_4R: Singles, whose_4R: NDArray[np.int32]
+) -> None:
+    """Fill the largest message of each port that ends after late_s, and whose it is: source * R + target."""
+    num_ranks = sizes.shape[0]
+    most_4R[:] = np.float32(0.0)
+    for source in range(num_ranks):
+        node_start = source - source % per_node
+        for block in range(0, num_ranks, per_node):
+            near = block == node_start
+            for target in range(block, min(block + per_node, num_ranks)):
+                size = sizes[source, target]
+                if size < 1.0 or source == target:
+                    continue
+                message = source * num_ranks + target
+                peer = node_start + target - block
+                carrier = peer if hops and not near and peer < num_ranks else source
+                if not near:
+                    if end[NIC_OUT, carrier] > late_s and size > most_4R[NIC_OUT, carrier]:
+                        most_4R[NIC_OUT, carrier], whose_4R[NIC_OUT, carrier] = size, message
+                    if end[NIC_IN, target] > late_s and size > most_4R[NIC_IN, target]:
+                        most_4R[NIC_IN, target], whose_4R[NIC_IN, target] = size, message
+                if near or carrier != source:
+                    to = target if near else carrier
+                    if end[NVLINK_OUT, source] > late_s and size > most_4R[NVLINK_OUT, source]:
+                        most_4R[NVLINK_OUT, source], whose_4R[NVLINK_OUT, source] = size, message
+                    if end[NVLINK_IN, to] > late_s and size > most_4R[NVLINK_IN, to]:
+                        most_4R[NVLINK_IN, to], whose_4R[NVLINK_IN, to] = size, message
+
+
+@njit(cache=True)
+def _is_doubtful(
+    sizes: Singles,
+    bits: NDArray[np.int32],
+    smallest: int,
+    per_node: int,
+    hops: bool,
+    rate_4R: Singles,
+    end: Floats,
+    first: Floats,
+    needed: NDArray[np.bool_],
+    table: Singles,
+) -> bool:
+    """Whether the largest message of a late port would end much later if at each moment of its progress it moved at
+    the least of its ports' even shares, instead of at those of its slowest port all along.
+
+    The truth lies between the two but for what other ports leave it.
+    """
+    num_ranks, last_s = sizes.shape[0], end.max()
+    most_4R, whose_4R = np.empty((4, num_ranks), np.float32), np.empty((4, num_ranks), np.int32)
+    _largest_messages(sizes, per_node, hops, LATE_PORT_FRACTION * last_s, end, most_4R, whose_4R)
+    before_s = np.empty(4)
+    for port in range(4):
+        for rank in range(num_ranks):
+            if most_4R[port, rank] == 0.0 or not needed[port, rank]:
+                continue
+            source, target = whose_4R[port, rank] // num_ranks, whose_4R[port, rank] % num_ranks
+            node_start = source - source % per_node
+            near = target - target % per_node == node_start
+            peer = node_start + target % per_node
+            carrier = peer if hops and not near and peer < num_ranks else source
+            ranks = (source, target if near else carrier, carrier, target)
+            counts = (near or carrier != source, near or carrier != source, not near, not near)
+            size, reached_s = sizes[source, target], first[port, rank]
+            last = max((bits[source, target] >> SIZE_SHIFT) - smallest, 0)
+            before_s[:] = 0.0
+            for at in range(last + 1):
+                longest_s = 0.0
+                for kind in range(4):
+                    owner = ranks[kind]
+                    if counts[kind] and needed[kind, owner]:
+                        work_s = (
+                            _work(kind, owner, at, size, table)
+                            if at == last
+                            else table[kind, owner, at + 1, BELOW]
+                            + _edge(at + 1 + smallest) * table[kind, owner, at, ABOVE]
+                        ) / rate_4R[kind, owner]
+                        longest_s = max(longest_s, work_s - before_s[kind])
+                        before_s[kind] = work_s
+                reached_s += longest_s
+            if reached_s > (1.0 + DOUBT_FRACTION) * last_s:
+                return True
+    return False
+
+
+@njit(cache=True)
+def _edge(size_class: int) -> float:
+    """The smallest size of a class [bytes]."""
+    bits = np.empty(1, np.int32)
+    bits[0] = size_class << SIZE_SHIFT
+    return float(bits.view(np.float32)[0])
 
 
 @njit(cache=True)
@@ -188,15 +346,14 @@ def _classify(
     hops: bool,
     needed: NDArray[np.bool_],
     uses_nvlink: bool,
-    inside: Singles,
-    outside: Singles,
+    table: Singles,
 ) -> None:
-    """Fill inside and outside of the needed ports."""
+    """Fill the table of the needed ports."""
     num_ranks = sizes.shape[0]
     for port in range(4):
         for rank in range(num_ranks):
             if needed[port, rank]:
-                inside[port, rank] = np.float32(0.0)
+                table[port, rank, :, :BELOW] = np.float32(0.0)
     for source in range(num_ranks):
         node_start = source - source % per_node
         for block in range(0, num_ranks, per_node):
@@ -212,28 +369,35 @@ def _classify(
                 if not near:
                     peer = node_start + target - block
                     carrier = peer if hops and peer < num_ranks else source
-                    _count(NIC_OUT, carrier, at, size, needed, inside)
-                    _count(NIC_IN, target, at, size, needed, inside)
+                    _count(NIC_OUT, carrier, at, size, needed, table)
+                    _count(NIC_IN, target, at, size, needed, table)
                 if uses_nvlink and (near or carrier != source):
-                    _count(NVLINK_OUT, source, at, size, needed, inside)
-                    _count(NVLINK_IN, target if near else carrier, at, size, needed, inside)
+                    _count(NVLINK_OUT, source, at, size, needed, table)
+                    _count(NVLINK_IN, target if near else carrier, at, size, needed, table)
     for port in range(4):
         for rank in range(num_ranks):
             if needed[port, rank]:
                 smaller, larger = np.float32(0.0), np.float32(0.0)
                 for at in range(NUM_CLASSES):
-                    outside[port, rank, at, 0] = smaller
-                    smaller += inside[port, rank, at, 0]
+                    table[port, rank, at, BELOW] = smaller
+                    smaller += table[port, rank, at, BYTES]
                     back = NUM_CLASSES - 1 - at
-                    outside[port, rank, back, 1] = larger
-                    larger += inside[port, rank, back, 1]
+                    table[port, rank, back, ABOVE] = larger
+                    larger += table[port, rank, back, NUMBER]
 
 
 @njit(cache=True)
-def _count(port: int, rank: int, at: int, size: float, needed: NDArray[np.bool_], inside: Singles) -> None:
+def _count(
+    port: int,
+    rank: int,
+    at: int,
+    size: float,
+    needed: NDArray[np.bool_],
+    table: Singles,
+) -> None:
     if needed[port, rank]:
-        inside[port, rank, at, 0] += size
-        inside[port, rank, at, 1] += np.float32(1.0)
+        table[port, rank, at, BYTES] += size
+        table[port, rank, at, NUMBER] += np.float32(1.0)
 
 
 @njit(cache=True)
@@ -243,173 +407,26 @@ def _end(
     at: int,
     size: float,
     start: float,
-    inside: Singles,
-    outside: Singles,
+    table: Singles,
     rate_4R: Singles,
     first: Floats,
     late: Floats,
 ) -> float:
-    """When a message ends on a port whose messages share it evenly: each of the others has moved as much, or all."""
-    alike = min(inside[port, rank, at, 0], inside[port, rank, at, 1] * size)
-    work_s = (outside[port, rank, at, 0] + outside[port, rank, at, 1] * size + alike) / rate_4R[port, rank]
+    """When a message ends on a port whose messages share it evenly."""
+    work_s = _work(port, rank, at, size, table) / rate_4R[port, rank]
     return max(first[port, rank] + work_s, start + late[port, rank] * work_s)
 
 
 @njit(cache=True)
-def rounds_of_shares(
-    bytes_F: Floats, begin_F: Floats, link_FP: NDArray[np.int32], rate_J: Floats, finish_F: Floats
-) -> int:
-    """Fill finish_F: see moesim.fabric.port.finish_s. Returns the number of rounds."""
-    num_flows, num_links = bytes_F.size, rate_J.size
-    order = np.argsort(begin_F)
-    left_F, speed_F = bytes_F.copy(), np.zeros(num_flows)
-    active, staying = np.empty(num_flows, np.int64), np.empty(num_flows, np.int64)
-    room_J, share_J = np.empty(num_links), np.empty(num_links)
-    num_active = following = num_rounds = 0
-    now = mean_s = 0.0
-    while num_active > 0 or following < num_flows:
-        if num_active == 0:
-            now = max(now, begin_F[order[following]])
-        while following < num_flows and begin_F[order[following]] <= now:
-            active[num_active] = order[following]
-            num_active += 1
-            following += 1
-        num_rounds += 1
-        room_J[:] = rate_J
-        _fair_speeds(active, num_active, link_FP, room_J, share_J, speed_F)
-        first_s, mean_s = np.inf, 0.0
-        for at in range(num_active):
-            rest_s = left_F[active[at]] / speed_F[active[at]]
-            first_s = min(first_s, rest_s)
-            mean_s += np.log(rest_s)
-        mean_s = np.exp(mean_s / num_active)
-        held_s = max(HELD_FRACTION * mean_s, (1.0 + TOGETHER_FRACTION) * first_s)
-        if following < num_flows:
-            held_s = min(held_s, max(begin_F[order[following]] - now, LATE_FRACTION * mean_s))
-        elif num_rounds >= MOST_ROUNDS:
-            held_s = np.inf
-        # What ends in this round takes its bytes; the others share what that leaves.
-        num_staying = 0
-        for at in range(num_active):
-            flow = active[at]
-            rest_s = left_F[flow] / speed_F[flow]
-            if rest_s <= held_s:
-                finish_F[flow] = now + rest_s
-                for link in link_FP[flow]:
-                    if link >= 0:
-                        room_J[link] -= left_F[flow] / held_s
-            else:
-                staying[num_staying] = flow
-                num_staying += 1
-        for link in range(num_links):  # shares are not exact: a link may have been promised a little too often
-            room_J[link] = max(room_J[link], LEAST_ROOM_FRACTION * rate_J[link])
-        _fair_speeds(staying, num_staying, link_FP, room_J, share_J, speed_F)
-        num_active = 0
-        for at in range(num_staying):
-            flow = staying[at]
-            rest_s = left_F[flow] / speed_F[flow]
-            if rest_s <= held_s:
-                finish_F[flow] = now + rest_s
-            else:
-                left_F[flow] -= speed_F[flow] * held_s
-                active[num_active] = flow
-                num_active += 1
-        now += held_s
-    _wait_for_links(bytes_F, begin_F, link_FP, rate_J, finish_F)
-    return num_rounds
-
-
-@njit(cache=True)
-def rounds_in_batches(
-    bytes_BF: Floats,
-    begin_F: Floats,
-    link_FP: NDArray[np.int32],
-    rate_J: Floats,
-    source_F: Ints,
-    target_F: Ints,
-    finish_BR: Floats,
-) -> None:
-    """Fill finish_BR by rounds, matrix by matrix; a message without links (-1 alone) arrives at its begin."""
-    for batch in range(bytes_BF.shape[0]):
-        bytes_F, finish_R = np.floor(bytes_BF[batch]), finish_BR[batch]
-        moving = np.flatnonzero((bytes_F > 0.0) & (link_FP[:, 0] >= 0))
-        finish_F = begin_F.copy()
-        ended = np.empty(moving.size)
-        rounds_of_shares(bytes_F[moving], begin_F[moving], link_FP[moving], rate_J, ended)
-        finish_F[moving] = ended
-        for flow in range(bytes_F.size):
-            if bytes_F[flow] > 0.0:
-                finish_R[source_F[flow]] = max(finish_R[source_F[flow]], finish_F[flow])
-                finish_R[target_F[flow]] = max(finish_R[target_F[flow]], finish_F[flow])
-
-
-@njit(cache=True)
-def _wait_for_links(
-    bytes_F: Floats, begin_F: Floats, link_FP: NDArray[np.int32], rate_J: Floats, finish_F: Floats
-) -> None:
-    """Raise the last finish on each link to what the link needs for its bytes: rounds may promise it too often.
-
-    Flows that end together are all raised: which of them a rounding puts last must not matter.
-    """
-    num_links = rate_J.size
-    carried_J, first_J, last_J = np.zeros(num_links), np.full(num_links, np.inf), np.zeros(num_links)
-    for flow in range(bytes_F.size):
-        for link in link_FP[flow]:
-            if link >= 0:
-                carried_J[link] += bytes_F[flow]
-                first_J[link] = min(first_J[link], begin_F[flow])
-                last_J[link] = max(last_J[link], finish_F[flow])
-    for flow in range(bytes_F.size):
-        least_s = 0.0
-        for link in link_FP[flow]:
-            if link >= 0 and finish_F[flow] >= last_J[link] * (1.0 - SAME_FRACTION):
-                least_s = max(least_s, first_J[link] + carried_J[link] / rate_J[link])
-        finish_F[flow] = max(finish_F[flow], least_s)
-
-
-@njit(cache=True)
-def _fair_speeds(
-    flows: Ints, num_flows: int, link_FP: NDArray[np.int32], room_J: Floats, share_J: Floats, speed_F: Floats
-) -> None:
-    """Fill speed_F of some flows: the least share on the route, where a link's share is even at first, and then what
-    flows that are slower elsewhere leave to the others.
-    """
-    count_J, slow_J, taken_J = np.zeros(room_J.size), np.zeros(room_J.size), np.zeros(room_J.size)
-    for at in range(num_flows):
-        for link in link_FP[flows[at]]:
-            if link >= 0:
-                count_J[link] += 1.0
-    for link in range(room_J.size):
-        share_J[link] = room_J[link] / count_J[link] if count_J[link] > 0 else np.inf
-    for turn in range(SHARE_PASSES + 1):
-        for at in range(num_flows):
-            flow = flows[at]
-            speed = np.inf
-            for link in link_FP[flow]:
-                if link >= 0:
-                    speed = min(speed, share_J[link])
-            speed_F[flow] = speed
-        if turn == SHARE_PASSES:
-            return
-        slow_J[:], taken_J[:] = 0.0, 0.0
-        for at in range(num_flows):
-            flow = flows[at]
-            for link in link_FP[flow]:
-                if link >= 0 and speed_F[flow] < share_J[link] * (1.0 - 1e-6):
-                    slow_J[link] += 1.0
-                    taken_J[link] += speed_F[flow]
-        for link in range(room_J.size):
-            if slow_J[link] < count_J[link]:
-                even = room_J[link] / count_J[link]
-                share_J[link] = max(even, (room_J[link] - taken_J[link]) / (count_J[link] - slow_J[link]))
+def _work(port: int, rank: int, at: int, size: float, table: Singles) -> float:
+    """Bytes of a port until a message of a class is done: each of the others has moved as much, or all."""
+    alike = min(table[port, rank, at, BYTES], table[port, rank, at, NUMBER] * size)
+    return table[port, rank, at, BELOW] + table[port, rank, at, ABOVE] * size + alike
 
 
 def warm() -> None:
     """Compile the kernels."""
     sizes = np.ones((1, 2, 2), np.float32)
     rates = np.ones((4, 2), np.float32)
-    pairs = np.zeros((1, 2, 2))
-    shared_ports(sizes, sizes.view(np.int32), 1, False, rates, 0.0, 0.0, np.zeros((1, 2)), pairs)
-    rounds_of_shares(np.ones(1), np.zeros(1), np.zeros((1, 4), np.int32), np.ones(1), np.zeros(1))
-    ends, route = np.zeros(1, np.int64), np.zeros((1, 4), np.int32)
-    rounds_in_batches(np.ones((1, 1)), np.zeros(1), route, np.ones(1), ends, ends, np.zeros((1, 1)))
+    finish, open_ = (np.zeros((1, 2)), np.zeros((1, 2, 2))), np.zeros(1, np.bool_)
+    shared_ports(sizes, sizes.view(np.int32), 1, False, rates, 0.0, 0.0, False, *finish, open_)
