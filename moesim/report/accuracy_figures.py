@@ -92,7 +92,10 @@ def _scatter(axes: Axes, accuracy: Accuracy) -> None:
                 label=label,
                 **look,
             )
-    axes.set(xscale="log", yscale="log", xlim=span, ylim=span, xlabel="measured", ylabel="predicted")
+    base = 4 if accuracy.rows[0].unit == "bytes" else 10  # 4, 16, 64 GiB
+    axes.set_xscale("log", base=base)
+    axes.set_yscale("log", base=base)
+    axes.set(xlim=span, ylim=span, xlabel="measured", ylabel="predicted")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: accuracy.rows[0].words(value))
         axis.set_minor_formatter(lambda *_: "")
