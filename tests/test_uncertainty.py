@@ -18,7 +18,14 @@ from moesim.study.uncertainty_inputs import Spread, shares, spread_of
 from moesim.study.uncertainty_published import PUBLISHED_GPU_HOURS, band, deepseek_v3, kernels_alone_gpu_hours
 
 SMALL = Scenario.make(
-    model="olmoe-1b-7b", cluster="h100-8x-ib400", num_gpus=16, pp=2, ep=8, seq_len=1024, global_batch=128
+    model="olmoe-1b-7b",
+    cluster="h100-8x-ib400",
+    num_gpus=16,
+    pp=2,
+    ep=8,
+    seq_len=1024,
+    global_batch=128,
+    cuda_graphs="full",  # a small step would wait for the host alone
 )
 PLAN = UncertaintyPlan(
     run=RunPlan(tokens=1e12, currency="EUR"), price_per_gpu_hour=Spread(low=2.0, high=3.0), num_seeds=2
@@ -150,9 +157,11 @@ def test_the_verb_answers_the_same_bytes_twice_and_knows_whether_a_skew_was_give
 
 
 @pytest.mark.slow
-def test_deepseek_v3s_published_gpu_hours_lie_between_kernels_alone_and_the_predicted_range() -> None:
-    """A shortfall, told in docs/accuracy.md: they were to lie inside."""
+def test_deepseek_v3s_published_gpu_hours_lie_in_the_range_and_above_kernels_alone() -> None:
+    """In its lower half, told in docs/accuracy.md."""
     found = deepseek_v3(num_seeds=1)
     low, high = band(found)
     assert -0.25 < low < 0 < high < 0.25
-    assert kernels_alone_gpu_hours() < PUBLISHED_GPU_HOURS < found.ranges["gpu_hours"].p10
+    hours = found.ranges["gpu_hours"]
+    assert kernels_alone_gpu_hours() < PUBLISHED_GPU_HOURS
+    assert hours.p10 < PUBLISHED_GPU_HOURS < hours.p50
