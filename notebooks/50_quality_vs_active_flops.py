@@ -38,11 +38,10 @@ from moesim.report.parameters import read_values
 from moesim.report.progress import working
 from moesim.report.training_export import write_training
 from moesim.study.training import DENSE, MOE, training_study
-from reference_model.experiments import EXPERIMENTS, run_live
-from reference_model.runs import RECORDED, read_runs
+from reference_model.runs import NAMES, RECORDED, read_runs
 
 asked = read_values(globals())
-runs = {name: read_runs(name, runs_dir or RECORDED) for name in EXPERIMENTS}
+runs = {name: read_runs(name, runs_dir or RECORDED) for name in NAMES}
 
 # %%
 study = training_study(**runs)
@@ -148,6 +147,8 @@ training_tables.precision(study)
 # %%
 live = {}
 if live_steps:
+    from reference_model.experiments import run_live  # which needs torch; what was recorded does not
+
     with tempfile.TemporaryDirectory() as folder, working("Training") as say:
         live = run_live(
             folder, num_steps=live_steps, seed=live_seed, progress=lambda name, step: say(f"{name}, step {step}")

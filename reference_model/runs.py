@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 RUN = "run.json"
 TABLES = ("metrics.csv", "heldout.csv", "histogram.csv")
 RECORDED = Path(__file__).parent / "runs"
+NAMES = ("quality", "collapse", "precision")  # of the experiments that reference_model.experiments trains
 
 Table = Mapping[str, NDArray[np.float64]]
 

@@ -34,7 +34,7 @@ from moesim.study.training import (  # noqa: E402
     usage_map,
 )
 from reference_model.experiments import EXPERIMENTS, SEEDS, run_live  # noqa: E402
-from reference_model.runs import RECORDED, read_runs  # noqa: E402
+from reference_model.runs import NAMES, RECORDED, read_runs  # noqa: E402
 from tests.notebook_cases import SMOKE, loads_nothing  # noqa: E402
 
 NAME = "50_quality_vs_active_flops"
@@ -155,6 +155,7 @@ def study() -> TrainingStudy:
 
 
 def test_every_recorded_run_is_finished_and_of_the_configuration_named() -> None:
+    assert tuple(EXPERIMENTS) == NAMES
     for name, variants in EXPERIMENTS.items():
         runs = read_runs(name)
         assert set(runs) == set(variants())

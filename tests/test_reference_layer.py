@@ -265,7 +265,7 @@ def test_bf16_on_the_gpu_equals_the_loop_with_padding_and_empty_experts(capacity
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("recompute", ["none", "moe_act"])
+@pytest.mark.parametrize("recompute", ["none", ("moe_act",)], ids=str)
 @pytest.mark.parametrize(
     "router",
     [SoftmaxTopK(top_k=2), SigmoidTopK(top_k=2, num_groups=4, top_groups=2), NoisyTopK(top_k=2), GshardTop2()],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -79,8 +82,6 @@ def _tool() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules["time_layers"] = module  # its dataclass looks itself up
     spec.loader.exec_module(module)
     return module
@@ -97,3 +98,18 @@ def test_the_tool_times_a_layer_beside_its_products_and_transformers_block(monke
     assert "x its grouped products" in tool.line(times)
     nobody = tool.time_layer(replace(tiny, name="own"), 8, torch.device("cpu"))
     assert "no transformers block" in tool.line(nobody)
+
+
+@pytest.mark.slow  # a quick calibration, at least a minute
+def test_the_command_for_a_gpu_runs_whole_on_a_cpu_and_leaves_at_most_eight_files(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "tools" / "gpu_everything.sh"
+    about = os.environ | {"DEVICE": "cpu", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(script)], env=about, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    texts = {"machine.txt", "tests.txt", "memory.txt", "layers.txt", "calibrate.txt", "goals.txt"}
+    assert names == texts | {"layers.jsonl", "profile.json"}
+    assert len(names) <= 8
+    told = (tmp_path / "out" / "goals.txt").read_text()
+    assert "reach 80%" in told
+    assert "held out grouped" in told

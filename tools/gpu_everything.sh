@@ -9,8 +9,10 @@
 #   layers.txt     layer forward against its grouped products (goal: 1.25x at 16k tokens, 1.6x at 4k) and transformers'
 #                  eager and grouped_mm blocks (goal: 3x and 1.15x as long); layers.jsonl the same for programs
 #   profile.json   the calibration profile with its raw points; calibrate.txt its held-out errors (goal: 5 %)
-#   grouped.txt    grouped products against the dense rate and the roofline of the same run (goal: 80 % from 512 tokens
-#                  an expert on, 60 % below)
+#   goals.txt      grouped products against the dense rate and the roofline of the same run (goal: 80 % from 512 tokens
+#                  an expert on, 60 % below), and the held-out errors again
+# Eight files at most. Afterwards, anywhere with the extras measured and parquet:
+#   python tools/compare_profile.py OUT/profile.json --gpu h200     predictions against another's measurement
 # Short parts come first. A run that was killed goes on where it stopped when $OUT is kept.
 # PROFILE_NAME names the profile (default: gpu). DEVICE=cpu tries the script itself, at the sizes of cpu-small.
 set -uo pipefail
@@ -23,9 +25,9 @@ export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 status=0
 if [ "$DEVICE" = cuda ]; then
-  models=(--model mixtral-8x7b --model qwen3-30b-a3b --model deepseek-v3); tokens=(4096 16384); effort=()
+  models=(--model mixtral-8x7b --model qwen3-30b-a3b --model deepseek-v3); tokens=(4096 16384); effort=(); sizes=()
 else
-  models=(--model cpu-small); tokens=(64 256); effort=(--quick)
+  models=(--model cpu-small); tokens=(64 256); effort=(--quick); sizes=(--small)
 fi
 
 {
@@ -39,7 +41,10 @@ cat "$OUT/machine.txt"
 
 echo "== tests"
 "$PYTHON" -m pytest -p no:cacheprovider -m gpu -rs tests/test_reference_layer.py tests/test_reference_on_gpu.py \
-  tests/test_reference_training.py tests/test_calibrate.py 2>&1 | tee "$OUT/tests.txt" || status=1
+  tests/test_reference_training.py tests/test_calibrate.py tests/test_reference_expert_parallel.py 2>&1 | tee "$OUT/tests.txt" || status=1
+
+echo "== peaks of memory against the formulas"
+"$PYTHON" tools/check_memory.py --device "$DEVICE" "${sizes[@]}" 2>&1 | tee "$OUT/memory.txt" || status=1
 
 echo "== layers against their products, and transformers' blocks"
 rm -f "$OUT/layers.jsonl"
@@ -51,5 +56,5 @@ echo "== calibration"
   "${models[@]}" "${effort[@]}" 2>&1 | tee "$OUT/calibrate.txt" || status=1
 
 echo "== grouped products against the dense rate and the roofline of the same run"
-[ -f "$OUT/profile.json" ] && "$PYTHON" tools/show_profile.py "$OUT/profile.json" 2>&1 | tee "$OUT/grouped.txt" || status=1
+[ -f "$OUT/profile.json" ] && "$PYTHON" tools/show_profile.py "$OUT/profile.json" 2>&1 | tee "$OUT/goals.txt" || status=1
 exit $status
