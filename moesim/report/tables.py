@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from moesim.study.sizes import SizePoint
     from moesim.study.twins import Twins
 
+_SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B", "zb-h1": "zero-bubble (ZB-H1)", "dualpipe": "DualPipe"}
+_SOFTWARE = {
+    "megatron": "Megatron-LM and its kin: what its steps lost beside their kernels",
+    "deepseek": "DeepSeek's own: next to no loss beside its kernels",
+    "kernels": "none: kernels alone, a bound that no run reaches",
+}
 KINDS = ("measured", "interpolated", "extrapolated", "spec", "assumed")  # the surest first
 
 
@@ -55,7 +61,7 @@ def question(scenario: Scenario) -> GT:
             f"{cluster.nic_bytes_per_s.value / GIGA:,.0f} GB/s per GPU beyond (each way)",
         ),
         ("Cut into", "; ".join(f"{size:,} {words}" for size, words in cut if size > 1) or "one GPU holds all"),
-        ("Optimizer", f"mixed-precision Adam, ZeRO stage {p.zero}"),
+        ("Optimizer", f"mixed-precision Adam, moments in {train.optimizer.moments.upper()}, ZeRO stage {p.zero}"),
         (
             "Batch",
             f"{train.global_batch:,} sequences of {train.seq_len:,} tokens, {short_count(tokens)} tokens a step; "
@@ -63,11 +69,12 @@ def question(scenario: Scenario) -> GT:
         ),
         (
             "Arithmetic",
-            f"{train.precision.upper()} products, {train.schedule.upper()} pipeline, "
-            f"recomputation of activations: {train.recompute}, "
+            f"{train.precision.upper()} products, {_SCHEDULES[train.schedule]} pipeline, "
+            f"recomputation of activations: {str(train.recompute).replace(',', ', ')}, "
             f"overlap: {str(train.overlap).replace('_', ' ').replace(',', ', ')}",
         ),
     ]
+    rows.append(("Software", _SOFTWARE[train.software]))
     if scenario.model.is_moe:
         rows.append(("Routing", skew))
         rows.append(("Expert capacity", _capacity_in_words(scenario)))
