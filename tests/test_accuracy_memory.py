@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from moesim.errors import InputError
 from moesim.report.memory_page import memory_section
 from moesim.study.accuracy import CARRIED
 from moesim.study.accuracy_memory import MemoryRow, memory_rows
+from moesim.units import GIB
 
 RECORDS = read_records(CARRIED / "memory.csv", needed=("id", "peak", "source"))
 ROWS = memory_rows(RECORDS, "memory.csv")
@@ -59,3 +62,14 @@ def test_a_peak_without_its_unit_is_refused_by_name() -> None:
 def test_rows_say_which_run_and_source_they_are() -> None:
     assert all(isinstance(row, MemoryRow) and row.source for row in ROWS)
     assert len({row.id for row in ROWS}) == len(ROWS)
+
+
+def test_anybodys_own_peaks_need_no_more_columns_than_say_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text(
+        "id,model,gpu,n_gpus,tp,pp,cp,seq_len,mbs,gbs,peak,peak_unit\n"
+        "mine,mixtral-8x7b,h100-sxm,64,1,8,2,4096,1,64,60,GiB\n"
+    )
+    (row,) = memory_rows(read_records(file), "mine.csv")
+    assert row.measured_bytes == 60 * GIB
+    assert 0.5 < row.predicted_bytes / row.measured_bytes < 2

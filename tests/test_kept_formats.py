@@ -11,6 +11,7 @@ from moesim.catalog.models import load_model
 from moesim.cost.activations import layer_tensors
 from moesim.cost.memory import stage_profile
 from moesim.cost.moments import forward_moments, layer_moments, rows_per_assignment
+from moesim.cost.precision import RECIPES
 from moesim.cost.recompute import kept_tensors
 from moesim.cost.static import outer_parameters, rank_parameters, static_memory
 from moesim.describe.parallel import Parallelism
@@ -126,12 +127,12 @@ def test_formats_that_do_not_go_together_are_refused(train: dict, said: str) -> 
 def test_rows_that_travel_narrow_are_narrow_until_they_are_multiplied_and_wide_when_made() -> None:
     parallel, kept = Parallelism(ep=64), Kept(activation_input="fp8")
     joined, row, sent = rows_per_assignment(MOE.ffn, parallel), 7168 * 2, 7168 * (1 + 4 / 128)  # type: ignore[arg-type]
-    by_name = {m.name: m for m in layer_moments(V3, MOE, parallel, "deepep", precision="fp8", kept=kept)}
+    by_name = {m.name: m for m in layer_moments(V3, MOE, parallel, "deepep", recipe=RECIPES["fp8"], kept=kept)}
     assert by_name["combine"].dispatch_assignment_bytes == pytest.approx((1 + joined) * sent)
     assert by_name["send back"].dispatch_assignment_bytes == pytest.approx((1 + joined) * row)
     assert by_name["send back"].assignment_bytes == pytest.approx(-(2 * 2048 + 2048) * (1 + 4 / 128))
-    assert "send back" not in {m.name for m in layer_moments(V3, MOE, parallel, "deepep", precision="mxfp8")}
-    pad = next(m for m in forward_moments(V3, MOE, parallel, "deepep", "fp8") if m.name == "pad")
+    assert "send back" not in {m.name for m in layer_moments(V3, MOE, parallel, "deepep", recipe=RECIPES["mxfp8"])}
+    pad = next(m for m in forward_moments(V3, MOE, parallel, "deepep", RECIPES["fp8"]) if m.name == "pad")
     assert pad.dispatch_assignment_bytes == pytest.approx((2 + joined) * sent + 2 * row)
 
 

@@ -76,9 +76,8 @@ def main() -> None:
             "",
             "The report does not say which stage holds which layers. 61 layers as 15 · 4 + 1 leave the last stage "
             "room for the multi-token-prediction layer and two heads; shared out evenly, that stage holds all others "
-            "up. Memory of DeepSeek-V3 comes out larger than an H800 has: embedding and head shared with the "
-            "prediction layer are not modelled. The last two rows have nothing published to be "
-            "compared with.",
+            "up. Memory of DeepSeek-V3 lies within a few GiB of what an H800 has, by its skew on either side "
+            "(docs/decisions/deepseek-v3-memory.md). The last two rows have nothing published to be compared with.",
             "",
             "What widens the first row: its P50 with one unknown at its P10 and at its P90.",
             "",

@@ -14,6 +14,7 @@ from moesim.cost.activations import BF16_BYTES, SavedTensor, head_tensors, layer
 from moesim.cost.context import buffer_bytes
 from moesim.cost.moments import forward_moments, head_moment, layer_moments
 from moesim.cost.offload import LAYERS_ON_GPU
+from moesim.cost.precision import recipe_of
 from moesim.cost.recompute import kept_tensors, made_inside
 from moesim.cost.software import Software
 from moesim.cost.static import table_buffers_bytes
@@ -146,7 +147,7 @@ class _Chunk:
             of_attention = tuple(tensor for tensor in again if tensor.part == "attention")
             later = of_attention if self.train.recompute != "full" else ()
             made = base + self.saved(tuple(tensor for tensor in again if tensor not in later), item)
-            arguments = (self.parallel, self.dispatcher, self.software, self.train.precision, self.train.kept)
+            arguments = (self.parallel, self.dispatcher, self.software, recipe_of(self.train), self.train.kept)
             moments = layer_moments(self.model, item.layer, *arguments)
             working = [(self.parts(m.per_token, m.per_assignment, item), m.name) for m in moments]
             found += [(made + excess, f"{where}: {name}") for excess, name in working]
@@ -173,7 +174,7 @@ class _Chunk:
         return held + np.array([fixed + table_buffers_bytes(table, self.parallel, self.train), 0.0])
 
     def _forward_moments(self, item: Placed) -> list[tuple[Floats, str]]:
-        moments = forward_moments(self.model, item.layer, self.parallel, self.dispatcher, self.train.precision)
+        moments = forward_moments(self.model, item.layer, self.parallel, self.dispatcher, recipe_of(self.train))
         return [(self.parts(m.per_token, m.per_assignment, item), m.name) for m in moments]
 
     def _not_kept(self, i: int, names: tuple[str, ...]) -> tuple[SavedTensor, ...]:

@@ -12,14 +12,14 @@ docs/model.md#memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.activations import layer_input, placeholder_gradient_bytes, workspace_bytes
 from moesim.cost.chunks import ChunkMemory, Worst, chunk_memory
-from moesim.cost.software import MEGATRON, Software
+from moesim.cost.software import Software, software_of
 from moesim.cost.static import StaticMemory, static_memory
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism, RankLayout
@@ -68,7 +68,7 @@ def stage_memory(
     received_GMLR: Floats | None,
     expert_copies: float = 1.0,
     dispatcher: Dispatcher = "alltoall",
-    software: Software = MEGATRON,
+    software: Software | None = None,
 ) -> RankMemory:
     """Memory of the worst rank of a stage at the worst moment of a step.
 
@@ -173,11 +173,10 @@ def stage_profile(
     received_GMLR: Floats | None,
     expert_copies: float = 1.0,
     dispatcher: Dispatcher = "alltoall",
-    software: Software = MEGATRON,
+    software: Software | None = None,
 ) -> StageProfile:
     """Memory of every rank of a stage, pass by pass. Arguments as of ``stage_memory``."""
-    if train.fused_loss:
-        software = replace(software, fused_cross_entropy=True)
+    software = software or software_of(train)
     chunks = stage_chunks(model, parallel, train, stage)
     received = _received(received_GMLR, chunks, train.num_micro_batches(layout.dp))
     tokens = train.micro_batch * train.seq_len / parallel.cp

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.cost.activations import AS_MADE, BF16_BYTES, FP32_BYTES, KEPT_BYTES, fc1_rows
-from moesim.cost.precision import RECIPES
+from moesim.cost.precision import RECIPES, Recipe
 from moesim.cost.software import MEGATRON, Software
 from moesim.describe.model import Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
-from moesim.describe.workload import Dispatcher, Kept, Precision
+from moesim.describe.workload import Dispatcher, Kept
 from moesim.routing.reach import uniform_reach
 
 
@@ -46,7 +46,7 @@ def layer_moments(
     parallel: Parallelism,
     dispatcher: Dispatcher = "alltoall",
     software: Software = MEGATRON,
-    precision: Precision = "bf16",
+    recipe: Recipe = RECIPES["bf16"],
     kept: Kept = AS_MADE,
 ) -> tuple[Moment, ...]:
     """The moments at which a layer's backward may need most, beyond its saved tensors (freed ones already subtracted).
@@ -59,7 +59,7 @@ def layer_moments(
     """
     hidden, tp = model.hidden, parallel.tp
     residual = hidden / tp * BF16_BYTES  # gradient of the layer's output
-    saved, taken = RECIPES[precision].operand_bytes, KEPT_BYTES[kept.activation_input]  # an activation's output, input
+    saved, taken = recipe.operand_bytes, KEPT_BYTES[kept.activation_input]  # an activation's output, input
     if not isinstance(layer.ffn, MoeFfn):
         rows = fc1_rows(layer.ffn) / tp
         moments = [Moment(name="activation", token_bytes=residual + rows * BF16_BYTES)]
@@ -77,7 +77,7 @@ def layer_moments(
     always = Moment(name="activation", token_bytes=residual, assignment_bytes=activation)
     if dispatcher == "deepep":
         num_rows = 1 + rows_per_assignment(layer.ffn, parallel)
-        sent = model.hidden * RECIPES[precision].dispatch_element_bytes(dispatcher)
+        sent = model.hidden * recipe.dispatch_element_bytes(dispatcher)
         combine = Moment(name="combine", token_bytes=residual, dispatch_assignment_bytes=num_rows * sent)
         gone = fc1_rows(expert) / parallel.etp * taken + width * saved
         back = Moment(
@@ -100,7 +100,7 @@ def forward_moments(
     layer: Layer,
     parallel: Parallelism,
     dispatcher: Dispatcher = "alltoall",
-    precision: Precision = "bf16",
+    recipe: Recipe = RECIPES["bf16"],
 ) -> tuple[Moment, ...]:
     """The moments at which a MoE layer's forward may need most, beyond the tensors that it saves; none of others.
 
@@ -116,10 +116,10 @@ def forward_moments(
         return ()
     row = model.hidden * BF16_BYTES
     out = row / parallel.tp
-    padded = RECIPES[precision].pads_rows
+    padded = recipe.pads_rows
     if dispatcher == "deepep":
         joined = rows_per_assignment(layer.ffn, parallel) * row
-        sent = RECIPES[precision].dispatch_element_bytes(dispatcher) / BF16_BYTES
+        sent = recipe.dispatch_element_bytes(dispatcher) / BF16_BYTES
         held = (joined + 2 * row) * sent + 2 * row  # received, sorted, its copy; output, its copy
         pad = Moment(name="pad", dispatch_assignment_bytes=held)
         join = Moment(name="join", token_bytes=out, dispatch_assignment_bytes=(1 + sent) * joined + (1 + padded) * row)

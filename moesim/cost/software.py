@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesim.describe.hardware import Sourced
+from moesim.describe.workload import Training
 from moesim.units import GIB, MIB
 
 
@@ -88,3 +89,16 @@ REFERENCE = replace(
     cp_keeps_output_twice=False,
     routing_records="lists",
 )
+
+# DeepSeek's own framework, as far as it is known to differ: placeholder gradients are TransformerEngine's.
+DEEPSEEK = replace(MEGATRON, name="DeepSeek's framework", placeholder_gradients=False)
+
+
+def software_of(train: Training) -> Software:
+    """The facts of the software that trains.
+
+    >>> software_of(Training(software="deepseek")).placeholder_gradients
+    False
+    """
+    software = DEEPSEEK if train.software == "deepseek" else MEGATRON
+    return replace(software, fused_cross_entropy=True) if train.fused_loss else software

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moesim.cost.activations import BF16_BYTES, FP32_BYTES, rank_kv_heads
-from moesim.cost.precision import LAYOUTS, RECIPES
+from moesim.cost.precision import LAYOUTS, recipe_of
 from moesim.describe.model import GroupedQueryAttention, LatentAttention, Layer, Model
 from moesim.describe.parallel import Parallelism, RankLayout
 from moesim.describe.parameters import layer_parameters
@@ -124,17 +124,28 @@ def weight_bytes(train: Training) -> float:
     >>> weight_bytes(Training(precision="fp8", optimizer=Optimizer(weights="narrow")))
     1.03125
     """
-    return BF16_BYTES if train.optimizer.weights == "bf16" else RECIPES[train.precision].operand_bytes
+    return BF16_BYTES if train.optimizer.weights == "bf16" else recipe_of(train).operand_bytes
+
+
+def weight_layouts(train: Training) -> int:
+    """How many layouts of narrow weights stand: by rows and by columns, or by rows alone (DeepSeek's framework).
+
+    >>> weight_layouts(Training(precision="fp8")), weight_layouts(Training(precision="fp8", software="deepseek"))
+    (2, 1)
+    """
+    return 1 if recipe_of(train).keeps_rows else LAYOUTS
 
 
 def _cast_bytes(layers: Sequence[tuple[float, float]], parallel: Parallelism, train: Training) -> float:
-    """Copies of a stage's layer weights in the products' narrow format, by rows and by columns, kept from the first
-    micro-batch to the last (TransformerEngine); of gathered weights those of two layers.
+    """Copies of a stage's layer weights in the products' narrow format, kept from the first micro-batch to the last; of
+    gathered weights those of two layers. Where columns are made for the backward, one layer has them at a time.
     """
     if train.precision == "bf16":
         return 0.0
     sizes = sorted((dense + expert for dense, expert in layers), reverse=True)
-    return LAYOUTS * RECIPES[train.precision].operand_bytes * sum(sizes[:2] if parallel.zero >= 3 else sizes)
+    standing = weight_layouts(train) * sum(sizes[:2] if parallel.zero >= 3 else sizes)
+    made = (LAYOUTS - weight_layouts(train)) * max(sizes, default=0.0)
+    return recipe_of(train).operand_bytes * (standing + made)
 
 
 def rank_parameters(

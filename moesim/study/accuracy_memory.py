@@ -28,6 +28,7 @@ from moesim.study.accuracy_cases import catalog_gpu, catalog_model, default_clus
 from moesim.timeline.load import step_load
 from moesim.units import GIB, MILLI, parse_quantity
 
+FORMATS = ("gradients", "main_weights", "moments")
 VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by, times tp
 # A layer out of Megatron-LM's own test: experts without a gate, the activation apart from the product with its weight.
 LAYER_TEST = dataclasses.replace(MEGATRON, fused_activation=False, placeholder_gradients=False)
@@ -139,9 +140,9 @@ def express(record: Record, owner: str) -> Scenario:
     # The tokenizer adds an end of text; the table is padded for the tensor-parallel ranks.
     model = dataclasses.replace(model, vocab=-(-(model.vocab + 1) // multiple) * multiple)
     recompute = record.get("recompute", "")
-    leaves: dict[str, Any] = {name: record[name] for name in ("gradients", "main_weights", "moments") if record[name]}
+    leaves: dict[str, Any] = {name: record[name] for name in FORMATS if record.get(name)}
     if cp > 1:
-        leaves["cp_kind"] = record["cp_kind"]
+        leaves["cp_kind"] = record.get("cp_kind") or "ring"
     base = Scenario.make(
         model="llama-3-8b",
         cluster=default_cluster(catalog_gpu(record, owner)),
@@ -211,9 +212,9 @@ def layer_alone_bytes(
     def at(moment: Moment) -> float:
         return standing + casts + sum(moment.per_token) * tokens + sum(moment.per_assignment) * rows
 
-    forward = forward_moments(model, layer, parallel, dispatcher, precision)
+    forward = forward_moments(model, layer, parallel, dispatcher, RECIPES[precision])
     found = [(at(moment), f"forward: {moment.name}") for moment in forward]
-    for moment in layer_moments(model, layer, parallel, dispatcher, LAYER_TEST, precision):
+    for moment in layer_moments(model, layer, parallel, dispatcher, LAYER_TEST, RECIPES[precision]):
         second = moment.name == "activation"  # the second product's gradient is there, its cast weights are gone
         gradients = (products - casts) / 2 if second else 0.0
         found.append((at(moment) - in_and_out + gradients, f"backward: {moment.name}"))

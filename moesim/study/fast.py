@@ -24,6 +24,7 @@ from moesim.cost.host import constants_of, sustained
 from moesim.cost.layer import rank_tokens
 from moesim.cost.memory import num_communicators
 from moesim.cost.precision import recipe_of
+from moesim.cost.software import software_of
 from moesim.describe.schedules import WAYS, Way
 from moesim.errors import MoesimError
 from moesim.metrics.step import COMM_PARTS, STEP_PARTS
@@ -45,7 +46,6 @@ from moesim.study.fast_memory import (
     kind_bytes,
     layer_bytes,
     received_rows,
-    software_of,
 )
 from moesim.study.fast_pipeline import order_of, pipeline_s, ways_of
 from moesim.study.fast_stages import Split, StageCosts, split_of, stage_costs, stage_parameters
@@ -319,7 +319,7 @@ def _shown(
 
 def _peak_bytes(scenario: Scenario, costs: StageCosts, kept_S: Floats, layer_input_bytes: float) -> float:
     """The fullest stage's, in a pass or while the optimizer runs."""
-    software = software_of(scenario)
+    software = software_of(scenario.train)
     received_S = np.full(kept_S.size, layer_input_bytes)
     received_S[0] = 0.0
     allocated_S = costs.standing_bytes_S + received_S + np.maximum(kept_S, costs.update_bytes_S)

@@ -10,7 +10,7 @@ drawn groups, U distinct moments of a schedule (fast_pipeline.Order).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moesim.cost.activations import layer_input
 from moesim.cost.chunks import ChunkMemory, chunk_memory
-from moesim.cost.software import MEGATRON, Software
+from moesim.cost.software import software_of
 from moesim.describe.pipeline import Placed, trained_layers
 from moesim.scenario import Scenario
 from moesim.study.fast_layers import Kind, RoutedLoad
@@ -44,11 +44,6 @@ class LayerBytes:
     head_bytes: float
     embedding_bytes: float
     layer_input_bytes: float
-
-
-def software_of(scenario: Scenario) -> Software:
-    """The software that memory is counted of."""
-    return replace(MEGATRON, fused_cross_entropy=True) if scenario.train.fused_loss else MEGATRON
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +80,7 @@ def _chunk(
         scenario.model,
         parallel,
         train,
-        software_of(scenario),
+        software_of(scenario.train),
         scenario.routing.dispatcher,
         chunk,
         (_GRID * mean_rows)[:, None, None, None],

@@ -18,10 +18,10 @@ from moesim.cost.device import DeviceCost
 from moesim.cost.host import once_a_step_s
 from moesim.cost.layer import optimizer_s
 from moesim.cost.offload import optimizer_transfer_s
+from moesim.cost.software import software_of
 from moesim.cost.static import outer_parameters, rank_parameters, static_of
 from moesim.describe.pipeline import stage_chunks
 from moesim.scenario import Scenario
-from moesim.study.fast_memory import software_of
 from moesim.timeline.reduction import gradient_reduction_s, sharded_weights_s
 
 Floats = NDArray[np.float64]
@@ -110,7 +110,7 @@ def _parameters(scenario: Scenario, stage: int) -> StageParameters:
         (item.layer, item.is_mtp): rank_parameters(model, item, parallel, scenario.expert_copies)
         for item in {(item.layer, item.is_mtp): item for chunk in chunks for item in chunk}.values()
     }
-    software, held = software_of(scenario), tuple(item.layer for chunk in chunks for item in chunk)
+    software, held = software_of(scenario.train), tuple(item.layer for chunk in chunks for item in chunk)
     return StageParameters(
         chunks=tuple(tuple(by_kind[item.layer, item.is_mtp] for item in chunk) for chunk in chunks),
         outer=outer_parameters(model, parallel, train, stage),

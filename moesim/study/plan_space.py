@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from moesim.cost.activations import BF16_BYTES
-from moesim.cost.precision import LAYOUTS, RECIPES
+from moesim.cost.precision import RECIPES
 from moesim.cost.recompute import useful_modules
-from moesim.cost.static import rank_parameters
+from moesim.cost.static import rank_parameters, weight_layouts
 from moesim.describe.checks import check_choice
 from moesim.describe.flops import BACKWARD_OVER_FORWARD, forward_flops_by_part
 from moesim.describe.model import Model, MoeFfn
@@ -211,7 +211,7 @@ class StaticBytes:
         dense, expert = self._whole(shape["tp"], shape["ep"] * shape["etp"])
         per_stage = shape["num_gpus"] // shape["pp"]
         shards = (per_stage // shape["tp"], per_stage // (shape["ep"] * shape["etp"]))
-        casts = 0.0 if train.precision == "bf16" else LAYOUTS * RECIPES[train.precision].operand_bytes
+        casts = 0.0 if train.precision == "bf16" else weight_layouts(train) * RECIPES[train.precision].operand_bytes
         state_bytes = 0.0 if "optimizer" in train.offloaded else train.optimizer.state_bytes
 
         def of(element_bytes: float, *, sharded: bool) -> float:
