@@ -176,9 +176,9 @@ def experts_s(
         activation = device.stream_s(rows * (2 * inner + width) * ACTIVATION_BYTES)
     else:
         activation = expert_activation_s(moe, rows_E, parallel=parallel, device=device)
-    arrives_narrow = device.recipe.arrives_narrow(dispatcher)
-    into = _linear_s(device, rows_E, model.hidden, inner, backward=backward, narrow_input=arrives_narrow)
-    out = _linear_s(device, rows_E, width, model.hidden, backward=backward, narrow_gradient=arrives_narrow)
+    narrow = device.recipe.arrives_narrow(dispatcher)
+    into = _linear_s(device, rows_E, model.hidden, inner, backward=backward, arrives_narrow=narrow)
+    out = _linear_s(device, rows_E, width, model.hidden, backward=backward)
     kept = device.casts_s(device.recipe.activation_casts(), rows_E * inner)
     # Rows are copied to where each expert's fill whole tiles, and results from there.
     padding = 2 * device.stream_s(2 * rows * model.hidden * ACTIVATION_BYTES) if device.recipe.pads_rows else 0.0
@@ -422,19 +422,18 @@ def _linear_s(
     *,
     backward: bool,
     cast_before: bool = False,
-    narrow_input: bool = False,
-    narrow_gradient: bool = False,
+    arrives_narrow: bool = False,
 ) -> Floats:
     """Seconds of a linear layer in one direction: its product, and casts of its input and of its result's gradient.
 
-    cast_before: another layer that takes the same input has cast it; narrow: the dispatch brings it cast.
+    cast_before: another layer that takes the same input has cast it; arrives_narrow: the dispatch brings it cast.
     """
     recipe = device.recipe
-    of_input = recipe.input_casts(backward=backward, cast_before=cast_before, arrives_narrow=narrow_input)
+    of_input = recipe.input_casts(backward=backward, cast_before=cast_before, arrives_narrow=arrives_narrow)
     seconds = device.casts_s(of_input, rows_E * reduced)
     if not backward:
         return seconds + device.grouped_s(rows_E, reduced, columns)
-    seconds += device.casts_s(recipe.gradient_casts(arrives_narrow=narrow_gradient), rows_E * columns)
+    seconds += device.casts_s(recipe.gradient_casts(), rows_E * columns)
     seconds += device.casts_s(recipe.weight_transposes(), np.full_like(rows_E, reduced * columns, dtype=np.float64))
     return seconds + device.backward_s(rows_E, reduced, columns)
 

@@ -65,17 +65,13 @@ class Recipe:
         """
         if not self.keeps_rows:
             return () if backward else self.both_layouts()
-        if cast_before:
+        if cast_before or (arrives_narrow and not backward):
             return ()
-        if backward:
-            return self._kernels(self._widen, self._columns)
-        return () if arrives_narrow else self._kernels(self._rows)
+        return self._rows_then_columns() if backward else self._kernels(self._rows)
 
-    def gradient_casts(self, *, arrives_narrow: bool = False) -> tuple[Cast, ...]:
+    def gradient_casts(self) -> tuple[Cast, ...]:
         """Kernels that cast the gradient of a linear layer's result."""
-        if not self.keeps_rows:
-            return self.both_layouts()
-        return self._kernels(self._widen if arrives_narrow else self._rows, self._columns)
+        return self._rows_then_columns() if self.keeps_rows else self.both_layouts()
 
     def activation_casts(self) -> tuple[Cast, ...]:
         """The kernel that keeps an activation's input in 8 bits, or widens it for the backward."""
@@ -98,24 +94,20 @@ class Recipe:
         """Whether experts take rows, and gradients of their results, as the dispatch brings them."""
         return self.keeps_rows and self.dispatch_element_bytes(dispatcher) < WIDE_BYTES
 
+    def dispatch_element_bytes(self, dispatcher: Dispatcher) -> float:
+        """Of one element of a row on its way to an expert, forward. Megatron's all-to-all sends BF16 in any recipe."""
+        return self.operand_bytes if self.dispatches_narrow and dispatcher == "deepep" else WIDE_BYTES
+
     @property
     def _rows(self) -> Cast:
         return Cast(element_bytes=WIDE_BYTES + self.operand_bytes)
 
-    @property
-    def _columns(self) -> Cast:
-        return replace(self._rows, by_expert=True)
-
-    @property
-    def _widen(self) -> Cast:
-        return self._rows  # the same bytes the other way round
+    def _rows_then_columns(self) -> tuple[Cast, ...]:
+        """By rows, or widened where that was done before, which moves as much; then by columns."""
+        return self._kernels(self._rows, replace(self._rows, by_expert=True))
 
     def _kernels(self, *casts: Cast) -> tuple[Cast, ...]:
         return casts if self.cast_reads else ()
-
-    def dispatch_element_bytes(self, dispatcher: Dispatcher) -> float:
-        """Of one element of a row on its way to an expert, forward. Megatron's all-to-all sends BF16 in any recipe."""
-        return self.operand_bytes if self.dispatches_narrow and dispatcher == "deepep" else WIDE_BYTES
 
 
 RECIPES: Mapping[Precision, Recipe] = MappingProxyType(

@@ -134,7 +134,8 @@ def trace_section(rows: Sequence[TraceRow]) -> str:
             f"the published profile of one rank ({span.source}) beside the same pair of a simulated step with "
             "`software: deepseek`. Its two constants are fitted on the kinds marked with a star, which are no test; "
             "nothing else is fitted to the trace. Spans of kernels alone and with the losses of Megatron-LM's steps "
-            "stand last. That these two kinds are fitted was chosen after the table was seen. Made by "
+            "stand last. That these two kinds are fitted was chosen after the table was seen, and which casts that "
+            "software makes after their number in the trace ([why](decisions/fp8-casts.md)). Made by "
             "tools/make_accuracy.py from `moesim.study.accuracy_trace`.",
             "",
             f"Exposed communication: {predicted_share:.1%} of the span, measured {measured_share:.1%} "
