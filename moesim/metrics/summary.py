@@ -238,6 +238,11 @@ def _envelope(trace: Trace) -> list[str]:
         ]
     elif scenario.parallel.zero >= 2:
         reasons += ["ZeRO-2 and ZeRO-3 collectives are fully exposed, and replicas do not wait for each other in them."]
+    if scenario.parallel.cp > 1 and scenario.parallel.cp_kind != "alltoall":
+        kind = scenario.parallel.cp_kind
+        reasons += [f"Context parallelism by {kind} has no measured run whose memory is known to compare with."]
+    if train.documents is not None:
+        reasons += ["Packed documents make attention cheaper and uneven as counted; no measured run tests it."]
     if train.offloaded:
         reasons += ["Offloading has the host link to itself at its full rate, and no measured run to compare with."]
     if "forward_backward" in train.overlaps or train.schedule == "dualpipe":
