@@ -63,7 +63,8 @@ class Case:
 
 
 def all_cases(shapes: tuple[LayerShapes, ...], *, quick: bool = False) -> list[Case]:
-    """Every case of these models, each once; quick drops columns and every other size, not the range."""
+    """Every case of these models, each once; quick drops columns and most layers, not sizes: between columns a fit
+    interpolates well, between sizes a factor of four apart it does not."""
     cases: dict[str, Case] = {}
     for shape in shapes:
         for case in _cases_of(shape, quick):
@@ -73,25 +74,26 @@ def all_cases(shapes: tuple[LayerShapes, ...], *, quick: bool = False) -> list[C
 
 def _cases_of(shape: LayerShapes, quick: bool) -> Iterator[Case]:
     columns = sorted(set(shape.active_experts if not quick else (shape.active_experts[0], shape.active_experts[-1])))
-    ladder = powers if quick else half_steps
     for width_in, width_out in shape.products:
         grouped = Case(kind="grouped", width_in=width_in, width_out=width_out)
         for column, num_active in enumerate(columns):
-            sizes = ladder(1, min(shape.max_tokens, shape.max_rows // num_active))
+            sizes = half_steps(1, min(shape.max_tokens, shape.max_rows // num_active))
             yield from _grid(replace(grouped, num_active=num_active), sizes, column)
         yield from _skewed(replace(grouped, kind="grouped_skewed"), columns[-1], shape.max_rows)
     for column, (width_in, width_out) in enumerate(shape.dense_products[: 1 if quick else None]):
-        yield from _grid(Case(kind="dense", width_in=width_in, width_out=width_out), ladder(1, shape.max_rows), column)
-    tokens = ladder(16, max(16, shape.max_rows // shape.top_k))
+        yield from _grid(
+            Case(kind="dense", width_in=width_in, width_out=width_out), half_steps(1, shape.max_rows), column
+        )
+    tokens = half_steps(16, max(16, shape.max_rows // shape.top_k))
     router = Case(kind="router", width_in=shape.hidden, top_k=shape.top_k)
     for width in {shape.num_experts: None, shape.layer_experts: None}:  # the model's, and that of the layer timed below
         yield from _grid(replace(router, width_out=width), tokens, 0)
     for top_k in {shape.top_k: None, 1: None}:  # of a rank's own tokens; of rows that it received, one expert each
         for kind in ("permute", "combine"):
             yield from _grid(replace(router, kind=kind, width_out=top_k, top_k=top_k), tokens, 1)
-    yield from _grid(Case(kind="activation", width_in=shape.expert_width), ladder(16, shape.max_rows), 2)
+    yield from _grid(Case(kind="activation", width_in=shape.expert_width), half_steps(16, shape.max_rows), 2)
     most_bytes = min(_COPY_BYTES[1], max(_COPY_BYTES[0], 32 * shape.max_rows * shape.hidden))
-    yield from _grid(Case(kind="copy"), ladder(_COPY_BYTES[0], most_bytes), 0, directions=("forward",))
+    yield from _grid(Case(kind="copy"), half_steps(_COPY_BYTES[0], most_bytes), 0, directions=("forward",))
     layer = Case(kind="layer", width_in=shape.hidden, width_out=shape.expert_width, num_active=shape.layer_experts)
     for size in powers(tokens[0], tokens[-1])[:: -3 if quick else -1]:
         for direction in DIRECTIONS:

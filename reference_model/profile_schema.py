@@ -53,7 +53,7 @@ POINT_FIELDS: Mapping[str, str] = {
     "top_k": "0 where it plays no role",
     "tokens_per_expert": "list, only where the load is uneven (all_to_all: bytes of each pair of ranks); else null",
     "held_out": "true: never part of the fit",
-    "median_s": "median of the least disturbed pass: other work on the machine only ever adds time",
+    "median_s": "median of the least disturbed pass, other work only adds time; of an exchange of the middle pass",
     "p10_s": "over the samples of all passes",
     "p90_s": "over the samples of all passes",
     "num_samples": "of all passes",
