@@ -20,7 +20,7 @@ from moesim.describe.workload import Kept, Optimizer, Training
 from moesim.errors import InputError
 from moesim.metrics.memory import memory_by_stage
 from moesim.scenario import Scenario
-from moesim.study.fits import headroom_bytes
+from moesim.study.fits import headroom_bytes, remedies
 from moesim.study.uncertainty_published import DEEPSEEK_V3
 from moesim.timeline.load import step_load
 from moesim.timeline.reduction import gradient_reduction_s
@@ -157,3 +157,14 @@ def test_the_formats_reach_the_step_by_their_flat_names() -> None:
     (wide,), (narrow,) = (memory_by_stage(s, step_load(s)) for s in (base, lean))
     elements = 32 * 128 + 2 * 2 * 14336  # attention's output; inputs of SwiGLU in two experts
     assert wide.activations_bytes - narrow.activations_bytes == pytest.approx(32 * 4096 * elements * (1 - 4 / 128))
+
+
+def test_what_would_make_it_fit_offers_narrower_formats_where_they_are_open() -> None:
+    base = Scenario.make(**{**DEEPSEEK_V3, "activation_input": "bf16"})
+    offered = [leaves for leaves, _ in remedies(base)]
+    assert {"weights": "narrow"} in offered
+    assert {"activation_input": "fp8"} in offered
+    taken = [leaves for leaves, _ in remedies(base.with_(weights="narrow", activation_input="fp8"))]
+    assert not [leaves for leaves in taken if "weights" in leaves or "activation_input" in leaves]
+    wide = [leaves for leaves, _ in remedies(base.with_(precision="bf16"))]
+    assert {"weights": "narrow"} not in wide

@@ -108,7 +108,7 @@ def trades(study: MemoryStudy) -> Picture:
                     [p.peak_bytes / GIB for p in points],
                     s=46 if family == "asked" else 30,
                     color=colour,
-                    zorder=3,
+                    zorder=4,  # above the names' backgrounds
                 )
         axes.axhline(study.capacity_bytes / GIB, color=COLOURS["alert"], linewidth=1.3, linestyle=(0, (5, 3)))
         heights = [point.peak_bytes / GIB for point in study.trades]

@@ -61,7 +61,7 @@ def question(scenario: Scenario) -> GT:
             f"{cluster.nic_bytes_per_s.value / GIGA:,.0f} GB/s per GPU beyond (each way)",
         ),
         ("Cut into", "; ".join(f"{size:,} {words}" for size, words in cut if size > 1) or "one GPU holds all"),
-        ("Optimizer", f"mixed-precision Adam, moments in {train.optimizer.moments.upper()}, ZeRO stage {p.zero}"),
+        ("Optimizer", _optimizer_in_words(scenario)),
         (
             "Batch",
             f"{train.global_batch:,} sequences of {train.seq_len:,} tokens, {short_count(tokens)} tokens a step; "
@@ -86,6 +86,22 @@ def question(scenario: Scenario) -> GT:
         slow = ", ".join(f"{rank} at {speed:g} ×" for rank, speed in scenario.placement.rank_speeds.items())
         rows.append(("Unlike GPUs", f"{slow} the speed of the others"))
     return _two_columns("question", rows)
+
+
+def _optimizer_in_words(scenario: Scenario) -> str:
+    """Number formats, and who shares the states out."""
+    p, states = scenario.parallel, scenario.train.optimizer
+    kept = scenario.train.kept
+    told = [
+        f"mixed-precision Adam, moments in {states.moments.upper()}",
+        f"FSDP, as ZeRO stage {p.zero}" if p.fsdp else f"ZeRO stage {p.zero}",
+    ]
+    told += [f"{p.replicate} groups that each hold all shards"] if p.replicate > 1 else []
+    told += ["weights in the products' format alone"] if states.weights == "narrow" else []
+    told += [f"a moving average on the {states.average}"] if states.average != "none" else []
+    told += [f"attention's output kept in {kept.attention_output.upper()}"] if kept.attention_output != "bf16" else []
+    told += [f"activations' input kept in {kept.activation_input.upper()}"] if kept.activation_input != "bf16" else []
+    return ", ".join(told)
 
 
 def _capacity_in_words(scenario: Scenario) -> str:

@@ -110,6 +110,11 @@ def remedies(scenario: Scenario) -> list[tuple[Leaves, str]]:
     if train.optimizer.moments == "fp32":
         lean = {"gradients": "bf16", "main_weights": "remainder", "moments": "bf16"}
         found.append((lean, "gradients and the optimizer's averages in 2 bytes: other numbers, not only less memory"))
+    if train.precision != "bf16" and train.optimizer.weights == "bf16" and train.optimizer.main_weights == "fp32":
+        found.append(({"weights": "narrow"}, "layers' weights stand in the products' format alone"))
+    if train.kept.activation_input == "bf16":
+        words = "what activations take in waits for the backward in 8 bits: other numbers, not only less memory"
+        found.append(({"activation_input": "fp8"}, words))
     if train.micro_batch > 1:
         found.append(({"micro_batch": train.micro_batch // 2}, "fewer tokens at a time, more often"))
     found.append(({"pp": p.pp * 2}, "more pipeline stages with fewer layers each"))
