@@ -10,8 +10,8 @@ import pytest
 from moesim.door.records import read_records
 from moesim.errors import InputError
 from moesim.report.memory_page import memory_section
-from moesim.study.accuracy import CARRIED
-from moesim.study.accuracy_memory import MemoryRow, memory_rows
+from moesim.study.accuracy import CARRIED, AccuracyRow
+from moesim.study.accuracy_memory import MemoryRow, memory_rows, predict
 from moesim.units import GIB
 
 RECORDS = read_records(CARRIED / "memory.csv", needed=("id", "peak", "source"))
@@ -73,3 +73,23 @@ def test_anybodys_own_peaks_need_no_more_columns_than_say_the_run(tmp_path: Path
     (row,) = memory_rows(read_records(file), "mine.csv")
     assert row.measured_bytes == 60 * GIB
     assert 0.5 < row.predicted_bytes / row.measured_bytes < 2
+
+
+def test_rows_in_the_columns_of_published_tables_are_read_as_the_carried_ones() -> None:
+    carried = next(row for row in RECORDS if row["id"].startswith("simumax_deepseekv3"))
+    names = ("id", "model", "gpu", "n_gpus", "precision", "gbs", "mbs", "seq_len", "n_layers", "dense_layers", "tp")
+    published = {name: carried[name] for name in (*names, "pp", "ep", "recompute", "source")}
+    published |= {"max_alloc_mb_per_rank": f"100.5;{carried['peak']}", "routing": "balanced", "etp": "1"}
+    (ours,), (theirs,) = predict(carried, "a"), predict(published, "b")
+    assert isinstance(ours, AccuracyRow)
+    assert isinstance(theirs, AccuracyRow)
+    assert theirs.predicted == pytest.approx(ours.predicted, rel=1e-9)
+    assert theirs.measured == ours.measured
+    assert theirs.inside_envelope
+
+
+def test_a_row_that_does_not_say_its_formats_lies_outside_the_envelope() -> None:
+    carried = next(row for row in RECORDS if row["id"].startswith("simumax_llama3_70b_l12_tp1_pp2"))
+    (row,) = predict({**carried, "gradients": "", "precision": "BF16"}, "a")
+    assert isinstance(row, AccuracyRow)
+    assert not row.inside_envelope

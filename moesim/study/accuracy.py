@@ -25,7 +25,7 @@ NEEDED: Mapping[Kind, tuple[str, ...]] = {
     "dispatch": ("op", "gpu", "ep_size"),
     "layer": ("gpu", "forward_ms", "ep"),
     "training": ("id", "model", "gpu"),
-    "memory": ("id", "gpu", "peak", "peak_unit"),
+    "memory": ("gpu",),
     "trace": ("id", "what", "ms"),
 }
 BINDS_FROM = 0.2  # of a step: from here on a part besides kernels names the row

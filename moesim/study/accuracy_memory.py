@@ -7,6 +7,7 @@ row, which has them from its run's recipe; nothing is fitted.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,11 +75,12 @@ def memory_rows(records: Sequence[Record], owner: str) -> tuple[MemoryRow, ...]:
 
 def predict(row: Record, owner: str) -> list[Prediction]:
     """One row, or why there is no prediction."""
+    row = as_carried(row)
     try:
         found, gpu = _row(row, owner), catalog_gpu(row, owner)
         ranks = max(whole(row, "n_gpus", owner, default=1), whole(row, "ep", owner, default=1))
     except InputError as error:
-        return [NotExpressed(id=row.get("id") or "?", reason=f"{error.field} {error.rule}: {error.got}")]
+        return [NotExpressed(id=row["id"], reason=f"{error.field} {error.rule}: {error.got}")]
     return [
         AccuracyRow(
             id=found.id,
@@ -86,7 +88,8 @@ def predict(row: Record, owner: str) -> list[Prediction]:
             predicted=found.predicted_bytes,
             measured=found.measured_bytes,
             unit="bytes",
-            inside_envelope=True,
+            inside_envelope=_tells_formats(row),
+            reasons=() if _tells_formats(row) else ("formats of gradients and states are not said: Megatron-LM's",),
             used_in_fit=False,
             source=found.source,
             like=Likeness(
@@ -99,7 +102,45 @@ def predict(row: Record, owner: str) -> list[Prediction]:
     ]
 
 
+# Where published tables tell a peak, and in what unit; of several ranks the fullest counts.
+PEAK_COLUMNS = (
+    ("max_alloc_mb_per_rank", "MiB"),
+    ("real_peak_alloc_gib", "GiB"),
+    ("peak_alloc_gib", "GiB"),
+    ("max_allocated_GiB", "GiB"),
+    ("peak_mem_gb", "GB"),
+)
+
+
+def as_carried(record: Record) -> Record:
+    """A row of a published table in the columns that moesim's own has; its own rows as they are.
+
+    >>> as_carried({"case": "a", "max_allocated_GiB": "3.2", "router": "sigmoid, 8 groups/top-4 groups"})["n_groups"]
+    '8'
+    """
+    told = dict(record) | {"id": record.get("id") or record.get("case", "?")}
+    if record.get("peak"):
+        return told
+    for column, unit in PEAK_COLUMNS:
+        peaks = [float(text) for text in re.findall(r"\d+(?:\.\d+)?", record.get(column, "").split("(")[0])]
+        if peaks:
+            told |= {"peak": f"{max(peaks):g}", "peak_unit": unit}
+            break
+    if groups := re.search(r"(\d+) groups/top-(\d+) groups", record.get("router", "")):
+        told |= {"n_groups": groups[1], "top_groups": groups[2]}
+    if "deepep" in record.get("dispatcher", "").lower():
+        told["dispatcher"] = "deepep"
+    return told
+
+
+def _tells_formats(record: Record) -> bool:
+    """Whether the row says in what formats gradients and the optimizer's states lie; a layer alone has none."""
+    is_layer = bool(record.get("tokens_per_rank"))
+    return is_layer or bool(record.get("gradients")) or "grads" in record.get("precision", "")
+
+
 def _row(record: Record, owner: str) -> MemoryRow:
+    record = as_carried(record)
     is_layer = bool(record.get("tokens_per_rank"))
     predicted, moment, kind = _layer(record, owner) if is_layer else _step(record, owner)
     simumax_gib = given(record, "simumax_peak_gib", owner)
@@ -133,12 +174,18 @@ def _step(record: Record, owner: str) -> tuple[float, str, str]:
 
 
 def express(record: Record, owner: str) -> Scenario:
-    """The row's run, routing even. Raises InputError naming the column."""
+    """The row's run, routing even. Raises InputError naming the column.
+
+    Rows of published tables are read as their step times are; formats and the loss are Megatron-LM's defaults there.
+    """
+    if "fused_loss" not in record:
+        from moesim.study.accuracy_training import express as express_step
+
+        scenario, _ = express_step(record, owner)
+        model = _padded(scenario.model, scenario.parallel.tp)
+        return scenario.with_(model=model, popularity="balanced", fused_loss=True)
     tp, cp = (whole(record, name, owner, default=1) for name in ("tp", "cp"))
-    model = catalog_model(record, owner)
-    multiple = VOCAB_MULTIPLE * tp
-    # The tokenizer adds an end of text; the table is padded for the tensor-parallel ranks.
-    model = dataclasses.replace(model, vocab=-(-(model.vocab + 1) // multiple) * multiple)
+    model = _padded(catalog_model(record, owner), tp)
     recompute = record.get("recompute", "")
     leaves: dict[str, Any] = {name: record[name] for name in FORMATS if record.get(name)}
     if cp > 1:
@@ -162,6 +209,12 @@ def express(record: Record, owner: str) -> Scenario:
         fused_loss=record.get("fused_loss") == "true",
         **leaves,
     )
+
+
+def _padded(model: Model, tp: int) -> Model:
+    """With Megatron's table of words: the tokenizer adds an end of text, tensor-parallel ranks take equal parts."""
+    multiple = VOCAB_MULTIPLE * tp
+    return dataclasses.replace(model, vocab=-(-(model.vocab + 1) // multiple) * multiple)
 
 
 def _layer(record: Record, owner: str) -> tuple[float, str, str]:
