@@ -124,7 +124,7 @@ def as_carried(record: Record) -> Record:
     for column, unit in PEAK_COLUMNS:
         peaks = [float(text) for text in re.findall(r"\d+(?:\.\d+)?", record.get(column, "").split("(")[0])]
         if peaks:
-            told |= {"peak": f"{max(peaks):g}", "peak_unit": unit}
+            told |= {"peak": str(max(peaks)), "peak_unit": unit}
             break
     if groups := re.search(r"(\d+) groups/top-(\d+) groups", record.get("router", "")):
         told |= {"n_groups": groups[1], "top_groups": groups[2]}
