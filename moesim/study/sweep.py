@@ -22,7 +22,7 @@ from moesim.door.journal import Journal, held_folder, line_of, open_journal
 from moesim.errors import check
 from moesim.study.sweep_file import Asked, Point
 from moesim.study.sweep_points import compute, function_of, versions
-from moesim.study.sweep_workers import Workers, processes
+from moesim.study.sweep_workers import TookTooLongError, Workers, processes
 
 RESULTS, TABLE, FAILED, ABOUT = "results.jsonl", "results.csv", "failed.jsonl", "sweep.json"
 TASK_S = 0.25  # tasks are made of so many points that one takes about this long
@@ -165,8 +165,8 @@ def run_points(points: Sequence[P], submit: Submit[P], workers: Workers, keep: K
     """Compute points on workers; keep is told the outcomes as they come, each point once.
 
     submit hands a task of some points to the workers' executor; the task itself raises nothing. A task whose worker
-    dies is taken apart into single points; a single point whose worker dies max_attempts times is given up as kind
-    ``worker``. Quick points travel many to a task.
+    dies is taken apart into single points; a single point whose worker dies max_attempts times, or takes too long once,
+    is given up as kind ``worker``. Quick points travel many to a task.
     """
     waiting = deque(points)
     alone: deque[tuple[P, int]] = deque()  # whose worker died in company, or alone so many times
@@ -194,7 +194,7 @@ def run_points(points: Sequence[P], submit: Submit[P], workers: Workers, keep: K
                 workers.check_reachable()
                 if len(task) > 1:
                     alone.extend((point, 0) for point in task)
-                elif num_deaths + 1 < workers.max_attempts:
+                elif num_deaths + 1 < workers.max_attempts and not isinstance(error, TookTooLongError):
                     alone.append((task[0], num_deaths + 1))
                 else:
                     known.append((task[0], {"kind": "worker", "error": str(error) or type(error).__name__}))

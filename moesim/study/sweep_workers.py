@@ -29,6 +29,10 @@ class WorkerDiedError(Exception):
     """The process that worked on a task is gone, killed by a signal or by its own doing."""
 
 
+class TookTooLongError(WorkerDiedError):
+    """The process that worked on a task was killed since it took longer than was allowed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workers:
     """An executor, and what the sweep must know of it."""
@@ -116,8 +120,9 @@ class Processes(Executor):
             worker.process.kill()
             worker.process.join()
             del self._workers[i]
-            how = _how_it_ended(worker.process.exitcode) if in_time else f"took longer than {self._timeout_s:g} s"
-            raise WorkerDiedError(how)
+            if not in_time:
+                raise TookTooLongError(f"took longer than {self._timeout_s:g} s")
+            raise WorkerDiedError(_how_it_ended(worker.process.exitcode))
         return answer
 
 
