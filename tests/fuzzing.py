@@ -2,12 +2,14 @@
 ``python -m tests.fuzzing KIND NUM FOLDER``; tests/test_fuzz.py does.
 
 Files are made from good ones by wrong values, lost and unknown keys, damaged bytes, odd shapes and types. Whatever is
-in a file, a command may end with 0, 1 or 2 (one named error), within 5 s of processor time (its workers' too; the wall
-tells of other work as well), within 1 GiB beyond what the program itself takes, and writes in its output folder only.
+in a file, a command may end with 0, 1 or 2 (one named error), within 5 s of processor time (the wall tells of other
+work as well), within 1 GiB beyond what the program itself takes, and writes in its output folder only. Sweeps compute
+in this process, under the same limits; that processes die is tests/test_sweep_kills.py's concern.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -16,6 +18,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,9 @@ from typer.testing import CliRunner
 from moesim.cli import app
 from moesim.errors import MoesimError
 from moesim.scenario import Scenario
+from moesim.study import sweep_workers
 from moesim.study.validate import read_design
+from tests.sweep_fakes import Inline
 
 MAX_CPU_S, MAX_WALL_S, MAX_BYTES = 5.0, 60, 2**30
 SMALL = ["--model", "olmoe-1b-7b", "--cluster", "h100-8x-ib400", "--num-gpus", "8", "--ep", "8"]
@@ -303,17 +308,14 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + MAX_BYTES, taken + MAX_BYTES))
 
 
-def processor_s() -> float:
-    """Processor time of this process and of its workers that have ended."""
-    usage = os.times()
-    return usage.user + usage.system + usage.children_user + usage.children_system
-
-
 def fuzz(kind: str, num: int, folder: Path) -> None:
     strategy, command = COMMANDS[kind]
     os.chdir(folder)
     Path("out").mkdir()
     os.mkfifo("pipe")  # who opens it, waits for ever
+    sweep_workers.processes = lambda *_: contextlib.nullcontext(  # type: ignore[assignment]
+        sweep_workers.Workers(executor=Inline(), num_workers=1, max_attempts=1)
+    )
     warm(kind, command)
     limit_memory()
     writes = watch_writes(folder / "out")
@@ -327,9 +329,9 @@ def fuzz(kind: str, num: int, folder: Path) -> None:
             file.write(content)
         writes.clear()
         signal.alarm(MAX_WALL_S)
-        began_s = processor_s()
+        began_s = time.process_time()
         done = CliRunner().invoke(app, command(name))
-        took_s = processor_s() - began_s
+        took_s = time.process_time() - began_s
         signal.alarm(0)
         assert done.exit_code in (0, 1, 2), (done.exit_code, done.stderr, content)
         assert done.exit_code != 2 or done.stderr.startswith("moesim: error: "), done.stderr

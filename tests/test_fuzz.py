@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Files of each kind: 156 in `make test`, 6,000 with the slow ones. Damaged grids often run still, each in a process.
-FEW = {"scenario": 30, "design": 30, "grid": 6, "trace": 30, "profile": 30, "npy": 30}
+# Files of each kind: 180 in `make test`, 6,000 with the slow ones.
+FEW = {"scenario": 30, "design": 30, "grid": 30, "trace": 30, "profile": 30, "npy": 30}
 MANY = {"scenario": 1000, "design": 1000, "grid": 1000, "trace": 1000, "profile": 1000, "npy": 1000}
 
 

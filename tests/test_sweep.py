@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from moesim.study.sweep import sweep
 from moesim.study.sweep_file import Asked, SweepFile, ask_points, base_of, read_sweep
 from moesim.study.sweep_points import compute
 from moesim.study.sweep_workers import Processes, WorkerDiedError, Workers, processes
+from tests.sweep_fakes import Inline
 from tests.test_cli_runs import moesim
 
 BASE: Mapping[str, Any] = {
@@ -248,20 +248,6 @@ def test_what_a_task_raises_is_its_futures_and_its_worker_lives_on() -> None:
         assert psutil.Process(before).is_running()
     finally:
         executor.shutdown()
-
-
-class Inline(Processes):
-    """An executor that computes at once, and says who asked: any Executor will do."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        assert fn is compute
-        self.sizes.append(len(args[1]))
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
 
 
 def test_any_executor_will_do_and_quick_points_travel_together(tmp_path: Path) -> None:
