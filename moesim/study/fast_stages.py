@@ -88,13 +88,15 @@ class StageCosts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageParameters:
-    """What one rank of a stage holds, whatever the number of GPUs: (dense, expert) parameters of its layers, chunk by
-    chunk, parameters outside of layers and which chunk has them, bytes of placeholders and workspaces.
+    """What one rank of a stage holds, whatever the number of GPUs: (dense, expert) parameters of its layers, of each
+    chunk with embedding or head, and of all; those outside of layers; bytes of placeholders and workspaces.
     """
 
-    chunks: tuple[tuple[tuple[float, float], ...], ...]
+    layers: tuple[tuple[float, float], ...]
+    chunks: tuple[tuple[float, float], ...]
+    dense: float
+    expert: float
     outer: float
-    with_outer: int
     standing_bytes: float
 
 
@@ -110,11 +112,19 @@ def _parameters(scenario: Scenario, stage: int) -> StageParameters:
         (item.layer, item.is_mtp): rank_parameters(model, item, parallel, scenario.expert_copies)
         for item in {(item.layer, item.is_mtp): item for chunk in chunks for item in chunk}.values()
     }
+    of_chunks = [[by_kind[item.layer, item.is_mtp] for item in chunk] for chunk in chunks]
+    layers = tuple(pair for chunk in of_chunks for pair in chunk)
+    outer, with_outer = outer_parameters(model, parallel, train, stage), 0 if stage == 0 else len(chunks) - 1
     software, held = software_of(scenario.train), tuple(item.layer for chunk in chunks for item in chunk)
     return StageParameters(
-        chunks=tuple(tuple(by_kind[item.layer, item.is_mtp] for item in chunk) for chunk in chunks),
-        outer=outer_parameters(model, parallel, train, stage),
-        with_outer=0 if stage == 0 else len(chunks) - 1,
+        layers=layers,
+        chunks=tuple(
+            (sum(d for d, _ in chunk) + outer * (c == with_outer), sum(e for _, e in chunk))
+            for c, chunk in enumerate(of_chunks)
+        ),
+        dense=sum(d for d, _ in layers) + outer,
+        expert=sum(e for _, e in layers),
+        outer=outer,
         standing_bytes=placeholder_gradient_bytes(model, held, parallel, software) + workspace_bytes(held, software),
     )
 
@@ -126,8 +136,10 @@ def stage_costs(
     device: DeviceCost,
     constants: StepConstants,
 ) -> StageCosts:
-    """The costs of every stage; stages that hold the same are computed once."""
-    found = {stage: _one(scenario, own, device, constants) for stage, own in held.items()}
+    """The costs of every stage; stages that hold the same, and chunks as large, are computed once."""
+    sizes = {size for own in held.values() for size in own.chunks} if scenario.parallel.zero >= 2 else set()
+    sharded = {size: sharded_weights_s(scenario, *size) for size in sizes}
+    found = {stage: _one(scenario, own, sharded, device, constants) for stage, own in held.items()}
     columns = zip(*(found[stage] for stage in split.alike_S.tolist()), strict=True)
     return StageCosts(
         **{name: np.array(column) for name, column in zip(StageCosts.__dataclass_fields__, columns, strict=True)}
@@ -135,30 +147,28 @@ def stage_costs(
 
 
 def _one(
-    scenario: Scenario, held: StageParameters, device: DeviceCost, constants: StepConstants
+    scenario: Scenario,
+    held: StageParameters,
+    sharded: Mapping[tuple[float, float], tuple[float, float]],
+    device: DeviceCost,
+    constants: StepConstants,
 ) -> tuple[float, float, float, float, list[float], list[float], float, float]:
-    """One stage's costs, in the order of StageCosts."""
+    """One stage's costs, in the order of StageCosts. sharded: seconds to gather and scatter chunks, by their size."""
     parallel, train, layout = scenario.parallel, scenario.train, scenario.layout
-    gathers, scatters = [0.0] * len(held.chunks), [0.0] * len(held.chunks)
-    if parallel.zero >= 2:
-        for c, chunk in enumerate(held.chunks):
-            dense = sum(d for d, _ in chunk) + held.outer * (c == held.with_outer)
-            gathers[c], scatters[c] = sharded_weights_s(scenario, dense, sum(e for _, e in chunk))
-    layers = [pair for chunk in held.chunks for pair in chunk]
-    dense, expert = sum(d for d, _ in layers) + held.outer, sum(e for _, e in layers)
-    reduce_s, gather_s = gradient_reduction_s(scenario, dense, expert)
+    of_chunks = [sharded.get(size, (0.0, 0.0)) for size in held.chunks]
+    reduce_s, gather_s = gradient_reduction_s(scenario, held.dense, held.expert)
     num_shards = layout.num_shards()
-    shard = dense / num_shards[0] + expert / num_shards[1]
+    shard = held.dense / num_shards[0] + held.expert / num_shards[1]
     update_s = float(optimizer_s(shard, train, device))
     transfer_s = optimizer_transfer_s(shard, train, scenario.cluster.gpu.host_bytes_per_s.value)
-    static = static_of(layers, held.outer, parallel, layout, train)
+    static = static_of(held.layers, held.outer, parallel, layout, train)
     return (
         reduce_s,
         gather_s,
-        update_s + once_a_step_s(dense + expert, device, constants),
+        update_s + once_a_step_s(held.dense + held.expert, device, constants),
         max(transfer_s - update_s, 0.0),
-        gathers,
-        scatters,
+        [gather for gather, _ in of_chunks],
+        [scatter for _, scatter in of_chunks],
         static.weights_bytes + static.gradients_bytes + static.optimizer_bytes + held.standing_bytes,
         static.update_bytes,
     )
