@@ -41,6 +41,7 @@ def test_a_layers_parts_add_up_to_its_prediction(study: CalibrationStudy) -> Non
     for layer in layers:
         assert sum(layer.parts_s.values()) == pytest.approx(layer.predicted_s)
         assert layer.parts_s["first product"] > layer.parts_s["second product"] > layer.parts_s["combine"]
+        assert set(layer.parts_s) == set(calibration_figures._PARTS), "each part has its colour"
 
 
 def _row(median: float, p90: float, noise: float) -> HeldOutError:

@@ -47,6 +47,7 @@ _PARTS: Mapping[str, str] = MappingProxyType(
         "activation": COLOURS["dense_ffn"],
         "second product": COLOURS["shared_experts"],
         "combine": COLOURS["combine"],
+        "sum of gradients": COLOURS["gradient_reduction"],  # in the backward alone
     }
 )
 
@@ -71,6 +72,7 @@ def products(study: CalibrationStudy) -> Picture:
         for row, direction in zip(panels, DIRECTIONS, strict=True):
             for axes, (width_in, width_out) in zip(row, pairs, strict=True):
                 _product_panel(axes, study, direction, width_in, width_out)
+        panels[0, 0].set_ylim(bottom=0.0)  # of all panels, once each has said how high it goes
         panels[0, 0].legend(title="experts with tokens", title_fontsize=9, loc="lower right", ncols=2)
         for axes in panels[1]:
             axes.set_xlabel("Tokens per expert")
@@ -94,7 +96,6 @@ def _product_panel(axes: Axes, study: CalibrationStudy, direction: Direction, wi
     axes.axhline(1.0, color=COLOURS["quiet"], linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_ylim(bottom=0.0)
     axes.set_title(f"{direction}, {width_in} to {width_out}")
     light_grid(axes, "y")
 
@@ -191,7 +192,7 @@ def layers(study: CalibrationStudy) -> Picture:
             timed = study.of("layer", direction)
             bottom = np.zeros(len(timed))
             for name, colour in _PARTS.items():
-                share = np.array([p.parts_s[name] / p.point.median_s for p in timed])
+                share = np.array([p.parts_s.get(name, 0.0) / p.point.median_s for p in timed])
                 axes.bar(range(len(timed)), share, bottom=bottom, color=colour, width=0.7, label=name)
                 bottom += share
             axes.axhline(1.0, color=COLOURS["ink"], linewidth=1.1)
