@@ -35,8 +35,8 @@ def rounds_of_shares(
     order = np.argsort(begin_F)
     left_F, speed_F = bytes_F.copy(), np.zeros(num_flows)
     active, staying = np.empty(num_flows, np.int64), np.empty(num_flows, np.int64)
-    room_J, share_J = np.empty(num_links), np.empty(num_links)
-    num_active = following = num_rounds = 0
+    room_J, share_J = np.empty(num_links), np.zeros(num_links)
+    num_active = following = num_joined = num_rounds = 0
     now = mean_s = 0.0
     while num_active > 0 or following < num_flows:
         if num_active == 0:
@@ -45,6 +45,9 @@ def rounds_of_shares(
             active[num_active] = order[following]
             num_active += 1
             following += 1
+        if following > num_joined:
+            share_J[:] = 0.0  # the last round's shares are no guide once flows join
+            num_joined = following
         num_rounds += 1
         room_J[:] = rate_J
         _fair_speeds(active, num_active, link_FP, room_J, share_J, speed_F)
@@ -120,6 +123,9 @@ def _fair_speeds(
 ) -> None:
     """Fill speed_F of some flows: the least share on the route, where a link's share is even at first, and then what
     flows that are slower elsewhere leave to the others.
+
+    share_J: those of the round before, or 0; "at first" is halfway to them. What flows that are slower elsewhere leave
+    takes more than SHARE_PASSES to spread, and changes little from round to round.
     """
     count_J, slow_J, taken_J = np.zeros(room_J.size), np.zeros(room_J.size), np.zeros(room_J.size)
     for at in range(num_flows):
@@ -127,7 +133,8 @@ def _fair_speeds(
             if link >= 0:
                 count_J[link] += 1.0
     for link in range(room_J.size):
-        share_J[link] = room_J[link] / count_J[link] if count_J[link] > 0 else np.inf
+        even = room_J[link] / count_J[link] if count_J[link] > 0 else 0.0
+        share_J[link] = max(even, 0.5 * (share_J[link] + even)) if count_J[link] > 0 else 0.0
     for turn in range(SHARE_PASSES + 1):
         for at in range(num_flows):
             flow = flows[at]
@@ -296,11 +303,7 @@ def _pair_speeds(
     work_4R: Singles,
     speed_X: Singles,
 ) -> None:
-    """As ``_fair_speeds``, for the messages of pairs: each passes one out-port and one in-port.
-
-    Starts halfway between even shares and those of the round before: what flows limited elsewhere leave takes more than
-    SHARE_PASSES to spread, and changes little from round to round.
-    """
+    """As ``_fair_speeds``, for the messages of pairs: each passes one out-port and one in-port."""
     slow_2R, taken_2R = work_4R[:2], work_4R[2:]
     for side in range(2):
         for port in range(room_2R.shape[1]):
