@@ -106,7 +106,8 @@ def test_a_sweep_by_fast_has_the_fast_paths_numbers() -> None:
     step = FastPath(base).step(base)
     assert outcome["result"]["step_s"] == step.step_s
     assert outcome["result"]["step_parts_s.experts"] == step.parts["experts"]
-    assert set(outcome["result"]) >= {f.name for f in dataclasses.fields(FastStep)} - {"parts"}
+    assert outcome["result"]["memory.peak_bytes"] == step.peak_bytes  # as the engine names it
+    assert set(outcome["result"]) >= {f.name for f in dataclasses.fields(FastStep)} - {"parts", "peak_bytes"}
 
 
 def test_the_expected_largest_of_normal_numbers_is_near_what_drawing_them_gives() -> None:
