@@ -286,8 +286,14 @@ def test_an_unknown_flag_is_told_with_those_that_it_may_mean() -> None:
         ),
         ("--cuda-graph-impl local --cuda-graph-scope mamba", "--cuda-graph-scope: mamba is not modelled"),
         ("--optimizer-cpu-offload --optimizer-offload-fraction 0.5", "0.5, a part, is not modelled"),
+        ("--optimizer-cpu-offload --optimizer-offload-fraction some", "some, a part, is not modelled"),
     ],
 )
 def test_what_is_not_modelled_is_refused_by_name(flags: str, said: str) -> None:
     with pytest.raises(NotModelledError, match=said):
         read(f"python pretrain_gpt.py {LLAMA.replace(chr(10), ' ')} {RUN} --world-size 8 {flags}")
+
+
+def test_a_name_that_is_a_number_is_an_unknown_flag_like_another() -> None:
+    raw = parse_yaml("{1: 2, section: {3: yes}}", "args.yaml")
+    assert flags_of_mapping(raw, "args.yaml").values == {"1": ("2",), "3": ()}

@@ -257,7 +257,7 @@ def _read_train(flags: Flags, found: _Found) -> None:
         into["kept"] = {"activation_input": "fp8"}
     if "optimizer-cpu-offload" in flags:
         whole = flags.one("optimizer-offload-fraction") or "1.0"
-        if float(whole) != 1.0:
+        if not re.fullmatch(r"1(\.0*)?", whole):
             raise NotModelledError(f"{flags.owner}: --optimizer-offload-fraction: {whole}, a part, is not modelled")
         into["offload"] = "optimizer"
         found.assumed.append("states that stream to the GPU for their update in place of an update on the host")

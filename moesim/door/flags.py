@@ -90,7 +90,8 @@ def flags_of_mapping(raw: object, owner: str, defined: Mapping[str, str] | None 
     found: dict[str, Values] = {}
 
     def walk(section: Mapping[str, Any]) -> None:
-        for name, value in section.items():
+        for key, value in section.items():
+            name = str(key)
             if isinstance(value, Mapping):
                 walk(value)
             elif name.isupper():
