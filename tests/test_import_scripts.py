@@ -295,5 +295,5 @@ def test_what_is_not_modelled_is_refused_by_name(flags: str, said: str) -> None:
 
 
 def test_a_name_that_is_a_number_is_an_unknown_flag_like_another() -> None:
-    raw = parse_yaml("{1: 2, section: {3: yes}}", "args.yaml")
+    raw = parse_yaml("{1: 2, section: {3: true}}", "args.yaml")
     assert flags_of_mapping(raw, "args.yaml").values == {"1": ("2",), "3": ()}
