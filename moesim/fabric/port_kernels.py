@@ -19,7 +19,7 @@ SIZE_SHIFT = 20  # a float32 without its last 20 bits: eight size classes for ea
 NUM_CLASSES = 97  # the largest message's, 95 below it, and one for all that is 12 doublings smaller
 BYTES, NUMBER, BELOW, ABOVE = 0, 1, 2, 3  # bytes and number of a class, bytes of smaller classes, number of larger ones
 
-FEW_RANKS = 32  # rounds then take under 0.1 ms a matrix: they need no sign
+FEW_RANKS = 32  # rounds then take about 0.1 ms a matrix or less: they need no sign
 DOUBT_FRACTION = 0.02  # so much later than the shares a message might end before they are doubted
 LATE_PORT_FRACTION = 0.9  # of the exchange: ports that end earlier are not looked at
 SMALL_PORT_FRACTION = 0.75  # of the exchange: ports that end earlier hold up no message
