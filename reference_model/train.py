@@ -34,7 +34,7 @@ from torch.nn import functional
 from reference_model.capacity import expert_counts
 from reference_model.devices import find_device
 from reference_model.layer import LayerResult, MoeLayer
-from reference_model.losses import BALANCE_WEIGHT, Z_WEIGHT, balance_loss, router_z_loss, update_bias_
+from reference_model.losses import BALANCE_WEIGHT, Z_WEIGHT, balance_loss, router_z_loss, token_loss, update_bias_
 from reference_model.recorder import RoutingRecorder
 from reference_model.routers import SoftmaxTopK
 from reference_model.runs import RUN, TABLES, append_rows, cut_tables, table_sizes, write_atomically
@@ -212,7 +212,8 @@ def _one_step(state: _State, config: TrainConfig, folder: Path, batch: Batch, se
 
 def _nats(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
     """Cross entropy of each next token [nats], in float32: (B, S)."""
-    return functional.cross_entropy(logits_BSV.float().transpose(1, 2), tokens_BS[:, 1:], reduction="none")
+    targets_BS = tokens_BS[:, 1:]
+    return token_loss(logits_BSV.flatten(0, 1), targets_BS.flatten()).view_as(targets_BS)
 
 
 def _by_domain(nats_BS: Tensor, batch: Batch) -> dict[str, float]:
