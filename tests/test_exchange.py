@@ -160,7 +160,7 @@ def scenarios(draw: st.DrawFn, *, for_titan: bool = False) -> Scenario:
     }
     kinds = ["ring", "allgather"] if for_titan else ["ring", "alltoall", "allgather"]
     leaves |= {"cp_kind": draw(st.sampled_from(kinds))} if cp > 1 else {}
-    leaves |= {"precision": draw(st.sampled_from(["bf16", "fp8"]))}
+    leaves |= {"precision": draw(st.sampled_from(["bf16", "mxfp8", "fp8_tensor"] if for_titan else ["bf16", "fp8"]))}
     if draw(st.booleans()) and pp > 1:
         cuts = sorted(
             draw(st.lists(st.integers(0, len(described.layers)), min_size=pp * vpp - 1, max_size=pp * vpp - 1))

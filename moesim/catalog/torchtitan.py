@@ -13,7 +13,7 @@ from moesim.catalog.models import load_model
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import held_by_stage
-from moesim.describe.workload import Optimizer, Routing, Training
+from moesim.describe.workload import Optimizer, Precision, Routing, Training
 from moesim.errors import InputError, NotModelledError, check
 
 FLAVORS = {  # of torchtitan's models: the presets that they are
@@ -26,6 +26,7 @@ FLAVORS = {  # of torchtitan's models: the presets that they are
     ("gpt_oss", "120b"): "gpt-oss-120b",
 }
 SCHEDULES = {"1F1B": "1f1b", "Interleaved1F1B": "1f1b", "GPipe": "gpipe"}
+CONVERTED: Mapping[Precision, str] = {"mxfp8": "mx", "fp8_tensor": "float8"}  # a word of the converter's name
 ROTATES = {"allgather": "allgather", "alltoall": "ring"}  # its alltoall shuffles keys and values rank by rank
 _NOTHING_SECTIONS = frozenset(
     (
@@ -208,9 +209,7 @@ def _train(
     micro = parallel.whole("pipeline_parallel_microbatch_size", 1) if pp > 1 else local
     check(local % micro == 0, train.owner, "local_batch_size", f"must be a multiple of {micro}", local)
     converters = [str(name) for name in job.values.get("converters", [])]
-    if any(name.startswith("quantize") and "mx" in name for name in converters):
-        assumed.append("precision fp8 in place of mxfp8")
-    is_narrow = any("float8" in name or "mx" in name for name in converters)
+    formats = [form for form, word in CONVERTED.items() if any(word in name for name in converters)]
     mode = checkpoint.choice("mode", "selective", ("none", "selective", "full", "memory_budget"))
     if mode in ("selective", "memory_budget"):
         assumed.append(f"no recomputation in place of activation_checkpoint.mode {mode}")
@@ -218,7 +217,7 @@ def _train(
         "seq_len": train.whole("seq_len", 2048),
         "micro_batch": micro,
         "global_batch": local * dp if whole == -1 else whole,
-        "precision": "fp8" if is_narrow else "bf16",
+        "precision": formats[0] if formats else "bf16",
         "recompute": "full" if mode == "full" else "none",
     }
     states = {"main_weights": "none", "moments": "bf16"} if train.values.get("dtype") == "bfloat16" else {}
@@ -259,8 +258,8 @@ def to_toml(
     p, unsaid = parallel, list[str]()
     dp = p.rank_layout(num_gpus).dp
     values: dict[str, dict[str, Any]] = {"model": dict(zip(("name", "flavor"), known[model.name], strict=True))}
-    if train.precision != "bf16":
-        values["model"]["converters"] = ["quantize.linear.float8"]
+    if train.precision in CONVERTED:
+        values["model"]["converters"] = [f"quantize.linear.{CONVERTED[train.precision]}"]
     local = train.micro_batch if p.pp == 1 else train.global_batch // dp
     values["training"] = {"seq_len": train.seq_len, "local_batch_size": local, "global_batch_size": train.global_batch}
     values["training"] |= _formats(train.optimizer, unsaid)
@@ -292,7 +291,7 @@ def to_toml(
     values["activation_checkpoint"] = {"mode": "full" if train.recompute == "full" else "none"}
     unsaid += [f"parallel.zero: {p.zero}, gradients reduced without sharding"] if p.zero == 1 else []
     unsaid += [f"train.recompute: {train.recompute}"] if train.recompute not in ("none", "full") else []
-    unsaid += [f"train.precision: {train.precision}"] if train.precision not in ("bf16", "fp8") else []
+    unsaid += [f"train.precision: {train.precision}"] if train.precision not in ("bf16", *CONVERTED) else []
     unsaid += [f"train.schedule: {train.schedule}"] if train.schedule not in SCHEDULES.values() else []
     unsaid += ["train.mtp"] if train.mtp else []
     unsaid += [f"train.offload: {train.offload}"] if train.offload != "none" else []
