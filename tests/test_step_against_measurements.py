@@ -102,14 +102,15 @@ def test_a_moe_step_on_b200_comes_out_within_a_sixth() -> None:
     ids=["racks", "racks without graphs", "8-GPU servers, exchanges beside computing"],
 )
 def test_deepseek_v3_on_256_gpus_is_faster_at_pp8_ep32_than_at_pp16_ep8(racks: bool, asked: dict[str, str]) -> None:
-    """Measured on 256 B200, MXFP8, forced balance: 3,328 against 2,815 tokens/s/GPU. On 8-GPU servers without overlap
-    the order comes out the other way round: 32 ranks exchange over their NICs.
+    """Measured on 256 B200, MXFP8, forced balance: 3,328 against 2,815 tokens/s/GPU. Megatron runs exchanges beside
+    computing only where a pipeline has virtual stages, so PP16 does not. On 8-GPU servers without overlap the order
+    comes out the other way round: 32 ranks exchange over their NICs.
     """
     base = Scenario.make(
         model="deepseek-v3",
         cluster="b200-8x-ib400",
         num_gpus=256,
-        precision="fp8",
+        precision="mxfp8",
         popularity="balanced",
         global_batch=4096,
         dispatcher="deepep",
@@ -118,7 +119,8 @@ def test_deepseek_v3_on_256_gpus_is_faster_at_pp8_ep32_than_at_pp16_ep8(racks: b
     if racks:
         rack = dataclasses.replace(load_cluster("gb200-nvl72"), num_gpus=256, ranks_per_node=64)
         base = base.with_(cluster=rack)
-    wide, narrow = (run_step(base.with_(**cut)).step_s for cut in ({"pp": 8, "vpp": 2, "ep": 32}, {"pp": 16, "ep": 8}))
+    wide = run_step(base.with_(pp=8, vpp=2, ep=32)).step_s
+    narrow = run_step(base.with_(pp=16, ep=8, overlap="none")).step_s
     assert wide < narrow
 
 
