@@ -119,6 +119,11 @@ Median wall seconds of whole processes after one warm-up; the largest process's 
     if search.returncode:
         broken.append("search by the fast path")
     (ROOT / "docs" / "speed.md").write_text(text + "\n")
+    notebooks = subprocess.run(  # adds its own section
+        [sys.executable, "-m", "benchmarks.notebooks"], cwd=ROOT, stdout=subprocess.DEVNULL, check=False
+    )
+    if notebooks.returncode:
+        broken.append("notebooks")
     if broken:
         print("over the limit: " + "; ".join(broken), file=sys.stderr)
     return 1 if broken else 0
