@@ -4,5 +4,6 @@ Needs torch and numpy only. ``python -m reference_model.calibrate`` writes a pro
 ``reference_model.profile_schema``), ``python -m reference_model.train`` trains the small model.
 
 The layer, in the order of its reading: ``routers``, ``capacity``, ``dispatch``, ``experts``, ``layer``, ``losses``;
-over several ranks: ``expert_parallel``, ``ranks``; what it costs: ``flops``, ``saved``.
+a model of it: ``attention``, ``latent_attention``, ``transformer``, ``discard`` (recomputation), ``train``; over
+several ranks: ``expert_parallel``, ``ranks``; what it costs: ``flops``, ``saved``.
 """
