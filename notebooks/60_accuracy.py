@@ -14,13 +14,13 @@
 # %% [markdown]
 # # How far off are the predictions?
 #
-# moesim carries measurements that others published: whole training steps, single mixture-of-experts (MoE) layers, and
-# exchanges alone. This report predicts each of them from its configuration and sets both side by side. A table of your
-# own runs, with the same columns, is scored in the same way.
+# moesim carries measurements that others published: whole training steps, single mixture-of-experts (MoE) layers,
+# exchanges alone, peaks of memory, and one trace of DeepSeek-V3. This report predicts each of them from its
+# configuration and sets both side by side. A table of your own runs, with the same columns, is scored in the same way.
 
 # %% tags=["parameters"]
 # Parameters: what is asked.
-kind: str = "training"  # training, layer or dispatch: what was measured
+kind: str = "training"  # what was measured: training, layer, dispatch, memory or trace
 cases: str = ""  # a CSV of measurements with the columns of that kind; "" takes those that moesim carries
 out_dir: str = ""  # folder for results.json, accuracy.md and its figure; "" writes none
 
@@ -86,7 +86,7 @@ accuracy_tables.not_expressed(found)
 # %% [markdown]
 # ## Words used here
 #
-# - **Error**: predicted over measured, less one; below zero the prediction is too short.
+# - **Error**: predicted over measured, less one; below zero the prediction is too short (or too small).
 # - **Bias**: the mean error with its sign.
 # - **Envelope**: configurations of which moesim models all that they did. It depends on the configuration alone.
 # - **Part in a fit**: the row was used to find one of moesim's constants, so it cannot test them.
