@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from moesim.cost.activations import SavedTensor, layer_tensors  # noqa: E402
 from moesim.cost.recompute import kept_tensors  # noqa: E402
-from moesim.cost.software import MEGATRON, REFERENCE, Software  # noqa: E402
+from moesim.cost.software import MEGATRON, REFERENCE, Framework  # noqa: E402
 from moesim.describe.flops import layer_flops  # noqa: E402
 from moesim.describe.model import Ffn, GroupedQueryAttention, Layer, Model, MoeFfn  # noqa: E402
 from moesim.describe.model import Router as DescribedRouter  # noqa: E402
@@ -47,7 +47,7 @@ def _described(router: DescribedRouter, gated: bool = True) -> tuple[Model, Laye
     return Model(name="test", hidden=HIDDEN, vocab=64, layers=(layer,)), layer
 
 
-def _formula(router: DescribedRouter, software: Software) -> list[SavedTensor]:
+def _formula(router: DescribedRouter, software: Framework) -> list[SavedTensor]:
     """Of the block alone: without the attention, and without the input of the norm that comes before it."""
     tensors = layer_tensors(*_described(router), Parallelism(), software)
     return [tensor for tensor in tensors if tensor.part != "attention" and tensor.name != "ffn block input"]

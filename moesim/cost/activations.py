@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesim.cost.precision import RECIPES
-from moesim.cost.software import MEGATRON, Software
+from moesim.cost.software import MEGATRON, Framework
 from moesim.describe.model import Attention, Ffn, GroupedQueryAttention, LatentAttention, Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Kept, Precision
@@ -77,7 +77,7 @@ def layer_tensors(
     model: Model,
     layer: Layer,
     parallel: Parallelism,
-    software: Software = MEGATRON,
+    software: Framework = MEGATRON,
     precision: Precision = "bf16",
     kept: Kept = AS_MADE,
 ) -> tuple[SavedTensor, ...]:
@@ -140,7 +140,7 @@ def _as_cast(tensors: list[SavedTensor], layer: Layer, operand_bytes: float) -> 
     return found
 
 
-def head_tensors(model: Model, parallel: Parallelism, software: Software = MEGATRON) -> tuple[SavedTensor, ...]:
+def head_tensors(model: Model, parallel: Parallelism, software: Framework = MEGATRON) -> tuple[SavedTensor, ...]:
     """What the final norm, the head and the loss hold when the backward pass begins (last stage only)."""
     hidden, vocab = model.hidden / parallel.tp, model.vocab / parallel.tp
     tensors = (
@@ -174,7 +174,7 @@ def mtp_tensors(model: Model, parallel: Parallelism) -> tuple[SavedTensor, ...]:
 
 
 def placeholder_gradient_bytes(
-    model: Model, layers: tuple[Layer, ...], parallel: Parallelism, software: Software = MEGATRON
+    model: Model, layers: tuple[Layer, ...], parallel: Parallelism, software: Framework = MEGATRON
 ) -> float:
     """TransformerEngine's dummy weight gradients: one BF16 tensor per distinct weight shape of the stage, kept for the
     whole run.
@@ -188,7 +188,7 @@ def placeholder_gradient_bytes(
     return sum(rows * columns for rows, columns in shapes) * BF16_BYTES
 
 
-def workspace_bytes(layers: tuple[Layer, ...], software: Software = MEGATRON) -> float:
+def workspace_bytes(layers: tuple[Layer, ...], software: Framework = MEGATRON) -> float:
     """Workspaces of the matrix products, kept for the whole run; grouped ones where a layer has experts."""
     grouped = software.grouped_workspace_bytes.value if any(layer.is_moe for layer in layers) else 0.0
     return software.product_workspace_bytes.value + grouped
@@ -272,7 +272,7 @@ def _ffn_tensors(ffn: Ffn, part: Literal["ffn", "shared"], tp: int) -> list[Save
     ]
 
 
-def _moe_tensors(hidden: int, ffn: MoeFfn, parallel: Parallelism, software: Software) -> list[SavedTensor]:
+def _moe_tensors(hidden: int, ffn: MoeFfn, parallel: Parallelism, software: Framework) -> list[SavedTensor]:
     etp = parallel.etp
     tensors = (
         _routing_maps(ffn, parallel.tp) if software.routing_records == "maps" else _routing_lists(ffn, parallel.tp)

@@ -16,7 +16,7 @@ from moesim.cost.moments import forward_moments, head_moment, layer_moments
 from moesim.cost.offload import LAYERS_ON_GPU
 from moesim.cost.precision import recipe_of
 from moesim.cost.recompute import kept_tensors, made_inside
-from moesim.cost.software import Software
+from moesim.cost.software import Framework
 from moesim.cost.static import table_buffers_bytes
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism
@@ -52,7 +52,7 @@ def chunk_memory(
     model: Model,
     parallel: Parallelism,
     train: Training,
-    software: Software,
+    software: Framework,
     dispatcher: Dispatcher,
     chunk: tuple[Placed, ...],
     received_GMLR: Floats,
@@ -104,7 +104,7 @@ class _Chunk:
     model: Model
     parallel: Parallelism
     train: Training
-    software: Software
+    software: Framework
     dispatcher: Dispatcher
     layers: tuple[Placed, ...]
     received_GMLR: Floats

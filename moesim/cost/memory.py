@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moesim.cost.activations import layer_input, placeholder_gradient_bytes, workspace_bytes
 from moesim.cost.chunks import ChunkMemory, Worst, chunk_memory
-from moesim.cost.software import Software, software_of
+from moesim.cost.software import Framework, software_of
 from moesim.cost.static import StaticMemory, static_memory
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism, RankLayout
@@ -68,7 +68,7 @@ def stage_memory(
     received_GMLR: Floats | None,
     expert_copies: float = 1.0,
     dispatcher: Dispatcher = "alltoall",
-    software: Software | None = None,
+    software: Framework | None = None,
 ) -> RankMemory:
     """Memory of the worst rank of a stage at the worst moment of a step.
 
@@ -173,7 +173,7 @@ def stage_profile(
     received_GMLR: Floats | None,
     expert_copies: float = 1.0,
     dispatcher: Dispatcher = "alltoall",
-    software: Software | None = None,
+    software: Framework | None = None,
 ) -> StageProfile:
     """Memory of every rank of a stage, pass by pass. Arguments as of ``stage_memory``."""
     software = software or software_of(train)

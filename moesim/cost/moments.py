@@ -12,7 +12,7 @@ import numpy as np
 
 from moesim.cost.activations import AS_MADE, BF16_BYTES, FP32_BYTES, KEPT_BYTES, fc1_rows
 from moesim.cost.precision import RECIPES, Recipe
-from moesim.cost.software import MEGATRON, Software
+from moesim.cost.software import MEGATRON, Framework
 from moesim.describe.model import Layer, Model, MoeFfn
 from moesim.describe.parallel import Parallelism
 from moesim.describe.workload import Dispatcher, Kept
@@ -45,7 +45,7 @@ def layer_moments(
     layer: Layer,
     parallel: Parallelism,
     dispatcher: Dispatcher = "alltoall",
-    software: Software = MEGATRON,
+    software: Framework = MEGATRON,
     recipe: Recipe = RECIPES["bf16"],
     kept: Kept = AS_MADE,
 ) -> tuple[Moment, ...]:
@@ -156,7 +156,7 @@ def rows_per_assignment(ffn: MoeFfn, parallel: Parallelism) -> float:
     return share * reached * parallel.ep / router.top_k
 
 
-def head_moment(model: Model, parallel: Parallelism, software: Software = MEGATRON) -> tuple[float, float]:
+def head_moment(model: Model, parallel: Parallelism, software: Framework = MEGATRON) -> tuple[float, float]:
     """(bytes per token, bytes) the head's backward holds beyond ``head_tensors``.
 
     Per token: the input gradient; with tp > 1 of the whole sequence, beside the communication buffer of the gathered

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moesim.cost.activations import layer_tensors
 from moesim.cost.recompute import kept_tensors
-from moesim.cost.software import MEGATRON, Software
+from moesim.cost.software import MEGATRON, Framework
 from moesim.describe.model import Model
 from moesim.describe.parallel import Parallelism
 from moesim.describe.pipeline import Placed
@@ -26,7 +26,7 @@ class LayerOffload:
 
 
 def chunk_offload(
-    model: Model, parallel: Parallelism, train: Training, chunk: Sequence[Placed], software: Software = MEGATRON
+    model: Model, parallel: Parallelism, train: Training, chunk: Sequence[Placed], software: Framework = MEGATRON
 ) -> tuple[LayerOffload, ...]:
     """What a chunk's forward sends to the host with offloaded activations: all that its layers keep, but the last
     LAYERS_ON_GPU of them. Nothing where activations stay. docs/model.md#offloading.

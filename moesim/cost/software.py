@@ -11,7 +11,7 @@ from moesim.units import GIB, MIB
 
 
 @dataclass(frozen=True, kw_only=True)
-class Software:
+class Framework:
     """What memory depends on besides the mathematics: one set per framework, never per run.
 
     fused_cross_entropy: the loss writes its gradient over the BF16 logits; otherwise fp32 logits stand beside a BF16
@@ -36,7 +36,7 @@ class Software:
     fused_activation: bool = True
 
 
-MEGATRON = Software(
+MEGATRON = Framework(
     name="Megatron-LM with TransformerEngine",
     fused_cross_entropy=False,
     placeholder_gradients=True,
@@ -94,7 +94,7 @@ REFERENCE = replace(
 DEEPSEEK = replace(MEGATRON, name="DeepSeek's framework", placeholder_gradients=False)
 
 
-def software_of(train: Training) -> Software:
+def software_of(train: Training) -> Framework:
     """The facts of the software that trains.
 
     >>> software_of(Training(software="deepseek")).placeholder_gradients
