@@ -184,7 +184,6 @@ def rounds_between_ports(
     count_2R, room_2R, share_2R = np.zeros_like(rate_2R), np.empty_like(rate_2R), np.zeros_like(rate_2R)
     work_4R = np.empty((4, num_ranks), np.float32)
     number = np.empty(1, np.float32)
-    bits = number.view(np.int32)
     for pair in range(num_pairs):
         total_X[pair] = size_M[part_2X[0, pair] : part_2X[1, pair]].sum()
         for side in range(2):
@@ -194,17 +193,7 @@ def rounds_between_ports(
         num_rounds += 1
         room_2R[:] = rate_2R
         _pair_speeds(num_pairs, port_2X, part_2X, count_2R, room_2R, share_2R, work_4R, speed_X)
-        first_s, doublings, num_moving = np.float32(np.inf), 0, 0
-        for pair in range(num_pairs):
-            low, num_here = part_2X[0, pair], part_2X[1, pair] - part_2X[0, pair]
-            least = size_M[low] - moved_X[pair]
-            first_s = min(first_s, least / speed_X[pair])
-            # The bits of a float32 grow almost as its logarithm.
-            number[0] = np.sqrt(least * max(least, total_X[pair] / num_here - moved_X[pair])) / speed_X[pair]
-            doublings += num_here * np.int64(bits[0])
-            num_moving += num_here
-        mean_s = 2.0 ** (doublings / num_moving / MANTISSA - 127.0)
-        held_s = max(PAIRS_HELD_FRACTION * mean_s, (1.0 + TOGETHER_FRACTION) * first_s)
+        held_s = _pairs_held_s(num_pairs, part_2X, size_M, moved_X, total_X, speed_X, number)
         if num_rounds >= MOST_ROUNDS:
             held_s = np.inf
         for turn in range(2):
@@ -241,6 +230,31 @@ def rounds_between_ports(
                     kept += 1
             num_pairs = kept
         now += held_s
+
+
+@njit(cache=True)
+def _pairs_held_s(
+    num_pairs: int,
+    part_2X: NDArray[np.int32],
+    size_M: Singles,
+    moved_X: Singles,
+    total_X: Singles,
+    speed_X: Singles,
+    number: Singles,
+) -> float:
+    """How long a round of pairs holds its shares. number: room for one value, whose bits are read."""
+    bits = number.view(np.int32)
+    first_s, doublings, num_moving = np.float32(np.inf), 0, 0
+    for pair in range(num_pairs):
+        low, num_here = part_2X[0, pair], part_2X[1, pair] - part_2X[0, pair]
+        least = size_M[low] - moved_X[pair]
+        first_s = min(first_s, least / speed_X[pair])
+        # The bits of a float32 grow almost as its logarithm.
+        number[0] = np.sqrt(least * max(least, total_X[pair] / num_here - moved_X[pair])) / speed_X[pair]
+        doublings += num_here * np.int64(bits[0])
+        num_moving += num_here
+    mean_s = 2.0 ** (doublings / num_moving / MANTISSA - 127.0)
+    return max(PAIRS_HELD_FRACTION * mean_s, (1.0 + TOGETHER_FRACTION) * first_s)
 
 
 @njit(cache=True)
