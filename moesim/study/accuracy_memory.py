@@ -26,6 +26,7 @@ from moesim.metrics.memory import memory_by_stage
 from moesim.scenario import Scenario
 from moesim.study.accuracy import AccuracyRow, Likeness, NotExpressed, Prediction
 from moesim.study.accuracy_cases import catalog_gpu, catalog_model, default_cluster, given, number, whole
+from moesim.study.accuracy_training import express as express_step
 from moesim.timeline.load import step_load
 from moesim.units import GIB, MILLI, parse_quantity
 
@@ -76,6 +77,7 @@ def memory_rows(records: Sequence[Record], owner: str) -> tuple[MemoryRow, ...]:
 def predict(row: Record, owner: str) -> list[Prediction]:
     """One row, or why there is no prediction."""
     row = as_carried(row)
+    reasons = () if _tells_formats(row) else ("formats of gradients and states are not said: Megatron-LM's",)
     try:
         found, gpu = _row(row, owner), catalog_gpu(row, owner)
         ranks = max(whole(row, "n_gpus", owner, default=1), whole(row, "ep", owner, default=1))
@@ -88,8 +90,8 @@ def predict(row: Record, owner: str) -> list[Prediction]:
             predicted=found.predicted_bytes,
             measured=found.measured_bytes,
             unit="bytes",
-            inside_envelope=_tells_formats(row),
-            reasons=() if _tells_formats(row) else ("formats of gradients and states are not said: Megatron-LM's",),
+            inside_envelope=not reasons,
+            reasons=reasons,
             used_in_fit=False,
             source=found.source,
             like=Likeness(
@@ -179,8 +181,6 @@ def express(record: Record, owner: str) -> Scenario:
     Rows of published tables are read as their step times are; formats and the loss are Megatron-LM's defaults there.
     """
     if "fused_loss" not in record:
-        from moesim.study.accuracy_training import express as express_step
-
         scenario, _ = express_step(record, owner)
         model = _padded(scenario.model, scenario.parallel.tp)
         return scenario.with_(model=model, popularity="balanced", fused_loss=True)
