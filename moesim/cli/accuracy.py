@@ -80,7 +80,9 @@ def _write(folder: Path, found: Accuracy, call: Call, answer: Answer) -> list[Pa
 def _warnings(found: Accuracy) -> list[str]:
     told = []
     if found.not_expressed:
-        told.append(f"{len(found.not_expressed)} rows have no prediction; --json and accuracy.md say why")
+        first = found.not_expressed[0]
+        count = f"{len(found.not_expressed)} rows have no prediction; --json and accuracy.md say why"
+        told.append(f"{count}. The first, {first.id}: {first.reason}")
     if not found.rows:
         told.append("no row could be predicted")
     return told
